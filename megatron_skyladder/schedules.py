@@ -1,0 +1,331 @@
+"""How long the attention window is at a step: pure arithmetic, nothing but the standard library.
+
+A schedule is a value: it holds no counter, so step N has the same window whether the run got
+there in one go, was resumed, or is only being planned. Formulas: arXiv:2503.15450, Table 20.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+STEPWISE_ROUND_TO = 1024  # Table 20: r
+FINAL_WINDOW = -1  # in a stage: stands for the final window until that is known
+DEFAULT_NUM_CYCLES = 2  # up-down-up-down: the M shape
+
+# A real-valued window this close below an integer is that integer: libm differs in the last bit
+# between machines (32 * 256**0.5 must be 512 on all of them), a window must not.
+_INTEGER_TOLERANCE = 1e-9
+
+
+def exact(value: Fraction | float | int | str) -> Fraction:
+    """Return the number the user wrote: 0.1 and "1/8" are tenths and eighths, not binary floats."""
+    return Fraction(str(value)) if isinstance(value, float) else Fraction(value)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One window held for a share of the run."""
+
+    window: int  # tokens, or FINAL_WINDOW until the final window is known
+    share: Fraction  # of all training steps, 0 < share <= 1
+
+
+@dataclass(frozen=True)
+class WindowSchedule:
+    """The attention window, in tokens, as a function of the step.
+
+    Args:
+        schedule: a key of ``SCHEDULES``.
+        start_window: tokens at step 0.
+        final_window: tokens once the schedule has ended, at most the sequence length.
+        alpha: tokens per step while the window grows; give this or ``expand_fraction``.
+        expand_fraction: share of ``total_steps`` over which the window grows.
+        total_steps: steps of the whole run; needed with ``expand_fraction`` and ``stages``.
+        round_to: growing windows are rounded down to a multiple of this, never below
+            ``start_window``. The final window is not rounded.
+        stages: for ``staged``: the windows and their shares of the run, in order.
+        num_cycles: for ``cyclic`` and ``cyclic-jump``: how often the window grows.
+
+    Raises:
+        ValueError: a value is out of range, or the rate is missing or given twice.
+
+    Example (1B model at 8K in the paper): ``WindowSchedule(start_window=32, final_window=8192,
+    alpha=0.125).window_at(8) == 33``, and 8192 from step 65,280 on.
+    """
+
+    schedule: str = "linear"
+    start_window: int = 32
+    final_window: int = 8192
+    alpha: Fraction | float | str | None = None
+    expand_fraction: Fraction | float | str | None = None
+    total_steps: int | None = None
+    round_to: int | None = None
+    stages: tuple[Stage, ...] = ()
+    num_cycles: int = DEFAULT_NUM_CYCLES
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @cached_property
+    def ramp_steps(self) -> Fraction:
+        """Steps until the final window is reached for good; 0 for ``constant``."""
+        if self.schedule == "constant":
+            return Fraction(0)
+        if self.schedule == "staged":
+            assert self.total_steps is not None
+            return sum((stage.share for stage in self.stages[:-1]), Fraction(0)) * self.total_steps
+        if self.expand_fraction is not None:
+            assert self.total_steps is not None
+            return exact(self.expand_fraction) * self.total_steps
+        assert self.alpha is not None
+        return (self.final_window - self.start_window) / exact(self.alpha) * self._num_legs
+
+    @property
+    def _num_legs(self) -> int:
+        """Stretches of the ramp over which the window only grows or only shrinks."""
+        return {"cyclic": 2 * self.num_cycles, "cyclic-jump": self.num_cycles}.get(self.schedule, 1)
+
+    def window_at(self, step: int) -> int:
+        """Return the window in tokens at ``step`` >= 0."""
+        if step < 0:
+            raise ValueError(f"step={step}: steps count from 0.")
+        ramp = self.ramp_steps
+        if step >= ramp:
+            return self.final_window
+        if self.schedule == "staged":
+            return self._stage_at(step).window
+        window = SCHEDULES[self.schedule](self, step / ramp)
+        round_to = self.round_to or (STEPWISE_ROUND_TO if self.schedule == "stepwise" else 1)
+        window = max(self.start_window, window // round_to * round_to)
+        return min(window, self.final_window)
+
+    def _stage_at(self, step: int) -> Stage:
+        assert self.total_steps is not None
+        end = Fraction(0)
+        for stage in self.stages:
+            end += stage.share * self.total_steps
+            if step < end:
+                return stage
+        return self.stages[-1]
+
+    def segments(self, total_steps: int) -> list[tuple[int, int, int]]:
+        """Return runs of equal windows, ``(first_step, end_step, window)``, over ``total_steps``.
+
+        Found by bisection over monotone stretches, so a run of 100,000 steps with 8,000 windows
+        costs what its windows cost, not what its steps cost.
+        """
+        if total_steps <= 0:
+            return []
+        runs: list[tuple[int, int, int]] = []
+        for first, end in self._monotone_stretches(total_steps):
+            step = first
+            while step < end:
+                window = self.window_at(step)
+                low, high = step, end  # window_at(low) == window; high is past the run
+                stride = 1
+                while low + stride < high and self.window_at(low + stride) == window:
+                    low += stride
+                    stride *= 2
+                high = min(high, low + stride)
+                while high - low > 1:
+                    middle = (low + high) // 2
+                    if self.window_at(middle) == window:
+                        low = middle
+                    else:
+                        high = middle
+                if runs and runs[-1][2] == window:
+                    runs[-1] = (runs[-1][0], high, window)
+                else:
+                    runs.append((step, high, window))
+                step = high
+        return runs
+
+    def _monotone_stretches(self, total_steps: int) -> list[tuple[int, int]]:
+        """Split 0..total_steps where the window may turn round or jump."""
+        ramp = self.ramp_steps
+        turns = {0, total_steps, min(total_steps, math.ceil(ramp))}
+        for leg in range(1, self._num_legs):
+            turns.add(min(total_steps, math.ceil(ramp * leg / self._num_legs)))
+        if self.schedule == "staged" and self.total_steps is not None:
+            end = Fraction(0)
+            for stage in self.stages:
+                end += stage.share * self.total_steps
+                turns.add(min(total_steps, math.ceil(end)))
+        points = sorted(turns)
+        return list(zip(points[:-1], points[1:], strict=True))
+
+    def describe(self) -> str:
+        """Return one line for logs and error messages."""
+        if self.schedule == "constant":
+            return f"constant {self.final_window}"
+        if self.schedule == "staged":
+            stages = " ".join(f"{stage.window}:{float(stage.share):g}" for stage in self.stages)
+            return f"staged {stages} of {self.total_steps} steps"
+        rate = (
+            f"alpha {exact(self.alpha)}"
+            if self.alpha is not None
+            else f"fraction {float(exact(self.expand_fraction or 0)):g} of {self.total_steps} steps"
+        )
+        rounding = f", rounded to {self.round_to}" if self.round_to else ""
+        cycles = f", {self.num_cycles} cycles" if self.schedule.startswith("cyclic") else ""
+        return (
+            f"{self.schedule} {self.start_window} -> {self.final_window}, {rate}{cycles}{rounding}"
+        )
+
+
+def _linear(schedule: WindowSchedule, progress: Fraction) -> int:
+    span = schedule.final_window - schedule.start_window
+    return schedule.start_window + math.floor(span * progress)
+
+
+def _sinusoidal(schedule: WindowSchedule, progress: Fraction) -> int:
+    span = schedule.final_window - schedule.start_window
+    grown = span * math.sin(math.pi / 2 * float(progress))
+    return schedule.start_window + math.floor(grown + _INTEGER_TOLERANCE)
+
+
+def _exponential(schedule: WindowSchedule, progress: Fraction) -> int:
+    growth = schedule.final_window / schedule.start_window
+    return math.floor(schedule.start_window * growth ** float(progress) + _INTEGER_TOLERANCE)
+
+
+def _reversed(schedule: WindowSchedule, progress: Fraction) -> int:
+    span = schedule.final_window - schedule.start_window
+    return schedule.final_window - math.floor(span * progress)
+
+
+def _cyclic(schedule: WindowSchedule, progress: Fraction) -> int:
+    position = progress * schedule.num_cycles % 1 * 2  # 0..1 up, 1..2 down
+    return _linear(schedule, min(position, 2 - position))
+
+
+def _cyclic_jump(schedule: WindowSchedule, progress: Fraction) -> int:
+    return _linear(schedule, progress * schedule.num_cycles % 1)
+
+
+def _table_lookup(schedule: WindowSchedule, progress: Fraction) -> int:
+    raise AssertionError("constant and staged have no ramp formula")
+
+
+SCHEDULES: dict[str, Callable[[WindowSchedule, Fraction], int]] = {
+    "constant": _table_lookup,
+    "linear": _linear,
+    "stepwise": _linear,  # linear, rounded down to STEPWISE_ROUND_TO
+    "sinusoidal": _sinusoidal,
+    "exponential": _exponential,
+    "staged": _table_lookup,
+    "cyclic": _cyclic,
+    "cyclic-jump": _cyclic_jump,
+    "reversed": _reversed,
+}
+
+
+def _check(schedule: WindowSchedule) -> None:
+    name = schedule.schedule
+    if name not in SCHEDULES:
+        raise ValueError(
+            f"--skyladder-schedule={name} is unknown. Choose one of: {', '.join(SCHEDULES)}."
+        )
+    if schedule.final_window < 1:
+        raise ValueError(
+            f"--skyladder-final-window={schedule.final_window} is not a window. "
+            "Give at least 1 token, or leave it out for --seq-length."
+        )
+    if schedule.round_to is not None and schedule.round_to < 1:
+        raise ValueError(
+            f"--skyladder-round-to={schedule.round_to} is not a multiple. Give at least 1 token."
+        )
+    if schedule.total_steps is not None and schedule.total_steps < 1:
+        raise ValueError(f"total_steps={schedule.total_steps}: a run has at least one step.")
+    if name == "constant":
+        return
+    if name == "staged":
+        _check_stages(schedule)
+        return
+    if schedule.stages:
+        raise ValueError(
+            f"--skyladder-stages is for --skyladder-schedule=staged, but the schedule is {name}. "
+            "Drop one of the two."
+        )
+    if schedule.start_window < 1:
+        raise ValueError(
+            f"--skyladder-start-window={schedule.start_window} is not a window. "
+            "Give at least 1 token, such as 32 (the paper's) or 8 (its recommendation)."
+        )
+    if schedule.start_window > schedule.final_window:
+        raise ValueError(
+            f"--skyladder-start-window={schedule.start_window} is above the final window of "
+            f"{schedule.final_window}. Give a smaller start, or use --skyladder-schedule=reversed "
+            "for a window that shrinks."
+        )
+    if name in ("cyclic", "cyclic-jump") and schedule.num_cycles < 1:
+        raise ValueError(f"--skyladder-cycles={schedule.num_cycles}: give at least 1 cycle.")
+    _check_rate(schedule)
+
+
+def _check_rate(schedule: WindowSchedule) -> None:
+    if schedule.alpha is not None and schedule.expand_fraction is not None:
+        raise ValueError(
+            f"--skyladder-alpha={float(exact(schedule.alpha)):g} and --skyladder-expand-fraction="
+            f"{float(exact(schedule.expand_fraction)):g} both set the rate. Give only one of them."
+        )
+    if schedule.alpha is None and schedule.expand_fraction is None:
+        raise ValueError(
+            f"schedule {schedule.schedule} has no rate. Give --skyladder-alpha (tokens per step) "
+            "or --skyladder-expand-fraction (share of all training samples)."
+        )
+    if schedule.alpha is not None and exact(schedule.alpha) <= 0:
+        raise ValueError(
+            f"--skyladder-alpha={float(exact(schedule.alpha))} never reaches the final window of "
+            f"{schedule.final_window}. Give a positive rate such as 0.125 (one token every "
+            "8 steps), or --skyladder-expand-fraction=0.64."
+        )
+    if schedule.expand_fraction is not None:
+        if not 0 < exact(schedule.expand_fraction) <= 1:
+            raise ValueError(
+                f"--skyladder-expand-fraction={float(exact(schedule.expand_fraction))} is not a "
+                "share of the run. Give a number above 0 and at most 1, such as 0.64."
+            )
+        if schedule.total_steps is None:
+            raise ValueError(
+                "an expand fraction needs the length of the run. Give total_steps "
+                "(--train-samples or --train-iters), or a rate with --skyladder-alpha."
+            )
+
+
+def _check_stages(schedule: WindowSchedule) -> None:
+    if not schedule.stages:
+        raise ValueError(
+            "--skyladder-schedule=staged needs --skyladder-stages WINDOW:SHARE ..., for example "
+            "--skyladder-stages 128:0.5 2048:0.5."
+        )
+    if schedule.total_steps is None:
+        raise ValueError(
+            "stages are shares of the run: give total_steps (--train-samples or --train-iters)."
+        )
+    for stage in schedule.stages:
+        if not 1 <= stage.window <= schedule.final_window:
+            raise ValueError(
+                f"--skyladder-stages has a window of {stage.window}. "
+                f"Windows lie between 1 and the final window of {schedule.final_window}."
+            )
+        if stage.share <= 0:
+            raise ValueError(
+                f"--skyladder-stages gives the window {stage.window} a share of "
+                f"{float(stage.share):g}. Shares are above 0."
+            )
+    total = sum(stage.share for stage in schedule.stages)
+    if total != 1:
+        raise ValueError(
+            f"the shares of --skyladder-stages add up to {float(total):g}. They have to add up "
+            "to 1: each is a share of the whole run."
+        )
+    if schedule.stages[-1].window != schedule.final_window:
+        raise ValueError(
+            f"the last of --skyladder-stages is {schedule.stages[-1].window}, but the final window "
+            f"is {schedule.final_window}. Make them equal (--skyladder-final-window)."
+        )

@@ -1,0 +1,31 @@
+"""Packaging. The base install needs only numpy, so that it can go into a container as it is."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="megatron-skyladder",
+    version="0.1.0",
+    description="Context-window scheduling (SkyLadder) for Megatron-LM pretraining",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_skyladder", "megatron_skyladder.*"]),
+    package_data={"megatron_skyladder": ["py.typed"]},
+    install_requires=["numpy"],
+    extras_require={
+        # Megatron >= 0.17 needs Python >= 3.12. Leave this out where Megatron is installed already.
+        "training": ["megatron-core[training]==0.19.2", "tensorboard"],
+        # Kernels for the backends te and flash; both need a CUDA toolkit. apex is not on the index.
+        "gpu": ["transformer-engine[pytorch]", "flash-attn"],
+        # Reading text and drawing plots: prepare, plan --plot, report, the demo.
+        "data": ["tokenizers", "zstandard", "pyarrow", "tqdm"],
+        "plot": ["matplotlib"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["skyladder=megatron_skyladder.cli:main"]},
+)
