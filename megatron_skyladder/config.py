@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -22,6 +23,8 @@ DEFAULT_START_WINDOW = 32  # the paper's 8K setting
 DEFAULT_EXPAND_FRACTION = Fraction(64, 100)  # its best share under every budget
 MASKS = ("local", "sliding")
 BACKENDS = ("auto", "te", "varlen", "flash", "sdpa")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class SkyLadderConfig:
     probe: bool = True
 
     def window_at_samples(self, consumed_samples: int) -> int:
-        """Return the window in tokens for the global batch that starts after ``consumed_samples``."""
+        """Return the window of the global batch that starts after ``consumed_samples``."""
         step = max(0, consumed_samples - self.begin_samples) // self.step_samples
         return self.schedule.window_at(step)
 
@@ -128,7 +131,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--skyladder-cycles",
         type=int,
         metavar="N",
-        help=f"for the cyclic schedules: how often the window grows. Default: {DEFAULT_NUM_CYCLES}.",
+        help="for the cyclic schedules: how often the window grows. "
+        f"Default: {DEFAULT_NUM_CYCLES}.",
     )
     group.add_argument(
         "--skyladder-begin-samples",
@@ -201,13 +205,15 @@ def config_from_args(args: Any) -> SkyLadderConfig | None:
     seq_length = args.seq_length
     schedule = _schedule(flags, args)
     if schedule.final_window > seq_length:
+        given = getattr(args, "skyladder_final_window", None) is not None
+        source = "" if given else f" (set by --skyladder-preset={flags['preset']})"
         raise ValueError(
-            f"--skyladder-final-window={schedule.final_window} is above --seq-length={seq_length}. "
-            "A window cannot be longer than the row: lower it, or raise --seq-length."
+            f"--skyladder-final-window={schedule.final_window}{source} is above "
+            f"--seq-length={seq_length}. A window cannot be longer than the row: lower it, or "
+            "raise --seq-length."
         )
     begin = flags.get("begin_samples") or 0
-    if begin < 0:
-        raise ValueError(f"--skyladder-begin-samples={begin}: give 0 or more consumed samples.")
+    _check_begin(begin, args)
     _check_ends(schedule, args, begin)
     return SkyLadderConfig(
         schedule=schedule,
@@ -237,6 +243,8 @@ def _flags_with_preset(args: Any) -> dict[str, Any]:
     if given.keys() & {"alpha", "expand_fraction"}:  # one rate replaces the other
         preset.pop("alpha", None)
         preset.pop("expand_fraction", None)
+    if given.get("schedule", preset["schedule"]) != preset["schedule"]:
+        preset.pop("stages", None)  # they belong to the preset's own schedule
     return {**preset, **given}
 
 
@@ -246,6 +254,7 @@ def _schedule(flags: dict[str, Any], args: Any) -> WindowSchedule:
     if final_window is None:
         final_window = args.seq_length
     total_steps = _total_samples(args, flags.get("begin_samples") or 0) // args.global_batch_size
+    _warn_unused(name, args)
     if name == "constant":
         return WindowSchedule(schedule=name, start_window=final_window, final_window=final_window)
     alpha, fraction = flags.get("alpha"), flags.get("expand_fraction")
@@ -268,11 +277,41 @@ def _schedule(flags: dict[str, Any], args: Any) -> WindowSchedule:
     )
 
 
+def _warn_unused(schedule: str, args: Any) -> None:
+    """Say which of the given flags the schedule has no use for."""
+    unused = {"cycles"} if not schedule.startswith("cyclic") else set()
+    if schedule in ("constant", "staged"):
+        unused |= {"start_window", "alpha", "expand_fraction", "round_to"}
+    if schedule == "constant":
+        unused |= {"stages"}
+    for name in sorted(unused):
+        if getattr(args, f"skyladder_{name}", None) is not None:
+            logger.warning(
+                "--skyladder-%s has no effect with --skyladder-schedule=%s.",
+                name.replace("_", "-"),
+                schedule,
+            )
+
+
 def _total_samples(args: Any, begin_samples: int) -> int:
     train_samples = getattr(args, "train_samples", None)
     if train_samples is None:
         train_samples = (args.train_iters or 0) * args.global_batch_size
     return max(0, train_samples - begin_samples)
+
+
+def _check_begin(begin_samples: int, args: Any) -> None:
+    if begin_samples < 0:
+        raise ValueError(
+            f"--skyladder-begin-samples={begin_samples}: give 0 or more consumed samples."
+        )
+    train_samples = _total_samples(args, 0)
+    if train_samples and begin_samples >= train_samples:
+        raise ValueError(
+            f"--skyladder-begin-samples={begin_samples} is not before the end of the run, which "
+            f"has {train_samples} samples. Give the samples that were consumed when the schedule "
+            "is to start."
+        )
 
 
 def _check_ends(schedule: WindowSchedule, args: Any, begin_samples: int) -> None:
@@ -308,7 +347,9 @@ def _stage(text: str) -> Stage:
     """Parse WINDOW:SHARE."""
     window, _, share = text.partition(":")
     try:
-        tokens = FINAL_WINDOW if window == "final" else int(window)
-        return Stage(window=tokens, share=exact(share))
+        stage = Stage(FINAL_WINDOW if window == "final" else int(window), exact(share))
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WINDOW:SHARE, such as 128:0.5") from None
+        stage = None
+    if stage is None or (window != "final" and stage.window < 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WINDOW:SHARE, such as 128:0.5")
+    return stage

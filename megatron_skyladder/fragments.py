@@ -106,7 +106,7 @@ def visible_pairs(cu_seqlens: np.ndarray, *, window_len: int | None = None) -> i
 def window_pairs(window_len: int, seq_length: int, *, sliding: bool = False) -> int:
     """Count the (query, key) pairs of one row without documents, in closed form."""
     if sliding:
-        beyond = seq_length - window_len
+        beyond = max(0, seq_length - window_len)
         return seq_length * (seq_length + 1) // 2 - beyond * (beyond + 1) // 2
     whole, rest = divmod(seq_length, window_len)
     return whole * (window_len * (window_len + 1) // 2) + rest * (rest + 1) // 2

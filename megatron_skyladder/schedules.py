@@ -6,6 +6,7 @@ there in one go, was resumed, or is only being planned. Formulas: arXiv:2503.154
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,6 +85,11 @@ class WindowSchedule:
         assert self.alpha is not None
         return (self.final_window - self.start_window) / exact(self.alpha) * self._num_legs
 
+    @cached_property
+    def _multiple(self) -> int:
+        """What growing windows are rounded down to a multiple of."""
+        return self.round_to or (STEPWISE_ROUND_TO if self.schedule == "stepwise" else 1)
+
     @property
     def _num_legs(self) -> int:
         """Stretches of the ramp over which the window only grows or only shrinks."""
@@ -93,15 +99,20 @@ class WindowSchedule:
         """Return the window in tokens at ``step`` >= 0."""
         if step < 0:
             raise ValueError(f"step={step}: steps count from 0.")
-        ramp = self.ramp_steps
-        if step >= ramp:
+        ramp, unit = self._ramp
+        done = step * unit
+        if done >= ramp:
             return self.final_window
         if self.schedule == "staged":
             return self._stage_at(step).window
-        window = SCHEDULES[self.schedule](self, step / ramp)
-        round_to = self.round_to or (STEPWISE_ROUND_TO if self.schedule == "stepwise" else 1)
-        window = max(self.start_window, window // round_to * round_to)
+        window = SCHEDULES[self.schedule](self, done, ramp)
+        window = max(self.start_window, window // self._multiple * self._multiple)
         return min(window, self.final_window)
+
+    @cached_property
+    def _ramp(self) -> tuple[int, int]:
+        """``ramp_steps`` as (numerator, denominator): a plan asks for 100,000 windows."""
+        return self.ramp_steps.numerator, self.ramp_steps.denominator
 
     def _stage_at(self, step: int) -> Stage:
         assert self.total_steps is not None
@@ -156,62 +167,74 @@ class WindowSchedule:
                 end += stage.share * self.total_steps
                 turns.add(min(total_steps, math.ceil(end)))
         points = sorted(turns)
-        return list(zip(points[:-1], points[1:], strict=True))
+        return list(itertools.pairwise(points))
 
     def describe(self) -> str:
-        """Return one line for logs and error messages."""
+        """Return one line for logs, error messages and the checkpoint's fingerprint.
+
+        Two schedules with the same line have the same windows, so rates and shares are exact.
+        """
         if self.schedule == "constant":
             return f"constant {self.final_window}"
         if self.schedule == "staged":
-            stages = " ".join(f"{stage.window}:{float(stage.share):g}" for stage in self.stages)
+            stages = " ".join(f"{stage.window}:{_text(stage.share)}" for stage in self.stages)
             return f"staged {stages} of {self.total_steps} steps"
-        rate = (
-            f"alpha {exact(self.alpha)}"
-            if self.alpha is not None
-            else f"fraction {float(exact(self.expand_fraction or 0)):g} of {self.total_steps} steps"
-        )
-        rounding = f", rounded to {self.round_to}" if self.round_to else ""
+        if self.alpha is not None:
+            rate = f"alpha {exact(self.alpha)}"
+        else:
+            assert self.expand_fraction is not None
+            rate = f"fraction {_text(exact(self.expand_fraction))} of {self.total_steps} steps"
+        rounding = f", rounded to {self._multiple}" if self._multiple > 1 else ""
         cycles = f", {self.num_cycles} cycles" if self.schedule.startswith("cyclic") else ""
         return (
             f"{self.schedule} {self.start_window} -> {self.final_window}, {rate}{cycles}{rounding}"
         )
 
 
-def _linear(schedule: WindowSchedule, progress: Fraction) -> int:
-    span = schedule.final_window - schedule.start_window
-    return schedule.start_window + math.floor(span * progress)
+def _text(share: Fraction) -> str:
+    """Write 16/25 as 0.64, but 1/3 as 1/3."""
+    return str(float(share)) if exact(float(share)) == share else str(share)
 
 
-def _sinusoidal(schedule: WindowSchedule, progress: Fraction) -> int:
+# One function per ramp: the window when ``done / ramp`` of it (0 <= done < ramp, exact integers)
+# lies behind. Integers, because Fractions make a plan of 100,000 steps ten times slower.
+
+
+def _linear(schedule: WindowSchedule, done: int, ramp: int) -> int:
     span = schedule.final_window - schedule.start_window
-    grown = span * math.sin(math.pi / 2 * float(progress))
+    return schedule.start_window + span * done // ramp
+
+
+def _sinusoidal(schedule: WindowSchedule, done: int, ramp: int) -> int:
+    span = schedule.final_window - schedule.start_window
+    grown = span * math.sin(math.pi / 2 * (done / ramp))
     return schedule.start_window + math.floor(grown + _INTEGER_TOLERANCE)
 
 
-def _exponential(schedule: WindowSchedule, progress: Fraction) -> int:
+def _exponential(schedule: WindowSchedule, done: int, ramp: int) -> int:
     growth = schedule.final_window / schedule.start_window
-    return math.floor(schedule.start_window * growth ** float(progress) + _INTEGER_TOLERANCE)
+    return math.floor(schedule.start_window * growth ** (done / ramp) + _INTEGER_TOLERANCE)
 
 
-def _reversed(schedule: WindowSchedule, progress: Fraction) -> int:
+def _reversed(schedule: WindowSchedule, done: int, ramp: int) -> int:
     span = schedule.final_window - schedule.start_window
-    return schedule.final_window - math.floor(span * progress)
+    return schedule.final_window - span * done // ramp
 
 
-def _cyclic(schedule: WindowSchedule, progress: Fraction) -> int:
-    position = progress * schedule.num_cycles % 1 * 2  # 0..1 up, 1..2 down
-    return _linear(schedule, min(position, 2 - position))
+def _cyclic(schedule: WindowSchedule, done: int, ramp: int) -> int:
+    position = 2 * schedule.num_cycles * done % (2 * ramp)  # 0..ramp up, ramp..2 * ramp down
+    return _linear(schedule, min(position, 2 * ramp - position), ramp)
 
 
-def _cyclic_jump(schedule: WindowSchedule, progress: Fraction) -> int:
-    return _linear(schedule, progress * schedule.num_cycles % 1)
+def _cyclic_jump(schedule: WindowSchedule, done: int, ramp: int) -> int:
+    return _linear(schedule, schedule.num_cycles * done % ramp, ramp)
 
 
-def _table_lookup(schedule: WindowSchedule, progress: Fraction) -> int:
+def _table_lookup(schedule: WindowSchedule, done: int, ramp: int) -> int:
     raise AssertionError("constant and staged have no ramp formula")
 
 
-SCHEDULES: dict[str, Callable[[WindowSchedule, Fraction], int]] = {
+SCHEDULES: dict[str, Callable[[WindowSchedule, int, int], int]] = {
     "constant": _table_lookup,
     "linear": _linear,
     "stepwise": _linear,  # linear, rounded down to STEPWISE_ROUND_TO
@@ -281,8 +304,8 @@ def _check_rate(schedule: WindowSchedule) -> None:
     if schedule.alpha is not None and exact(schedule.alpha) <= 0:
         raise ValueError(
             f"--skyladder-alpha={float(exact(schedule.alpha))} never reaches the final window of "
-            f"{schedule.final_window}. Give a positive rate such as 0.125 (one token every "
-            "8 steps), or --skyladder-expand-fraction=0.64."
+            f"{schedule.final_window} tokens. Give a positive rate such as 0.125 (one token "
+            "every 8 steps), or --skyladder-expand-fraction=0.64."
         )
     if schedule.expand_fraction is not None:
         if not 0 < exact(schedule.expand_fraction) <= 1:
