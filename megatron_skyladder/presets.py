@@ -1,4 +1,4 @@
-"""Settings of published runs. One place holds each fact; arXiv:2503.15450 unless named otherwise."""
+"""Settings of published runs, each fact once; arXiv:2503.15450 unless named otherwise."""
 
 from __future__ import annotations
 

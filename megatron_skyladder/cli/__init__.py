@@ -21,8 +21,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="skyladder",
         description="Context-window scheduling (SkyLadder) for Megatron-LM: plan a run, prepare "
         "its data, look at what came out.",
-        epilog="Training itself: torchrun ... -m megatron_skyladder.pretrain_gpt <Megatron's flags> "
-        "--skyladder-*",
+        epilog="Training itself: torchrun ... -m megatron_skyladder.pretrain_gpt "
+        "<Megatron's flags> --skyladder-*",
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     named = next((word for word in arguments if not word.startswith("-")), None)

@@ -1,0 +1,129 @@
+"""One micro-batch for one pipeline stage: Megatron's tensors, and the document mask beside them.
+
+Megatron lets only the first and last pipeline stage read data. With documents masked every stage
+needs their ends, so every stage's tensor-parallel rank 0 reads the row; the other ranks of its
+group get the offsets over a host group, because only the host can know their number without
+waiting for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import mpu
+
+from megatron_skyladder import clock, compat, fragments
+from megatron_skyladder.config import SkyLadderConfig
+
+Batch = dict[str, torch.Tensor | None]
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+class _HostTap:
+    """An iterator that keeps the row it handed on, while it is still on the host."""
+
+    def __init__(self, iterator: Iterator[dict[str, torch.Tensor]]) -> None:
+        self._iterator = iterator
+        self.latest: dict[str, torch.Tensor] | None = None
+
+    def __iter__(self) -> _HostTap:
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        # a shallow copy: Megatron moves the tensors to the device in the dict it gets
+        self.latest = next(self._iterator)
+        return dict(self.latest)
+
+
+def get_batch(
+    data_iterator: Any, *, vp_stage: int | None, training: bool
+) -> tuple[Batch, torch.Tensor | None]:
+    """Return this rank's part of the next micro-batch.
+
+    Args:
+        data_iterator: yields Megatron's batches of host tensors on tensor-parallel rank 0, is
+            None on the other ranks.
+        vp_stage: the virtual pipeline stage, where there are several.
+        training: False in evaluation, where rows are seen whole.
+
+    Returns:
+        ``BATCH_KEYS`` on the device, cut to this context-parallel rank's part, each None where the
+        stage has no use for it; and the mask for the attention, int32 [N + 1] on the host, or None
+        where the window alone decides.
+    """
+    active = clock.installed()
+    masks_documents = training and active is not None and active.config.intra_document
+    has_data = compat.is_first_or_last_pipeline_stage(vp_stage)
+    batch: Batch = dict.fromkeys(BATCH_KEYS)
+    if not has_data and not masks_documents:
+        return batch, None
+    tap = _HostTap(data_iterator)
+    if has_data:
+        batch = compat.cp_batch(compat.tp_batch(tap if data_iterator is not None else None))
+    elif data_iterator is not None:
+        next(tap)
+    if not masks_documents:
+        return batch, None
+    assert active is not None
+    return batch, document_mask(tap.latest, active.config, active.window(training=True))
+
+
+def document_mask(
+    row_batch: dict[str, torch.Tensor] | None, config: SkyLadderConfig, window_len: int
+) -> torch.Tensor:
+    """Return cu_seqlens of the fragments over all rows of a micro-batch, on every TP rank.
+
+    Args:
+        row_batch: the dataset's batch on the host, on tensor-parallel rank 0; elsewhere unused.
+        config: the checked configuration.
+        window_len: tokens.
+
+    Returns:
+        int32 [N + 1], on the host.
+    """
+    group = mpu.get_tensor_model_parallel_group()
+    offsets = None
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        assert row_batch is not None
+        offsets = _fragment_offsets(row_batch, config, window_len)
+    return _broadcast_host(offsets, group) if group.size() > 1 else torch.from_numpy(offsets)
+
+
+def _fragment_offsets(
+    row_batch: dict[str, torch.Tensor], config: SkyLadderConfig, window_len: int
+) -> np.ndarray:
+    tokens = row_batch["tokens"].numpy()
+    given = row_batch.get("cu_seqlens")
+    cut = config.seq_length if config.mask == "sliding" else window_len
+    rows = []
+    for index, row in enumerate(tokens):
+        if given is not None:  # the dataset knows its documents; trailing entries are padding
+            ends = np.unique(given[index].numpy())
+            ends = ends[(ends > 0) & (ends <= row.shape[0])]
+        else:
+            ends = fragments.document_ends(row, compat.eod_token())
+        rows.append(fragments.fragment_cu_seqlens(ends, seq_length=row.shape[0], window_len=cut))
+    return fragments.rows_cu_seqlens(rows)
+
+
+def _broadcast_host(offsets: np.ndarray | None, group: Any) -> torch.Tensor:
+    """Send a host array of unknown length from the group's first rank to the others."""
+    host_group = _host_group(tuple(torch.distributed.get_process_group_ranks(group)))
+    source = torch.distributed.get_process_group_ranks(group)[0]
+    mask = torch.empty(0, dtype=torch.int32) if offsets is None else torch.from_numpy(offsets)
+    count = torch.tensor([mask.numel()])
+    torch.distributed.broadcast(count, source, group=host_group)
+    if offsets is None:
+        mask = torch.empty(int(count), dtype=torch.int32)
+    torch.distributed.broadcast(mask, source, group=host_group)
+    return mask
+
+
+@lru_cache(maxsize=1)
+def _host_group(ranks: tuple[int, ...]) -> Any:
+    """Return a gloo group of these ranks; made once, by all of them at the same time."""
+    return torch.distributed.new_group(list(ranks), backend="gloo", use_local_synchronization=True)

@@ -1,0 +1,198 @@
+"""What we change inside a running Megatron, all in one table.
+
+Each hook wraps one function of Megatron's trainer where the trainer looks it up; nothing else of
+Megatron is touched. A place that somebody else has wrapped already is refused, naming both.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_skyladder import clock, compat
+from megatron_skyladder.config import SkyLadderConfig
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT = "skyladder_fingerprint"  # an attribute of the arguments that checkpoints carry
+_OWNER = "__skyladder_hook__"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One wrapped function: where it is looked up, what wraps it, and why."""
+
+    module: str
+    name: str
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    reason: str
+
+
+def install(config: SkyLadderConfig, options: Any) -> None:
+    """Switch SkyLadder on for this process, before the model is built.
+
+    Args:
+        config: the checked configuration.
+        options: Megatron's validated arguments; the fingerprint is noted in them, so that every
+            checkpoint carries it.
+
+    Raises:
+        ValueError: a Megatron flag that cannot be combined with SkyLadder.
+    """
+    check_options(config, options)
+    setattr(options, FINGERPRINT, config.fingerprint)
+    clock.install(config)
+    for hook in HOOKS:
+        _wrap(hook)
+    logger.info("%s", config.fingerprint)
+
+
+def check_options(config: SkyLadderConfig, options: Any) -> None:
+    """Refuse what cannot be combined, before anything is built."""
+    refused = {
+        "sft": "--sft packs rows itself",
+        "fim_data": "--fim-data reorders the row",
+        "dataloader_inter_document_masking": "use --skyladder-intra-document instead of "
+        "--dataloader-inter-document-masking",
+        "reset_attention_mask": "use --skyladder-intra-document instead of --reset-attention-mask",
+        "hybrid_context_parallel": "--hybrid-context-parallel changes the layout of rows",
+        "mtp_num_layers": "multi-token prediction (--mtp-num-layers) is not supported",
+        "multi_latent_attention": "--multi-latent-attention is not supported",
+    }
+    for name, reason in refused.items():
+        if getattr(options, name, None):
+            raise ValueError(f"SkyLadder cannot be combined with this run: {reason}.")
+    if options.attention_dropout:
+        raise ValueError(
+            f"--attention-dropout={options.attention_dropout} cannot be combined with SkyLadder: "
+            "its kernels have no dropout. Set --attention-dropout 0."
+        )
+    if config.intra_document:
+        compat.eod_token()
+
+
+def _wrap(hook: Hook) -> None:
+    module = importlib.import_module(hook.module)
+    original = getattr(module, hook.name, None)
+    if original is None:
+        raise compat.MegatronMismatchError(
+            f"Megatron has no {hook.module}.{hook.name}, which SkyLadder hooks ({hook.reason}). "
+            "Use a tested release (see the README)."
+        )
+    if getattr(original, _OWNER, False):
+        return
+    if hasattr(original, "__wrapped__"):
+        raise compat.MegatronMismatchError(
+            f"{hook.module}.{hook.name} is already wrapped by {original.__module__}, and "
+            f"megatron_skyladder.hooks needs it too ({hook.reason}). Load only one of them."
+        )
+    wrapped = hook.wrap(original)
+    setattr(wrapped, _OWNER, True)
+    setattr(module, hook.name, wrapped)
+
+
+def _probe_after_setup(original: Callable[..., Any]) -> Callable[..., Any]:
+    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        active = clock.current()
+        if active.config.probe:
+            from megatron_skyladder.probe import probe_mask
+
+            probe_mask(result[0], active)
+        return result
+
+    return setup_model_and_optimizer
+
+
+def _log_window(original: Callable[..., Any]) -> Callable[..., Any]:
+    def training_log(
+        loss_dict: dict[str, Any], total_loss_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if loss_dict:  # only the last pipeline stage has losses, and logs them
+            loss_dict = {**loss_dict, **_metrics(total_loss_dict)}
+        return original(loss_dict, total_loss_dict, *args, **kwargs)
+
+    return training_log
+
+
+def _metrics(total_loss_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return what we log beside the losses, each a device tensor [1].
+
+    Megatron prints the mean over the log interval. A mean window would be one that no step had,
+    so the running total is set to make the mean come out at the latest value.
+    """
+    import torch
+
+    active = clock.current()
+    window = active.last_window
+    values = {
+        "skyladder/window": float(window),
+        "skyladder/attention_fraction": active.attention_fraction(window),
+    }
+    steps_before = total_loss_dict.get("advanced iterations", 0)
+    metrics = {}
+    for name, value in values.items():
+        metrics[name] = torch.full((1,), value, device="cuda")
+        total_loss_dict[name] = metrics[name] * steps_before
+    return metrics
+
+
+def _check_schedule_of_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
+        compare_fingerprints(
+            getattr(checkpoint_args, FINGERPRINT, None),
+            clock.current().config.fingerprint,
+            allow_change=bool(getattr(compat.args(), "skyladder_allow_schedule_change", None)),
+        )
+        return original(checkpoint_args, *args, **kwargs)
+
+    return check_checkpoint_args
+
+
+def compare_fingerprints(saved: str | None, wanted: str, *, allow_change: bool) -> None:
+    """Make sure that a resumed run goes on under the schedule it began with.
+
+    Raises:
+        ValueError: the checkpoint was trained under another schedule.
+    """
+    if saved == wanted:
+        return
+    if saved is None:
+        logger.warning(
+            "the checkpoint was trained without SkyLadder; from here on: %s. The schedule counts "
+            "from sample 0 unless --skyladder-begin-samples says otherwise.",
+            wanted,
+        )
+        return
+    if not allow_change:
+        raise ValueError(
+            f"the checkpoint was trained under another schedule.\n  checkpoint: {saved}\n"
+            f"  this run:   {wanted}\nUse the checkpoint's flags, or add "
+            "--skyladder-allow-schedule-change to go on under the new schedule."
+        )
+    logger.warning("schedule changed on resume, as allowed.\n  was: %s\n  now: %s", saved, wanted)
+
+
+HOOKS = (
+    Hook(
+        "megatron.training.training",
+        "setup_model_and_optimizer",
+        _probe_after_setup,
+        "to try the mask on the real model before training",
+    ),
+    Hook(
+        "megatron.training.training",
+        "training_log",
+        _log_window,
+        "to log the window beside the losses",
+    ),
+    Hook(
+        "megatron.training.checkpointing",
+        "check_checkpoint_args",
+        _check_schedule_of_checkpoint,
+        "to refuse a resume under another schedule",
+    ),
+)

@@ -1,0 +1,169 @@
+"""Pretrain a GPT with a growing attention window, on Megatron's own trainer.
+
+    torchrun ... -m megatron_skyladder.pretrain_gpt <Megatron's flags> --skyladder-*
+
+Without a GPU: ``SKYLADDER_DEVICE=cpu``. Without any ``--skyladder-*`` flag this is stock Megatron.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from functools import partial
+from typing import Any
+
+from megatron_skyladder import cpu_engine
+from megatron_skyladder.config import add_arguments, config_from_args
+
+logger = logging.getLogger("megatron_skyladder.pretrain_gpt")  # __name__ is __main__ here
+SPIKY_LOSS_FACTOR = 10  # a loss this many times the largest so far is spiky, as in Megatron
+
+
+def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
+    """Run one micro-batch through one pipeline stage; Megatron's ``forward_step_func``."""
+    from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_timers
+
+    from megatron_skyladder.batches import get_batch
+
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    batch, mask = get_batch(data_iterator, vp_stage=vp_stage, training=model.training)
+    timers("batch-generator").stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        mask,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(loss_func, batch["loss_mask"])
+
+
+def loss_func(loss_mask: Any, losses: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Sum the losses of a micro-batch and check them, as stock ``pretrain_gpt.py`` does.
+
+    Args:
+        loss_mask: float [b, s], 1 where a token counts.
+        losses: float [b, s], per token.
+
+    Returns:
+        The summed loss, the number of tokens that count, and what Megatron logs.
+    """
+    import torch
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import get_args
+
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    num_tokens = mask.sum().clone().detach().to(torch.int)
+    options = get_args()
+    rerun = get_rerun_state_machine()
+    if options.check_for_nan_in_loss_and_grad:
+        for test, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            rerun.validate_result(
+                result=loss,
+                rejection_func=test,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    if options.check_for_spiky_loss:
+        rerun.validate_result(
+            result=loss,
+            rejection_func=partial(
+                rerun.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
+            ),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
+    report = torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])
+    return loss, num_tokens, {"lm loss": report}
+
+
+def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, ...]:
+    """Build the training, validation and test sets; Megatron's datasets provider.
+
+    Megatron's classes and order; only which ranks read them depends on us: with documents masked
+    every pipeline stage needs the rows.
+    """
+    from megatron.core import mpu
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+    from megatron.training import get_args
+
+    from megatron_skyladder import clock, compat
+
+    options = get_args()
+    active = clock.installed()
+    every_stage = active is not None and active.config.intra_document
+
+    def is_built_on_rank() -> bool:
+        if mpu.get_tensor_model_parallel_rank() != 0:
+            return False
+        return every_stage or compat.is_first_or_last_pipeline_stage(vp_stage)
+
+    dataset_class = MockGPTDataset if options.mock_data else GPTDataset
+    config = compat.gpt_dataset_config(options)
+    return BlendedMegatronDatasetBuilder(
+        dataset_class, num_samples, is_built_on_rank, config
+    ).build()
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks for it
+
+
+def main() -> None:
+    """Train."""
+    rank = int(os.environ.get("RANK", "0"))
+    _log_to_console(rank)
+    try:
+        cpu_engine.install_or_check_device()
+        _launch()
+    except ValueError as error:
+        if os.environ.get("SKYLADDER_TRACEBACK"):
+            raise
+        if rank == 0:
+            logger.error("error: %s", error)
+        sys.exit(2)
+
+
+def _log_to_console(rank: int) -> None:
+    """Show what SkyLadder says, whatever level Megatron sets for the rest."""
+    package = logging.getLogger("megatron_skyladder")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("SkyLadder: %(message)s"))
+    package.addHandler(handler)
+    package.propagate = False
+    package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def _launch() -> None:
+    from megatron_skyladder import compat, hooks
+
+    def add_all_arguments(parser: Any) -> Any:
+        if cpu_engine.is_installed():
+            cpu_engine.set_argument_defaults(parser)
+        return add_arguments(parser)
+
+    def on_arguments(options: Any) -> None:
+        config = config_from_args(options)
+        if config is not None:
+            hooks.install(config, options)
+
+    compat.launch(
+        datasets_provider,
+        forward_step,
+        extra_args_provider=add_all_arguments,
+        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+        on_arguments=on_arguments,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What one attention call needs to know, made once per mask from offsets on the host.
+
+Shapes: T tokens of all rows of a micro-batch, row after row; N segments.
+
+The mask travels through Megatron as a host tensor of cu_seqlens in the place of
+``attention_mask`` (None: the window grid alone). From it every layer needs the same device tensors
+and host lengths, so they are kept for as long as the mask is in use. An entry holds the mask's own
+memory, which makes its address a safe key: the memory cannot be reused while the entry lives.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+
+from megatron_skyladder.fragments import fragment_cu_seqlens, rows_cu_seqlens
+
+_MIN_PADDED_SEGMENTS = 16
+_KEPT_MASKS = 256  # more than the micro-batches in flight of any pipeline schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Causal attention runs within each segment; queries lie at the end of their keys.
+
+    Args:
+        cu_seqlens_q: int32 host array [N + 1], offsets into the query tokens.
+        cu_seqlens_k: int32 host array [N + 1], offsets into the key tokens; each segment has at
+            least as many keys as queries, and the last query sees the last key (bottom right).
+        max_seqlen_q: host bound on the longest segment's queries, in tokens.
+        max_seqlen_k: the same for keys.
+        sliding_window: tokens a query sees at most, itself included; None: all of its segment.
+        grid: the window length where the grid alone cuts every row (no documents, no sliding,
+            queries and keys the same tokens): windows can be batched without gathering.
+        device: where the tensors go.
+    """
+
+    cu_seqlens_q: np.ndarray
+    cu_seqlens_k: np.ndarray
+    max_seqlen_q: int
+    max_seqlen_k: int
+    sliding_window: int | None
+    grid: int | None
+    device: torch.device
+
+    @cached_property
+    def cu_seqlens_q_device(self) -> torch.Tensor:
+        """int32 [padded N + 1]: trailing empty segments make the count one of a few sizes."""
+        return _to_device(_pad_count(self.cu_seqlens_q), self.device)
+
+    @cached_property
+    def cu_seqlens_k_device(self) -> torch.Tensor:
+        """int32 [padded N + 1]; the very same tensor as for queries where the offsets are."""
+        if self.cu_seqlens_k is self.cu_seqlens_q:
+            return self.cu_seqlens_q_device
+        return _to_device(_pad_count(self.cu_seqlens_k), self.device)
+
+    @cached_property
+    def lengths_q(self) -> np.ndarray:
+        """Queries in each segment, [N]."""
+        return np.diff(self.cu_seqlens_q)
+
+    @cached_property
+    def lengths_k(self) -> np.ndarray:
+        """Keys in each segment, [N]."""
+        return np.diff(self.cu_seqlens_k)
+
+
+class MaskCache:
+    """Segments by the host tensor that carries the mask, the latest few hundred."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[tuple[object, ...], tuple[torch.Tensor, Segments]]
+        self._entries = OrderedDict()
+
+    def get(
+        self,
+        mask: torch.Tensor,
+        *,
+        max_seqlen: int,
+        sliding_window: int | None,
+        device: torch.device,
+    ) -> Segments:
+        """Return the segments of a mask, made on first use.
+
+        Args:
+            mask: int32 [N + 1] on the host, cu_seqlens over all rows of the micro-batch.
+            max_seqlen: host bound on the longest segment.
+            sliding_window: see `Segments`.
+            device: where attention runs.
+        """
+        key = (mask.data_ptr(), mask.numel(), mask._version, max_seqlen, sliding_window, device)
+        entry = self._entries.get(key)
+        if entry is None:
+            cu_seqlens = mask.numpy()
+            segments = Segments(
+                cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, sliding_window, None, device
+            )
+            entry = self._entries[key] = (mask, segments)
+            if len(self._entries) > _KEPT_MASKS:
+                self._entries.popitem(last=False)
+        return entry[1]
+
+
+@lru_cache(maxsize=8)
+def grid_segments(
+    window_len: int, seq_length: int, num_rows: int, *, sliding: bool, device: torch.device
+) -> Segments:
+    """Return the segments of rows that only the window cuts.
+
+    With the sliding mask a row is one segment and the window moves along with the query.
+    """
+    cut = seq_length if sliding else window_len
+    row = fragment_cu_seqlens(np.empty(0, np.int32), seq_length=seq_length, window_len=cut)
+    cu_seqlens = rows_cu_seqlens([row] * num_rows)
+    sliding_window = window_len if sliding and window_len < seq_length else None
+    grid = cut if sliding_window is None else None
+    return Segments(cu_seqlens, cu_seqlens, cut, cut, sliding_window, grid, device)
+
+
+def _pad_count(cu_seqlens: np.ndarray) -> np.ndarray:
+    """Repeat the last offset until the number of segments is a power of two.
+
+    Kernels plan, and Transformer Engine caches, by the number of segments: one that changed with
+    every row would cost a plan per micro-batch.
+    """
+    num_segments = max(_MIN_PADDED_SEGMENTS, len(cu_seqlens) - 1)
+    padded = 1 << (num_segments - 1).bit_length()
+    return np.pad(cu_seqlens, (0, padded + 1 - len(cu_seqlens)), mode="edge")
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    host = torch.from_numpy(array)
+    if device.type != "cuda":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)  # does not wait for the device
