@@ -41,6 +41,7 @@ class SkyLadderConfig:
         mask: ``local`` (fixed grid of windows) or ``sliding``.
         attention_backend: a key of the backend table, or ``auto``.
         probe: whether the mask is tried out on the real model at start-up.
+        eval_lengths: context lengths at which validation is reported, ascending; empty: not.
     """
 
     schedule: WindowSchedule
@@ -51,6 +52,7 @@ class SkyLadderConfig:
     mask: str = "local"
     attention_backend: str = "auto"
     probe: bool = True
+    eval_lengths: tuple[int, ...] = ()
 
     def window_at_samples(self, consumed_samples: int) -> int:
         """Return the window of the global batch that starts after ``consumed_samples``."""
@@ -159,6 +161,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help=f"one of {', '.join(BACKENDS)}. Default: auto, which says what it picked and why.",
     )
     group.add_argument(
+        "--skyladder-eval-lengths",
+        type=_lengths,
+        metavar="TOKENS,...",
+        help="report validation loss at these context lengths too, such as 512,4096,8192: blocked "
+        "windows, and bands of positions, on a part of the validation rows.",
+    )
+    group.add_argument(
         "--skyladder-allow-unfinished",
         action="store_const",
         const=True,
@@ -226,6 +235,7 @@ def config_from_args(args: Any) -> SkyLadderConfig | None:
             "attention-backend", flags.get("attention_backend") or "auto", BACKENDS
         ),
         probe=not flags.get("no_probe"),
+        eval_lengths=_eval_lengths(flags.get("eval_lengths", ()), seq_length),
     )
 
 
@@ -327,6 +337,22 @@ def _check_ends(schedule: WindowSchedule, args: Any, begin_samples: int) -> None
         )
 
 
+def _eval_lengths(given: tuple[int, ...], seq_length: int) -> tuple[int, ...]:
+    lengths = tuple(sorted(set(given)))
+    outside = [length for length in lengths if not 1 <= length <= seq_length]
+    if outside:
+        raise ValueError(
+            f"--skyladder-eval-lengths has {outside[0]}, but context lengths lie between 1 and "
+            f"--seq-length={seq_length}."
+        )
+    if lengths and lengths[0] == seq_length:
+        raise ValueError(
+            f"--skyladder-eval-lengths={seq_length} is the whole row, which plain validation "
+            f"reports already. Give shorter lengths, such as {max(1, seq_length // 4)}."
+        )
+    return lengths
+
+
 def _choice(flag: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(
@@ -341,6 +367,16 @@ def _number(text: str) -> Fraction:
         return exact(text)
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 0.125 or 1/8") from None
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    """Parse 512,4096,8192."""
+    try:
+        return tuple(int(length) for length in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of lengths such as 512,4096,8192"
+        ) from None
 
 
 def _stage(text: str) -> Stage:

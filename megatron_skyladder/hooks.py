@@ -107,6 +107,12 @@ def _probe_after_setup(original: Callable[..., Any]) -> Callable[..., Any]:
     return setup_model_and_optimizer
 
 
+def _evaluate_by_length(original: Callable[..., Any]) -> Callable[..., Any]:
+    from megatron_skyladder.evaluation import with_lengths
+
+    return with_lengths(original) if clock.current().config.eval_lengths else original
+
+
 def _log_window(original: Callable[..., Any]) -> Callable[..., Any]:
     def training_log(
         loss_dict: dict[str, Any], total_loss_dict: dict[str, Any], *args: Any, **kwargs: Any
@@ -188,6 +194,12 @@ HOOKS = (
         "training_log",
         _log_window,
         "to log the window beside the losses",
+    ),
+    Hook(
+        "megatron.training.training",
+        "evaluate",
+        _evaluate_by_length,
+        "to report validation losses by context length",
     ),
     Hook(
         "megatron.training.checkpointing",
