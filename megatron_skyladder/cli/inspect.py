@@ -1,0 +1,201 @@
+"""``skyladder inspect``: what is in a .bin/.idx pair."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from megatron_skyladder.data import tokenizers
+from megatron_skyladder.data.indexed import IndexedReader
+from megatron_skyladder.data.output import read_record
+from megatron_skyladder.data.summary import summarize
+
+DESCRIPTION = """\
+Show what is in PREFIX.bin and PREFIX.idx: how many documents and tokens, how long documents are,
+whether each ends in the end-of-document token and has none inside, and how many training rows hold
+more than one document (those are what --skyladder-intra-document changes). Any pair will do, also
+one that Megatron's own tool made. All tokens are read once.
+"""
+
+EPILOG = """\
+examples:
+  skyladder inspect data/cc_text_document --seq-length 32768
+  skyladder inspect data/cc_text_document --document 7 \\
+      --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model
+  skyladder inspect data/cc_text_document --json | jq .eod
+"""
+
+BAR = 40
+SAMPLE_TOKENS = 64  # shown from the beginning of a document; a quarter of it from its end
+
+
+def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
+    """Add the command to ``skyladder``."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help=help_text,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("prefix", metavar="PREFIX", help="path without .bin or .idx.")
+    parser.add_argument(
+        "--seq-length",
+        type=int,
+        default=8192,
+        metavar="TOKENS",
+        help="row length for the share of rows with several documents. Default: 8192.",
+    )
+    parser.add_argument(
+        "--eod-id",
+        type=int,
+        metavar="ID",
+        help="the end-of-document token. Default: the tokenizer's where one is given, what "
+        "`skyladder prepare` noted, or else what most documents end in.",
+    )
+    parser.add_argument(
+        "--document",
+        type=int,
+        default=0,
+        metavar="N",
+        help="which document to show a sample of. Default: 0.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead.")
+    tokenizers.add_arguments(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command and return the exit code."""
+    reader = IndexedReader(args.prefix.removesuffix(".bin").removesuffix(".idx"))
+    tokenizer = tokenizers.build_tokenizer(args) if args.tokenizer_type else None
+    eod, source = _eod(args, reader, tokenizer)
+    report = _show_share if sys.stderr.isatty() else lambda share: None
+    summary = summarize(reader, eod=eod, seq_length=args.seq_length, report=report)
+    summary["eod"]["source"] = source
+    summary["sample"] = _sample(reader, args.document, tokenizer)
+    if args.json:
+        print(json.dumps(summary, indent=1))
+    else:
+        print("\n".join(text_report(summary)))
+    return 0
+
+
+def _show_share(share: float) -> None:
+    end = "\r\x1b[K" if share == 1 else ""
+    print(f"\rreading {share:4.0%}{end}", end="", file=sys.stderr, flush=True)
+
+
+def _eod(
+    args: argparse.Namespace, reader: IndexedReader, tokenizer: tokenizers.Tokenizer | None
+) -> tuple[int | None, str]:
+    """Return the end-of-document token and where it is known from."""
+    if args.eod_id is not None:
+        return args.eod_id, "--eod-id"
+    if tokenizer is not None:
+        return tokenizer.eod, "the tokenizer"
+    record = read_record(reader.prefix)
+    if record is not None:
+        return record["settings"]["eod"], "skyladder prepare"
+    return None, "the token most documents end in"
+
+
+def _sample(
+    reader: IndexedReader, document: int, tokenizer: tokenizers.Tokenizer | None
+) -> dict[str, Any] | None:
+    if not len(reader):
+        return None
+    if not 0 <= document < len(reader):
+        raise ValueError(f"--document={document}: there are {len(reader):,}, counted from 0.")
+    tokens = reader[document]
+    tail = SAMPLE_TOKENS // 4
+    parts = (
+        [tokens]
+        if len(tokens) <= SAMPLE_TOKENS + tail
+        else [tokens[:SAMPLE_TOKENS], tokens[-tail:]]
+    )
+    ids = [part.tolist() for part in parts]
+    return {
+        "document": document,
+        "length": len(tokens),
+        "ids": ids,
+        "text": [tokenizer.decode(part) for part in ids] if tokenizer else None,
+    }
+
+
+def text_report(summary: dict[str, Any]) -> list[str]:
+    """Return the lines that are printed."""
+    lengths, rows, eod = summary["lengths"], summary["rows"], summary["eod"]
+    lines = [
+        f"{summary['prefix']}: {summary['documents']:,} documents, {summary['tokens']:,} tokens "
+        f"({summary['dtype']})"
+    ]
+    if summary["empty_documents"]:
+        lines.append(f"documents without tokens: {summary['empty_documents']:,}")
+    if summary["sequences"] != summary["documents"] - summary["empty_documents"]:
+        lines.append(f"{summary['sequences']:,} sequences: documents are split into several")
+    if not summary["documents"]:
+        return lines
+    lines += [
+        "",
+        f"length in tokens: {lengths['min']:,} to {lengths['max']:,}, mean {lengths['mean']:,.1f}, "
+        f"half up to {lengths['p50']:,.0f}, 90 % up to {lengths['p90']:,.0f}, "
+        f"99 % up to {lengths['p99']:,.0f}",
+        *_histogram(lengths["histogram"]),
+        "",
+        *_eod_lines(eod, summary["documents"] - summary["empty_documents"]),
+        "",
+        *_row_lines(rows),
+    ]
+    return [*lines, "", *_sample_lines(summary["sample"])]
+
+
+def _histogram(histogram: list[tuple[int, int, int, int]]) -> list[str]:
+    most = max(count for _, _, count, _ in histogram)
+    lines = []
+    for low, high, count, tokens in histogram:
+        bar = "#" * -(-BAR * count // most)
+        lines.append(
+            f"{low:>11,} - {high:<11,} {bar:<{BAR}} {count:,} documents, {tokens:,} tokens"
+        )
+    return lines
+
+
+def _eod_lines(eod: dict[str, Any], documents: int) -> list[str]:
+    lines = [f"end-of-document token: {eod['id']} (from {eod['source']})"]
+    if eod["documents_without"]:
+        lines.append(
+            f"  {eod['documents_without']:,} of {documents:,} documents do not end in it; the "
+            f"first is document {eod['first_without']:,}"
+        )
+    else:
+        lines.append("  every document ends in it")
+    if eod["inside"]:
+        lines.append(
+            f"  {eod['inside']:,} more are inside documents, where they look like a document's "
+            f"end; the first is in document {eod['first_inside']:,}"
+        )
+    else:
+        lines.append("  none is inside a document")
+    return [*lines, f"largest token: {eod['largest_token']}"]
+
+
+def _row_lines(rows: dict[str, Any]) -> list[str]:
+    if not rows["rows"]:
+        return [f"rows of {rows['seq_length']:,} tokens: not one is full"]
+    return [
+        f"rows of {rows['seq_length']:,} tokens: {rows['rows']:,}, "
+        f"{rows['with_several_documents']:.1%} of them with more than one document, "
+        f"{rows['mean_documents']:.1f} documents a row on average (in file order)"
+    ]
+
+
+def _sample_lines(sample: dict[str, Any]) -> list[str]:
+    lines = [f"document {sample['document']:,}, {sample['length']:,} tokens:"]
+    for shown in sample["text"] or sample["ids"]:
+        lines.append(f"  {shown!r}")
+    if sample["text"] is None:
+        lines.append("  (give --tokenizer-type and --tokenizer-model to read it)")
+    return lines
