@@ -1,0 +1,45 @@
+# Two commands from a fresh machine: make demo, make test. The environment is made on the way.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
+EXTRAS := training,data,plot,dev
+
+.PHONY: help install demo test check format lint types clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(READY)  ## the environment in .venv (torch with CUDA libraries: about 6 GB)
+
+$(READY): setup.py constraints.txt tools/find_python.sh
+	@python=$$(tools/find_python.sh) && echo "environment: $$python -> $(VENV)" && \
+	  { [ -x $(BIN)/python ] || $$python -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@touch $@
+
+demo: $(READY)  ## pretrain a small model twice, constant window and SkyLadder; table and plot
+	SKYLADDER_DEVICE=cpu $(BIN)/skyladder demo --output demo
+
+test: $(READY)  ## the whole suite
+	$(PYTEST)
+
+check: $(READY) lint types test  ## formatting, lint, types and the suite, as CI does
+
+format: $(READY)  ## rewrite the formatting
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(READY)  ## formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)  ## mypy
+	$(BIN)/mypy
+
+clean:  ## remove the environment and what the demo wrote
+	rm -rf $(VENV) demo build *.egg-info

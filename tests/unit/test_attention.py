@@ -1,0 +1,184 @@
+"""The core-attention module: against Megatron's own, and what it refuses."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("megatron.core")
+
+from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+from megatron_skyladder import clock  # noqa: E402
+from megatron_skyladder.attention import SkyLadderAttention  # noqa: E402
+from megatron_skyladder.config import SkyLadderConfig  # noqa: E402
+from megatron_skyladder.fragments import dense_mask, fragment_cu_seqlens  # noqa: E402
+from megatron_skyladder.schedules import WindowSchedule  # noqa: E402
+
+LENGTH, ROWS, HEADS, GROUPS, DIM = 48, 2, 4, 2, 8
+
+
+@pytest.fixture
+def samples():
+    """A clock under a schedule of 8 + 8 per step; the list holds the consumed samples."""
+    consumed = [0]
+    config = SkyLadderConfig(
+        schedule=WindowSchedule(start_window=8, final_window=LENGTH, alpha=8),
+        seq_length=LENGTH,
+        step_samples=4,
+        attention_backend="sdpa",
+    )
+    clock.install(config, lambda: consumed[0])
+    yield consumed
+    clock.uninstall()
+
+
+def transformer_config(**changes):
+    values = {
+        "num_layers": 1,
+        "hidden_size": HEADS * DIM,
+        "num_attention_heads": HEADS,
+        "num_query_groups": GROUPS,
+        "attention_dropout": 0.0,
+        **changes,
+    }
+    return TransformerConfig(**values)
+
+
+def build(config=None, mask_type=AttnMaskType.causal, attention_type="self"):
+    return SkyLadderAttention(
+        config or transformer_config(),
+        layer_number=1,
+        attn_mask_type=mask_type,
+        attention_type=attention_type,
+    )
+
+
+def random_qkv():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(LENGTH, ROWS, heads, DIM, generator=generator, requires_grad=True)
+        for heads in (HEADS, GROUPS, GROUPS)
+    ]
+
+
+def dense(qkv, mask):
+    """[s, b, h * d] of a softmax over the visible keys."""
+    query, key, value = qkv
+    key, value = (x.repeat_interleave(HEADS // GROUPS, 2) for x in (key, value))
+    logits = torch.einsum("qbhd,kbhd->bhqk", query, key) / DIM**0.5
+    weights = logits.masked_fill(~torch.from_numpy(mask), float("-inf")).softmax(-1)
+    return torch.einsum("bhqk,kbhd->qbhd", weights, value).flatten(2)
+
+
+@pytest.mark.parametrize(("consumed", "window"), [(0, 8), (3, 8), (4, 16), (12, 32), (400, LENGTH)])
+def test_the_window_follows_the_consumed_samples(samples, consumed, window):
+    attention = build()
+    samples[0] = consumed
+    qkv = random_qkv()
+    expected = dense(qkv, dense_mask(LENGTH, window_len=window))
+    torch.testing.assert_close(attention(*qkv, None), expected)
+
+
+def test_evaluation_sees_the_whole_row(samples):
+    attention = build().eval()
+    qkv = random_qkv()
+    expected = dense(qkv, dense_mask(LENGTH, window_len=LENGTH))
+    torch.testing.assert_close(attention(*qkv, None), expected)
+
+
+def test_documents_of_each_row(samples):
+    attention = build()
+    ends = [np.array([5, 11], np.int32), np.array([20], np.int32)]
+    rows = [fragment_cu_seqlens(e, seq_length=LENGTH, window_len=8) for e in ends]
+    mask = torch.from_numpy(np.concatenate((rows[0], rows[1][1:] + np.int32(LENGTH))))
+    qkv = random_qkv()
+    out = attention(*qkv, mask)
+    for row, row_ends in enumerate(ends):
+        expected = dense(qkv, dense_mask(LENGTH, window_len=8, document_ends=row_ends))
+        torch.testing.assert_close(out[:, row], expected[:, row])
+
+
+def test_the_full_window_is_megatrons_own_attention(samples, monkeypatch):
+    """Values and gradients to rounding, grouped queries included."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class OneRank:
+        def size(self):
+            return 1
+
+        def rank(self):
+            return 0
+
+    class Buffer:  # Megatron's sits on the GPU
+        def get_tensor(self, shape, dtype, _):
+            return torch.zeros(shape, dtype=dtype)
+
+    monkeypatch.setattr(parallel_state, "get_global_memory_buffer", Buffer)
+    groups = ProcessGroupCollection()
+    groups.tp = OneRank()
+    config = transformer_config()
+    stock = DotProductAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
+    stock.config.sequence_parallel = True  # keeps dropout (0) from asking for Megatron's RNG state
+    samples[0] = 10_000
+    qkv = random_qkv()
+    hidden = ~torch.from_numpy(dense_mask(LENGTH, window_len=LENGTH))
+    expected = stock(*qkv, hidden[None, None])
+    got = build()(*qkv, None)
+    torch.testing.assert_close(got, expected)
+    direction = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(got, qkv, direction),
+        torch.autograd.grad(expected, qkv, direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), "int32 cu_seqlens on the host"),
+        (torch.tensor([0, 96]), "int32 cu_seqlens on the host"),
+        (torch.tensor([0, 48], dtype=torch.int32), "belongs to another micro-batch"),
+    ],
+)
+def test_other_masks_are_refused(samples, mask, message):
+    with pytest.raises(ValueError, match=message):
+        build()(*random_qkv(), mask)
+
+
+def test_packed_sequences_and_inference_are_refused(samples):
+    query, key, value = random_qkv()
+    with pytest.raises(ValueError, match="--skyladder-intra-document"):
+        build()(query, key, value, None, packed_seq_params=object())
+    with pytest.raises(ValueError, match="for generation build the model without it"):
+        build()(query[:1], key, value, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_dropout": 0.1}, "--attention-dropout 0"),
+        ({"window_size": (7, 0)}, "--skyladder-mask sliding"),
+        ({"softmax_type": "off-by-one"}, "use vanilla"),
+    ],
+)
+def test_models_that_windows_do_not_fit_are_refused(samples, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(transformer_config(**changes))
+
+
+def test_only_causal_self_attention(samples):
+    with pytest.raises(ValueError, match="cross attention"):
+        build(attention_type="cross")
+    with pytest.raises(ValueError, match="no_mask"):
+        build(mask_type=AttnMaskType.no_mask)
+
+
+def test_without_a_schedule_it_is_not_built():
+    clock.uninstall()
+    with pytest.raises(RuntimeError, match="no schedule is installed"):
+        build()

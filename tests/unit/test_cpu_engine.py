@@ -1,0 +1,106 @@
+"""The CPU engine: never loaded by accident, and what it turns CUDA calls into."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("megatron.core")
+
+
+def run(code, **environment):
+    """Run code in a fresh Python without a visible GPU."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "SKYLADDER_DEVICE": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_importing_the_package_loads_and_changes_nothing():
+    code = """
+import sys
+import megatron_skyladder, megatron_skyladder.config, megatron_skyladder.cli
+assert not {"torch", "numpy", "megatron"} & set(sys.modules), sorted(sys.modules)
+"""
+    assert run(code).returncode == 0
+
+
+def test_without_a_gpu_the_error_names_the_variable():
+    result = run("from megatron_skyladder.pretrain_gpt import main; main()")
+    assert result.returncode == 2
+    assert "SKYLADDER_DEVICE=cpu" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_device_is_refused():
+    result = run("from megatron_skyladder.pretrain_gpt import main; main()", SKYLADDER_DEVICE="tpu")
+    assert result.returncode == 2
+    assert "SKYLADDER_DEVICE=tpu is unknown" in result.stderr
+
+
+def test_it_does_not_load_where_cuda_is_visible_or_megatron_is_imported():
+    code = """
+import torch
+from megatron_skyladder import cpu_engine
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 8
+try:
+    cpu_engine.install()
+except ValueError as error:
+    assert "sees 8 CUDA device(s)" in str(error), error
+else:
+    raise AssertionError("installed over a GPU")
+torch.cuda.is_available = lambda: False
+import megatron.core
+try:
+    cpu_engine.install()
+except ValueError as error:
+    assert "before megatron is imported" in str(error), error
+else:
+    raise AssertionError("installed after megatron")
+assert not cpu_engine.is_installed()
+"""
+    result = run(code, SKYLADDER_DEVICE="cpu")
+    assert result.returncode == 0, result.stderr
+
+
+def test_cuda_calls_land_on_the_cpu():
+    code = """
+import torch
+from megatron_skyladder import cpu_engine
+cpu_engine.install()
+cpu_engine.install()
+cpu = torch.device("cpu")
+for tensor in (
+    torch.zeros(2, device="cuda"),
+    torch.zeros(2, device=torch.device("cuda", 0)),
+    torch.zeros(2, device=torch.cuda.current_device()),
+    torch.zeros(2).cuda(non_blocking=True),
+    torch.zeros(2).to("cuda"),
+    torch.zeros(2, pin_memory=True),
+    torch.zeros(2).pin_memory(),
+    torch.nn.Linear(2, 2).cuda().weight,
+):
+    assert tensor.device == cpu
+assert torch.zeros(2).to(torch.float64).dtype == torch.float64
+assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+assert torch.zeros(2).type(torch.int32).dtype == torch.int32
+start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+start.record(); end.record()
+assert start.elapsed_time(end) >= 0
+state = torch.cuda.get_rng_state()
+first = torch.rand(3)
+torch.cuda.set_rng_state(state)
+assert torch.equal(first, torch.rand(3))
+with torch.cuda.stream(torch.cuda.Stream()):
+    torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
+assert torch.compile(lambda x: x + 1)(1) == 2
+assert torch.compile(dynamic=True)(lambda x: x + 1)(1) == 2
+"""
+    result = run(code, SKYLADDER_DEVICE="cpu")
+    assert result.returncode == 0, result.stderr
