@@ -57,16 +57,22 @@ class Sample:
         return self.num_rows // self.micro_batch_size
 
 
-def choose_sample(num_rows: int, micro_batch_size: int, num_passes: int) -> Sample:
-    """Return how many rows can be passed ``num_passes`` more times within `EXTRA_WORK`.
+def choose_sample(
+    num_iterations: int, rows_per_iteration: int, micro_batch_size: int, num_passes: int
+) -> Sample:
+    """Return which rows can be passed ``num_passes`` more times within `EXTRA_WORK`.
+
+    Whole iterations where possible: these are the same rows under any data-parallel size.
 
     Args:
-        num_rows: rows of this rank in one plain validation.
+        num_iterations: of one plain validation.
+        rows_per_iteration: of this rank.
         micro_batch_size: rows in each of its micro-batches.
-        num_passes: lengths below the row's.
+        num_passes: lengths below the row's, at least 1.
     """
-    affordable = int(EXTRA_WORK * num_rows / max(1, num_passes))
-    rows = max(1, min(affordable, num_rows))
+    affordable = EXTRA_WORK / num_passes
+    rows = int(affordable * num_iterations) * rows_per_iteration
+    rows = rows or max(1, int(affordable * num_iterations * rows_per_iteration))
     batch = min(rows, micro_batch_size)
     rows -= rows % batch
     return Sample(rows, batch, -(-rows // micro_batch_size))
@@ -99,9 +105,9 @@ def _sample(eval_iters: int | None, windows: tuple[int, ...]) -> Sample:
     iterations = options.eval_iters if eval_iters is None else eval_iters
     batch_size = getattr(options, "eval_global_batch_size", options.global_batch_size)
     micro_batch_size = getattr(options, "eval_micro_batch_size", options.micro_batch_size)
-    rows = iterations * batch_size // options.data_parallel_size
-    sample = choose_sample(rows, micro_batch_size, len(windows))
-    _announce(rows, sample, windows, options.seq_length)
+    rows = batch_size // options.data_parallel_size
+    sample = choose_sample(iterations, rows, micro_batch_size, len(windows))
+    _announce(iterations * rows, sample, windows, options.seq_length)
     return sample
 
 

@@ -1,0 +1,281 @@
+"""Megatron's console logs as records: what a run printed, for reports and calibration.
+
+Needs nothing but the standard library and no Megatron. What a log may contain and is coped with:
+colours, the prefixes of torchrun and srun (``[default3]:``, ``7: ``), lines of anything else, and
+several attempts of a requeued run one after the other: where an attempt starts again at an earlier
+iteration, what the one before had logged from there on was lost work and is left out.
+
+Megatron (0.16 to 0.19) prints a line after the first iteration of every attempt without resetting
+its sums, so the next line's mean loss and time contain that iteration again. Both are corrected
+here: each record covers the iterations since the record before.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+
+LOG_SUFFIXES = (".log", ".out", ".txt", ".err")
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_ITERATION = re.compile(r"(?:\[([\d:. -]{19,})\]\s*)?iteration\s+(\d+)/\s*(\d+) \|(.*)")
+_VALIDATION = re.compile(r"validation(\S*) loss at iteration (\d+)(?: on (\w+) set)? \|(.*)")
+_VALUE = " value"  # as in "lm loss value: 4.1"; the other field is its perplexity
+_SETTING = re.compile(r"^(?:\S{0,24}:)? {1,3}(\w+) \.{2,} ?(.*)$")
+_ATTEMPT = "- arguments -"
+_FINGERPRINT = re.compile(
+    r"SkyLadder: (.*; step of \d+ samples; .* mask; documents (?:not )?masked.*)"
+)
+_WORLD_SIZE = re.compile(r"using world size: (\d+)")
+_AT_LENGTH = re.compile(r"skyladder/loss_at_(\d+)$")
+_AT_POSITIONS = re.compile(r"skyladder/loss_positions_(\d+)_(\d+)$")
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One line of the training log.
+
+    Args:
+        iteration: the last of the iterations that this record covers.
+        consumed_samples: training samples consumed by then.
+        num_iterations: how many iterations the record covers; means are over these.
+        elapsed_ms: mean time of one iteration, evaluation and checkpoints left out.
+        values: every number of the line by its name, such as ``lm loss``, ``learning rate``,
+            ``grad norm``, ``skyladder/window``.
+        time: when the line was printed, if it says.
+    """
+
+    iteration: int
+    consumed_samples: int
+    num_iterations: int
+    elapsed_ms: float
+    values: dict[str, float]
+    time: datetime | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """Mean training loss."""
+        return self.values.get("lm loss")
+
+    @property
+    def window(self) -> int | None:
+        """The attention window of the last iteration, in tokens."""
+        window = self.values.get("skyladder/window")
+        return None if window is None else int(window)
+
+    @property
+    def attention_fraction(self) -> float | None:
+        """Attention work of the last iteration relative to full causal."""
+        return self.values.get("skyladder/attention_fraction")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validation line.
+
+    Args:
+        iteration: after which it ran.
+        dataset: ``validation`` or ``test``, with the name Megatron gives one of several sets.
+        values: every loss by its name, ``lm loss`` first of all.
+    """
+
+    iteration: int
+    dataset: str
+    values: dict[str, float]
+
+    @property
+    def loss(self) -> float | None:
+        """The plain validation loss, whole rows in sight."""
+        return self.values.get("lm loss")
+
+    @property
+    def by_length(self) -> dict[int, float]:
+        """Loss by context length in tokens (blocked windows), ascending."""
+        found = ((_AT_LENGTH.match(name), value) for name, value in self.values.items())
+        return dict(sorted((int(match[1]), value) for match, value in found if match))
+
+    @property
+    def by_positions(self) -> dict[tuple[int, int], float]:
+        """Loss by position in the row, (first, last) both included, ascending."""
+        found = ((_AT_POSITIONS.match(name), value) for name, value in self.values.items())
+        return dict(
+            sorted(((int(match[1]), int(match[2])), value) for match, value in found if match)
+        )
+
+
+@dataclass
+class RunLog:
+    """Everything the logs of one run say.
+
+    Args:
+        path: the file or folder it was read from.
+        settings: Megatron's arguments as text, those of the last attempt.
+        schedule: what SkyLadder printed at the start, or None where it was off.
+        num_gpus: the world size of the last attempt, if the log says.
+        num_attempts: how often the run was started.
+    """
+
+    path: Path
+    iterations: list[Iteration] = field(default_factory=list)
+    validations: list[Validation] = field(default_factory=list)
+    settings: dict[str, str] = field(default_factory=dict)
+    schedule: str | None = None
+    num_gpus: int | None = None
+    num_attempts: int = 0
+
+    def number(self, setting: str) -> float | None:
+        """Return one of Megatron's arguments as a number, or None where it is not one."""
+        try:
+            return float(self.settings[setting])
+        except (KeyError, ValueError):
+            return None
+
+    @property
+    def seq_length(self) -> int | None:
+        """Tokens in a row."""
+        length = self.number("seq_length")
+        return None if length is None else int(length)
+
+    def elapsed_seconds(self) -> list[float]:
+        """Return the training time at the end of each record, from the first iteration on."""
+        total, seconds = 0.0, []
+        for record in self.iterations:
+            total += record.num_iterations * record.elapsed_ms / 1e3
+            seconds.append(total)
+        return seconds
+
+
+def read_run(path: str | Path) -> RunLog:
+    """Read the log of a run.
+
+    Args:
+        path: a console log, or the folder of a run: every log file in it, and in its folder
+            ``logs`` or below that, is read, in the order of their first training lines.
+
+    Raises:
+        ValueError: there is no training line of Megatron in it.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted([*path.glob("*"), *path.glob("logs/**/*")])
+        found = (file for file in files if file.suffix in LOG_SUFFIXES and file.is_file())
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in found]
+        texts = sorted(filter(_ITERATION.search, texts), key=_first_time)
+    else:
+        texts = [path.read_text(encoding="utf-8", errors="replace")]
+    run = parse("\n".join(texts))
+    run.path = path
+    if not run.iterations:
+        files_read = f"the {', '.join(LOG_SUFFIXES)} files of {path} and {path / 'logs'}"
+        where = files_read if path.is_dir() else str(path)
+        raise ValueError(
+            f"no training line of Megatron (' iteration 1/ 100 | ...') in {where}. Give the "
+            "console output of a run; the last rank prints these lines."
+        )
+    return run
+
+
+def parse(text: str) -> RunLog:
+    """Return what the text of a log says; see `read_run`."""
+    run = RunLog(path=Path())
+    first: Iteration | None = None  # the line whose iteration the next line contains again
+    attempt_began = False  # what begins in the middle of a run is taken as it is
+    for raw in text.splitlines():
+        line = _ANSI.sub("", raw)
+        if _ATTEMPT in line:
+            run.num_attempts += 1
+            attempt_began = True
+        elif match := _ITERATION.search(line):
+            record = _iteration(match)
+            _drop_from(run, record.iteration)
+            if attempt_began or record.iteration == 1:
+                first = record  # one iteration, whatever the log interval
+            elif run.iterations:
+                covered = record.iteration - run.iterations[-1].iteration
+                record = replace(record, num_iterations=covered)
+                if first is not None:
+                    record, first = _without(first, record), None
+            attempt_began = False
+            run.iterations.append(record)
+        elif match := _VALIDATION.search(line):
+            _add_validation(run, match)
+        else:
+            _note_setting(run, line)
+    return run
+
+
+def _first_time(text: str) -> str:
+    match = _ITERATION.search(text)
+    return (match[1] or "") if match else ""
+
+
+def _iteration(match: re.Match[str]) -> Iteration:
+    values = _numbers(match[4])
+    return Iteration(
+        iteration=int(match[2]),
+        consumed_samples=int(values.pop("consumed samples", 0)),
+        num_iterations=1,
+        elapsed_ms=values.pop("elapsed time per iteration (ms)", 0.0),
+        values=values,
+        time=datetime.fromisoformat(match[1].strip()) if match[1] else None,
+    )
+
+
+def _numbers(fields: str) -> dict[str, float]:
+    """Parse ``name: 1.5 | other name: 2E-3 |``; what is not a number is left out."""
+    numbers = {}
+    for part in fields.split("|"):
+        name, _, text = part.rpartition(":")
+        try:
+            numbers[name.strip()] = float(text)
+        except ValueError:
+            continue
+    return numbers
+
+
+def _drop_from(run: RunLog, iteration: int) -> None:
+    """Leave out what an earlier attempt logged from this iteration on."""
+    while run.iterations and run.iterations[-1].iteration >= iteration:
+        run.iterations.pop()
+    while run.validations and run.validations[-1].iteration >= iteration:
+        run.validations.pop()
+
+
+def _without(first: Iteration, record: Iteration) -> Iteration:
+    """Take the attempt's first iteration out of the means of the line after it."""
+    count = record.num_iterations + 1
+    elapsed = (count * record.elapsed_ms - first.elapsed_ms) / record.num_iterations
+    values = dict(record.values)
+    skipped = first.values.get("number of skipped iterations", 0) or values.get(
+        "number of skipped iterations", 0
+    )
+    if record.loss is not None and first.loss is not None and not skipped:
+        values["lm loss"] = (count * record.loss - first.loss) / record.num_iterations
+    return replace(record, elapsed_ms=max(0.0, elapsed), values=values)
+
+
+def _add_validation(run: RunLog, match: re.Match[str]) -> None:
+    dataset = ("test" if match[3] == "test" else "validation") + match[1]
+    numbers = _numbers(match[4])
+    values = {name[: -len(_VALUE)]: x for name, x in numbers.items() if name.endswith(_VALUE)}
+    record = Validation(int(match[2]), dataset, values)
+    same = (
+        old
+        for old in run.validations
+        if (old.iteration, old.dataset) == (record.iteration, record.dataset)
+    )
+    for old in list(same):
+        run.validations.remove(old)
+    run.validations.append(record)
+
+
+def _note_setting(run: RunLog, line: str) -> None:
+    if match := _FINGERPRINT.search(line):
+        run.schedule = match[1].strip()
+    elif match := _WORLD_SIZE.search(line):
+        run.num_gpus = int(match[1])
+    elif match := _SETTING.match(line):
+        run.settings[match[1]] = match[2].strip()

@@ -1,0 +1,181 @@
+"""Logs of Megatron as they are found: several attempts, prefixes, colours, interval means."""
+
+import math
+
+import pytest
+
+from megatron_skyladder.runlog import parse, read_run
+
+ARGUMENTS = """using world size: 2, data-parallel size: 2
+------------------------ arguments ------------------------
+  lr .............................................. 0.001
+  seq_length ...................................... 128
+  split ........................................... None
+  cp_comm_type .................................... ['p2p']
+-------------------- end of arguments ---------------------
+SkyLadder: linear 8 -> 128, fraction 0.64 of 8 steps; step of 4 samples; local mask; documents \
+not masked
+"""
+
+
+def line(iteration, loss, ms=100.0, window=8.0, extra=""):
+    return (
+        f" [2026-11-23 06:34:{iteration:02d}.068902] iteration {iteration:8d}/{40:8d} |"
+        f" consumed samples: {4 * iteration:12d} | elapsed time per iteration (ms): {ms:.1f} |"
+        f" learning rate: 1.000000E-03 | global batch size:     4 |{extra}"
+        f" skyladder/window: {window:.6E} | skyladder/attention_fraction: 6.976745E-02 |"
+        f" lm loss: {loss:.6E} | loss scale: 1.0 | grad norm: 1.304 |"
+        " number of skipped iterations:   0 | number of nan iterations:   0 |"
+    )
+
+
+VALIDATION = (
+    " validation loss at iteration 2 | lm loss value: 4.185435E+00 | lm loss PPL: 6.572210E+01 | "
+    "skyladder/loss_at_16 value: 4.5E+00 | skyladder/loss_at_16 PPL: 9.0E+01 | "
+    "skyladder/loss_at_128 value: 4.1E+00 | skyladder/loss_at_128 PPL: 6.0E+01 | "
+    "skyladder/loss_positions_0_15 value: 4.6E+00 | skyladder/loss_positions_0_15 PPL: 9.9E+01 | "
+    "skyladder/loss_positions_16_127 value: 4.0E+00 | x PPL: 5.4E+01 | "
+)
+
+
+def test_one_line():
+    (record,) = parse(line(1, 4.5, extra=" throughput per GPU (TFLOP/s/GPU): 12.3 |")).iterations
+    assert (record.iteration, record.consumed_samples, record.elapsed_ms) == (1, 4, 100.0)
+    assert (record.loss, record.window, record.attention_fraction) == (4.5, 8, 0.06976745)
+    assert record.values["learning rate"] == 1e-3
+    assert record.values["grad norm"] == 1.304
+    assert record.values["throughput per GPU (TFLOP/s/GPU)"] == 12.3
+    assert record.time is not None
+    assert record.time.second == 1
+
+
+def test_settings_and_schedule():
+    run = parse(ARGUMENTS + line(1, 4.5))
+    assert run.settings["cp_comm_type"] == "['p2p']"
+    assert (run.number("lr"), run.number("split"), run.number("absent")) == (1e-3, None, None)
+    assert (run.seq_length, run.num_gpus, run.num_attempts) == (128, 2, 1)
+    assert run.schedule is not None
+    assert run.schedule.startswith("linear 8 -> 128, fraction 0.64")
+
+
+def test_the_line_after_the_first_contains_it_again():
+    # Iterations take 300, 100, 100, ... ms with losses 5, 4, 3, 2 at a log interval of 1:
+    # Megatron prints means of 1, then of 2 iterations, and only then starts over.
+    text = "\n".join([line(1, 5.0, 300.0), line(2, 4.5, 200.0), line(3, 3.0), line(4, 2.0)])
+    run = parse(ARGUMENTS + text)
+    assert [record.loss for record in run.iterations] == [5.0, 4.0, 3.0, 2.0]
+    assert run.elapsed_seconds() == pytest.approx([0.3, 0.4, 0.5, 0.6])
+
+
+def test_interval_means_cover_the_iterations_since_the_line_before():
+    # log interval 10: the second line is the mean of iterations 1..10, of which 1 took 1,000 ms
+    text = "\n".join([line(1, 9.0, 1000.0), line(10, 4.5, 190.0), line(20, 3.0)])
+    run = parse(ARGUMENTS + text)
+    assert [record.num_iterations for record in run.iterations] == [1, 9, 10]
+    assert [record.loss for record in run.iterations] == [9.0, 4.0, 3.0]
+    assert run.elapsed_seconds() == pytest.approx([1.0, 1.9, 2.9])
+
+
+def test_what_begins_in_the_middle_is_taken_as_it_is():
+    run = parse("\n".join([line(20, 4.0), line(30, 3.0)]))
+    assert [record.loss for record in run.iterations] == [4.0, 3.0]
+    assert run.iterations[1].num_iterations == 10
+
+
+def test_a_requeued_run_leaves_out_what_was_lost():
+    lost = [line(1, 5.0), line(2, 4.0), VALIDATION, line(3, 3.9), line(4, 3.8)]
+    resumed = [line(3, 3.5), line(4, 3.4)]
+    text = ARGUMENTS + "\n".join(lost) + "\n" + ARGUMENTS + "\n".join(resumed)
+    run = parse(text)
+    assert [record.iteration for record in run.iterations] == [1, 2, 3, 4]
+    assert [record.loss for record in run.iterations][2:] == pytest.approx([3.5, 3.3])
+    assert run.num_attempts == 2
+    assert [record.iteration for record in run.validations] == [2]
+
+
+def test_an_attempt_that_ends_early_does_not_keep_the_later_lines_of_the_one_before():
+    text = ARGUMENTS + "\n".join([line(i, 5.0) for i in (1, 2, 3, 4)]) + "\n" + ARGUMENTS
+    run = parse(text + line(3, 3.5))
+    assert [record.iteration for record in run.iterations] == [1, 2, 3]
+
+
+def test_skipped_iterations_are_not_taken_out_of_the_mean_loss():
+    # a skipped iteration is in no mean: the loss stays what Megatron printed
+    skipped = line(1, 5.0).replace("skipped iterations:   0", "skipped iterations:   1")
+    run = parse(ARGUMENTS + skipped + "\n" + line(2, 4.5))
+    assert run.iterations[1].loss == 4.5
+
+
+@pytest.mark.parametrize(
+    "decorate",
+    [
+        lambda text: "[default3]:" + text,
+        lambda text: " 7:" + text,
+        lambda text: "\x1b[32m" + text + "\x1b[0m",
+        lambda text: "2026-11-23T06:34:48Z node7 " + text,
+        lambda text: text.strip() + "\r",
+    ],
+)
+def test_prefixes_and_colours(decorate):
+    text = ARGUMENTS + line(1, 4.5) + "\n" + VALIDATION
+    run = parse("\n".join(decorate(row) for row in text.splitlines()))
+    assert run.iterations[0].loss == 4.5
+    assert run.iterations[0].consumed_samples == 4
+    assert run.validations[0].loss == 4.185435
+
+
+def test_settings_behind_torchrun_and_srun_prefixes():
+    for prefix in ("[default0]:", "0: ", "rank0:"):
+        run = parse("\n".join(prefix + row for row in ARGUMENTS.splitlines()))
+        assert run.settings["seq_length"] == "128", prefix
+
+
+def test_validation_by_length_and_positions():
+    (record,) = parse(VALIDATION).validations
+    assert (record.iteration, record.dataset) == (2, "validation")
+    assert record.loss == 4.185435
+    assert record.by_length == {16: 4.5, 128: 4.1}
+    assert record.by_positions == {(0, 15): 4.6, (16, 127): 4.0}
+
+
+def test_validation_sets_are_told_apart_and_the_later_line_counts():
+    rows = [
+        " validation loss at iteration 8 on validation set | lm loss value: 3.0E+00 | ",
+        " validation loss at iteration 8 on test set | lm loss value: 2.0E+00 | ",
+        " validation-wiki loss at iteration 8 | lm loss value: 1.0E+00 | ",
+        " validation loss at iteration 8 | lm loss value: 3.5E+00 | ",
+    ]
+    run = parse("\n".join(rows))
+    assert {record.dataset: record.loss for record in run.validations} == {
+        "validation": 3.5,
+        "test": 2.0,
+        "validation-wiki": 1.0,
+    }
+
+
+def test_a_loss_that_is_no_number_is_kept_as_such():
+    record = parse(line(1, math.nan)).iterations[0]
+    assert record.loss is not None
+    assert math.isnan(record.loss)
+
+
+def test_a_folder_is_read_in_the_order_of_its_training_lines(tmp_path):
+    (tmp_path / "logs" / "attempt_0").mkdir(parents=True)
+    (tmp_path / "b.log").write_text(ARGUMENTS + line(1, 5.0) + "\n" + line(2, 4.0))
+    (tmp_path / "logs" / "attempt_0" / "a.out").write_text(ARGUMENTS + line(3, 3.0))
+    (tmp_path / "setup.log").write_text("nothing to see")
+    (tmp_path / "other" / "logs").mkdir(parents=True)
+    (tmp_path / "other" / "x.log").write_text(line(9, 1.0))  # another run, not this one
+    run = read_run(tmp_path)
+    assert [record.iteration for record in run.iterations] == [1, 2, 3]
+    assert run.path == tmp_path
+    assert run.num_attempts == 2
+
+
+def test_a_file_without_training_lines_is_refused(tmp_path):
+    file = tmp_path / "empty.log"
+    file.write_text("no training here")
+    with pytest.raises(ValueError, match=r"no training line of Megatron .* in .*empty\.log"):
+        read_run(file)
+    with pytest.raises(ValueError, match=r"in the \.log, .* files of .* and .*logs"):
+        read_run(tmp_path)
