@@ -1,7 +1,7 @@
-"""What differs between Megatron releases; the only module that knows of them.
+"""Calls into Megatron that differ between releases; nothing else has to know that they do.
 
-Everything is asked of the installed Megatron by signature where that tells, by the table
-`RELEASES` where it does not.
+A difference is asked of the installed Megatron by signature where that tells, and of the table in
+`releases` where it does not.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ from typing import Any
 import torch
 from megatron.core import mpu
 
-from megatron_skyladder import clock
-from megatron_skyladder.layer_specs import with_skyladder
-
-
-class MegatronMismatchError(RuntimeError):
-    """The installed Megatron does not have what SkyLadder needs."""
+from megatron_skyladder import releases
+from megatron_skyladder.layer_specs import gpt_layer_spec
+from megatron_skyladder.releases import MegatronMismatchError, Trainer
 
 
 def args() -> Any:
@@ -70,7 +67,11 @@ def tp_batch(data_iterator: Any) -> dict[str, torch.Tensor | None]:
     """
     from megatron.core import utils
 
-    share = utils.get_batch_on_this_tp_rank
+    share = getattr(utils, "get_batch_on_this_tp_rank", None)
+    if share is None:  # up to 0.17 it lies with the trainer and reads the batch itself
+        from megatron.training.utils import get_batch_on_this_tp_rank as read_and_share
+
+        return read_and_share(data_iterator)
     options = args()
     batch: dict[str, Any] = {}
     if data_iterator is not None:
@@ -104,7 +105,7 @@ def cp_batch(batch: dict[str, Any]) -> dict[str, Any]:
 
     cut = utils.get_batch_on_this_cp_rank
     known = {"is_hybrid_cp": False, "cp_group": mpu.get_context_parallel_group()}
-    return cut(batch, **_accepted(cut, known))
+    return cut({"cu_seqlens": None, **batch}, **_accepted(cut, known))
 
 
 def gpt_dataset_config(options: Any) -> Any:
@@ -149,31 +150,79 @@ def launch(
     """
     from megatron.core.enums import ModelType
     from megatron.training import inprocess_restart, pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+
+    trainer = releases.release_of(releases.installed()).trainer
+    pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    ours = {"extra_args_provider": extra_args_provider, "args_defaults": args_defaults}
+    if trainer is Trainer.PARSES_ARGUMENTS:
+        _after_initialization(lambda: on_arguments(args()))
+        model_type = ModelType.encoder_or_decoder
+        pretrain(datasets_provider, gpt_model, model_type, forward_step, store=store, **ours)
+        return
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    options = parse_and_validate_args(
-        extra_args_provider=extra_args_provider, args_defaults=args_defaults
-    )
+    options = parse_and_validate_args(**ours)
     on_arguments(options)
-    model_config = gpt_config_from_args(options)
-    if clock.installed() is not None:
-        from megatron.training.models.gpt import default_layer_spec
+    model_config, provider = None, [gpt_model]
+    if trainer is Trainer.TAKES_MODEL_CONFIG:
+        from megatron.training.argument_utils import gpt_config_from_args
 
-        model_config.transformer_layer_spec = with_skyladder(
-            model_config.transformer_layer_spec or default_layer_spec
-        )
+        model_config, provider = gpt_config_from_args(options), []
     pretrain(
         pretrain_cfg_container_from_args(options, model_config),
         datasets_provider,
+        *provider,
         ModelType.encoder_or_decoder,
         forward_step,
         store=store,
     )
+
+
+def gpt_model(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> Any:
+    """Build one model chunk; Megatron's ``model_provider``, where it takes one (up to 0.18)."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    options = args()
+    config = config or core_transformer_config_from_args(options)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=gpt_layer_spec(options, config, vp_stage),
+        vocab_size=options.padded_vocab_size,
+        max_sequence_length=options.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        fp16_lm_cross_entropy=options.fp16_lm_cross_entropy,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not options.untie_embeddings_and_output_weights,
+        position_embedding_type=options.position_embedding_type,
+        rotary_percent=options.rotary_percent,
+        rotary_base=options.rotary_base,
+        rope_scaling=options.use_rope_scaling,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+
+
+def _after_initialization(action: Callable[[], None]) -> None:
+    """Do something once Megatron's ``pretrain`` has parsed the arguments, before the model."""
+    from megatron.training import training
+
+    initialize = training.initialize_megatron
+
+    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
+        result = initialize(*args, **kwargs)
+        action()
+        return result
+
+    training.initialize_megatron = initialize_megatron
 
 
 def _accepted(function: Callable[..., Any], known: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Megatron is touched. A place that somebody else has wrapped already is refused, 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 from megatron_skyladder import clock, compat
 from megatron_skyladder.config import SkyLadderConfig
+from megatron_skyladder.layer_specs import with_skyladder
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ _OWNER = "__skyladder_hook__"
 
 @dataclass(frozen=True)
 class Hook:
-    """One wrapped function: where it is looked up, what wraps it, and why."""
+    """One wrapped function (or ``Class.method``): where it is looked up, what wraps it, and why."""
 
     module: str
     name: str
@@ -75,8 +77,11 @@ def check_options(config: SkyLadderConfig, options: Any) -> None:
 
 
 def _wrap(hook: Hook) -> None:
-    module = importlib.import_module(hook.module)
-    original = getattr(module, hook.name, None)
+    owner: Any = importlib.import_module(hook.module)
+    *parents, name = hook.name.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent, None)
+    original = getattr(owner, name, None)
     if original is None:
         raise compat.MegatronMismatchError(
             f"Megatron has no {hook.module}.{hook.name}, which SkyLadder hooks ({hook.reason}). "
@@ -91,7 +96,19 @@ def _wrap(hook: Hook) -> None:
         )
     wrapped = hook.wrap(original)
     setattr(wrapped, _OWNER, True)
-    setattr(module, hook.name, wrapped)
+    setattr(owner, name, wrapped)
+
+
+def _with_skyladder_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        spec = given.arguments["transformer_layer_spec"]
+        given.arguments["transformer_layer_spec"] = with_skyladder(spec)
+        original(*given.args, **given.kwargs)
+
+    return __init__
 
 
 def _probe_after_setup(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,6 +200,12 @@ def compare_fingerprints(saved: str | None, wanted: str, *, allow_change: bool) 
 
 
 HOOKS = (
+    Hook(
+        "megatron.core.models.gpt.gpt_model",
+        "GPTModel.__init__",
+        _with_skyladder_attention,
+        "to build its layers with SkyLadder's core attention",
+    ),
     Hook(
         "megatron.training.training",
         "setup_model_and_optimizer",

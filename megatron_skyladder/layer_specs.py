@@ -41,6 +41,42 @@ def with_skyladder(spec: Any) -> Any:
     return replaced
 
 
+def gpt_layer_spec(options: Any, config: Any, vp_stage: int | None = None) -> Any:
+    """Return the spec of a stock GPT's layers, as Megatron's own builders choose it.
+
+    Args:
+        options: Megatron's arguments.
+        config: the TransformerConfig made of them.
+        vp_stage: the virtual pipeline stage, where there are several.
+
+    Returns:
+        One layer's spec for a dense model, this stage's block of specs for a mixture of experts.
+
+    Raises:
+        ValueError: the arguments ask for a kind of layers that is not built here.
+    """
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer.spec_utils import import_module
+
+    if options.spec is not None:
+        return import_module(options.spec)
+    for flag in ("heterogeneous_layers_config_path", "experimental_attention_variant"):
+        if getattr(options, flag, None):
+            raise ValueError(
+                f"--{flag.replace('_', '-')} is not built by SkyLadder's entry point on this "
+                "release of Megatron. Patch your checkout instead (skyladder patch apply)."
+            )
+    chosen = {
+        "use_transformer_engine": options.transformer_impl == "transformer_engine",
+        "normalization": options.normalization,
+        "qk_l2_norm": options.qk_l2_norm,
+        "vp_stage": vp_stage,
+    }
+    if options.num_experts:
+        return gpt_layer_specs.get_gpt_decoder_block_spec(config, **chosen)
+    return gpt_layer_specs.get_gpt_decoder_layer_specs(config, **chosen)[0]
+
+
 def _replace(node: Any) -> tuple[Any, int]:
     """Return a copy of ``node`` with core attentions replaced, and how many there were."""
     if isinstance(node, (list, tuple)):
