@@ -16,9 +16,15 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_skyladder import clock, sdpa
+from megatron_skyladder import clock, cp_attention, sdpa
 from megatron_skyladder.backends import SdpaBackend, from_thd, make_backend, to_thd
-from megatron_skyladder.segments import MaskCache, Segments, grid_segments
+from megatron_skyladder.segments import (
+    MaskCache,
+    ParallelSegments,
+    Rows,
+    Segments,
+    grid_segments,
+)
 
 _masks = MaskCache()
 
@@ -26,8 +32,8 @@ _masks = MaskCache()
 class SkyLadderAttention(MegatronModule):
     """Causal attention within the current window, and within documents where a mask says so.
 
-    Shapes: s tokens in a row, b rows of the micro-batch, h query heads and g key/value heads of
-    this tensor-parallel rank, d head size.
+    Shapes: s tokens of a row on this context-parallel rank, b rows of the micro-batch, h query
+    heads and g key/value heads of this tensor-parallel rank, d head size.
 
     The arguments are those with which Megatron builds any core attention.
 
@@ -51,6 +57,7 @@ class SkyLadderAttention(MegatronModule):
         _check_model(config, attn_mask_type, attention_type, attention_dropout)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self._clock = clock.current()
+        self._cp_group = _context_parallel_group(config, pg_collection)
         self.backend = make_backend(
             self._clock.config.attention_backend,
             config=config,
@@ -76,7 +83,8 @@ class SkyLadderAttention(MegatronModule):
         Args:
             query: [s, b, h, d]; key, value: [s, b, g, d].
             attention_mask: None where only the window cuts the rows; else int32 [N + 1] on the
-                host: cu_seqlens of the fragments over all rows, row after row.
+                host: cu_seqlens of the fragments over all rows, row after row; of the whole rows
+                on every context-parallel rank.
 
         Returns:
             [s, b, h * d].
@@ -96,24 +104,46 @@ class SkyLadderAttention(MegatronModule):
                 "trains and evaluates whole rows; for generation build the model without it."
             )
         segments = self._segments(query, attention_mask)
+        if isinstance(segments, ParallelSegments):
+            tokens = to_thd(query), to_thd(key), to_thd(value)
+            out = cp_attention.attend(self.backend, *tokens, segments, self._cp_group)
+            return from_thd(out, query.shape[1])
         if segments.grid is not None and isinstance(self.backend, SdpaBackend):
             return sdpa.attend_grid(query, key, value, segments.grid, self.softmax_scale)
         out = self.backend(to_thd(query), to_thd(key), to_thd(value), segments)
         return from_thd(out, query.shape[1])
 
-    def _segments(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> Segments:
-        seq_length, num_rows = query.shape[:2]
-        window = min(self._clock.window(training=self.training), seq_length)
-        sliding = self._clock.config.mask == "sliding"
-        if attention_mask is None:
-            return grid_segments(window, seq_length, num_rows, sliding=sliding, device=query.device)
-        _check_mask(attention_mask, seq_length * num_rows)
-        return _masks.get(
-            attention_mask,
-            max_seqlen=seq_length if sliding else window,
-            sliding_window=window if sliding else None,
+    def _segments(
+        self, query: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> Segments | ParallelSegments:
+        cp_size, cp_rank = 1, 0
+        if self._cp_group is not None:
+            cp_size, cp_rank = self._cp_group.size(), self._cp_group.rank()
+        seq_length = query.shape[0] * cp_size
+        rows = Rows(
+            seq_length=seq_length,
+            num_rows=query.shape[1],
+            window_len=min(self._clock.window(training=self.training), seq_length),
+            sliding=self._clock.config.mask == "sliding",
             device=query.device,
+            cp_size=cp_size,
+            cp_rank=cp_rank,
         )
+        if attention_mask is None:
+            return grid_segments(rows)
+        _check_mask(attention_mask, seq_length * rows.num_rows)
+        return _masks.get(attention_mask, rows)
+
+
+def _context_parallel_group(config: TransformerConfig, pg_collection: Any) -> Any:
+    """Return the group over which rows are shared out, or None where they are whole."""
+    if config.context_parallel_size == 1:
+        return None
+    if pg_collection is None:
+        from megatron.core import mpu
+
+        return mpu.get_context_parallel_group()
+    return pg_collection.cp
 
 
 def _check_mask(mask: torch.Tensor, num_tokens: int) -> None:
@@ -159,9 +189,4 @@ def _check_model(
         raise ValueError(
             f"--window-size={config.window_size} cannot be combined with SkyLadder, which sets "
             "the window itself. Drop it, or use --skyladder-mask sliding."
-        )
-    if config.context_parallel_size > 1:
-        raise ValueError(
-            f"--context-parallel-size={config.context_parallel_size} is not supported yet: "
-            "use 1 with SkyLadder."
         )

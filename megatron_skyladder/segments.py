@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 
+from megatron_skyladder.context_parallel import Launch, RankPlan, exchange_plan
 from megatron_skyladder.fragments import fragment_cu_seqlens, rows_cu_seqlens
 
 _MIN_PADDED_SEGMENTS = 16
@@ -70,56 +71,127 @@ class Segments:
         return np.diff(self.cu_seqlens_k)
 
 
+@dataclass(frozen=True, eq=False)
+class ParallelSegments:
+    """What a context-parallel rank needs to know where keys travel between the ranks.
+
+    Args:
+        plan: what to send, receive and attend to.
+        own: the segments of ``plan.own``; None where it has no such launch.
+        joined: the same for ``plan.joined``.
+    """
+
+    plan: RankPlan
+    own: Segments | None
+    joined: Segments | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a micro-batch: all that their segments depend on, but for the documents.
+
+    Args:
+        seq_length: tokens in a whole row, of which a rank holds ``seq_length / cp_size``.
+        num_rows: rows in the micro-batch.
+        window_len: tokens, 1 <= window_len <= seq_length.
+        sliding: whether the window moves along with the query.
+        device: where attention runs.
+        cp_size: context-parallel ranks.
+        cp_rank: this one among them.
+    """
+
+    seq_length: int
+    num_rows: int
+    window_len: int
+    sliding: bool
+    device: torch.device
+    cp_size: int = 1
+    cp_rank: int = 0
+
+    @property
+    def sliding_window(self) -> int | None:
+        """See `Segments`."""
+        return self.window_len if self.sliding and self.window_len < self.seq_length else None
+
+    @property
+    def cut(self) -> int:
+        """The distance of the grid that cuts the rows; with the sliding mask they are not cut."""
+        return self.seq_length if self.sliding else self.window_len
+
+
 class MaskCache:
     """Segments by the host tensor that carries the mask, the latest few hundred."""
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[tuple[object, ...], tuple[torch.Tensor, Segments]]
-        self._entries = OrderedDict()
+        self._entries: OrderedDict[
+            tuple[object, ...], tuple[torch.Tensor, Segments | ParallelSegments]
+        ] = OrderedDict()
 
-    def get(
-        self,
-        mask: torch.Tensor,
-        *,
-        max_seqlen: int,
-        sliding_window: int | None,
-        device: torch.device,
-    ) -> Segments:
+    def get(self, mask: torch.Tensor, rows: Rows) -> Segments | ParallelSegments:
         """Return the segments of a mask, made on first use.
 
         Args:
-            mask: int32 [N + 1] on the host, cu_seqlens over all rows of the micro-batch.
-            max_seqlen: host bound on the longest segment.
-            sliding_window: see `Segments`.
-            device: where attention runs.
+            mask: int32 [N + 1] on the host, cu_seqlens over all whole rows of the micro-batch.
+            rows: the rows that it cuts.
         """
-        key = (mask.data_ptr(), mask.numel(), mask._version, max_seqlen, sliding_window, device)
+        key = (mask.data_ptr(), mask.numel(), mask._version, rows)
         entry = self._entries.get(key)
         if entry is None:
-            cu_seqlens = mask.numpy()
-            segments = Segments(
-                cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, sliding_window, None, device
-            )
-            entry = self._entries[key] = (mask, segments)
+            entry = self._entries[key] = (mask, _make_segments(mask.numpy(), rows, documents=True))
             if len(self._entries) > _KEPT_MASKS:
                 self._entries.popitem(last=False)
         return entry[1]
 
 
 @lru_cache(maxsize=8)
-def grid_segments(
-    window_len: int, seq_length: int, num_rows: int, *, sliding: bool, device: torch.device
-) -> Segments:
+def grid_segments(rows: Rows) -> Segments | ParallelSegments:
     """Return the segments of rows that only the window cuts.
 
     With the sliding mask a row is one segment and the window moves along with the query.
     """
-    cut = seq_length if sliding else window_len
-    row = fragment_cu_seqlens(np.empty(0, np.int32), seq_length=seq_length, window_len=cut)
-    cu_seqlens = rows_cu_seqlens([row] * num_rows)
-    sliding_window = window_len if sliding and window_len < seq_length else None
-    grid = cut if sliding_window is None else None
-    return Segments(cu_seqlens, cu_seqlens, cut, cut, sliding_window, grid, device)
+    row = fragment_cu_seqlens(
+        np.empty(0, np.int32), seq_length=rows.seq_length, window_len=rows.cut
+    )
+    return _make_segments(rows_cu_seqlens([row] * rows.num_rows), rows, documents=False)
+
+
+def _make_segments(
+    cu_seqlens: np.ndarray, rows: Rows, *, documents: bool
+) -> Segments | ParallelSegments:
+    """Return this rank's segments of whole rows."""
+    grid = rows.cut if not documents and rows.sliding_window is None else None
+    if rows.cp_size == 1:
+        return Segments(
+            cu_seqlens, cu_seqlens, rows.cut, rows.cut, rows.sliding_window, grid, rows.device
+        )
+    plan = exchange_plan(
+        cu_seqlens,
+        cp_size=rows.cp_size,
+        rank=rows.cp_rank,
+        seq_length=rows.seq_length,
+        sliding_window=rows.sliding_window,
+    )
+    if plan.exchanges:
+        own, joined = (
+            None if launch is None else _launch_segments(launch, rows, grid=None)
+            for launch in (plan.own, plan.joined)
+        )
+        return ParallelSegments(plan, own, joined)
+    assert plan.own is not None  # the windows end with the chunks: all keys are at hand
+    return _launch_segments(plan.own, rows, grid=grid)
+
+
+def _launch_segments(launch: Launch, rows: Rows, *, grid: int | None) -> Segments:
+    longest_run = rows.seq_length // rows.cp_size  # of the last rank, whose chunks are neighbours
+    return Segments(
+        launch.cu_seqlens_q,
+        launch.cu_seqlens_k,
+        min(rows.cut, longest_run),
+        rows.cut,
+        rows.sliding_window,
+        grid,
+        rows.device,
+    )
 
 
 def _pad_count(cu_seqlens: np.ndarray) -> np.ndarray:

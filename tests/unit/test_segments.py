@@ -5,9 +5,22 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from megatron_skyladder.segments import MaskCache, Segments, grid_segments  # noqa: E402
+from megatron_skyladder.segments import (  # noqa: E402
+    MaskCache,
+    ParallelSegments,
+    Rows,
+    Segments,
+    grid_segments,
+)
 
 CPU = torch.device("cpu")
+
+
+def rows_of(window_len, seq_length, num_rows, *, sliding=False, **parallel):
+    return Rows(seq_length, num_rows, window_len, sliding, CPU, **parallel)
+
+
+ROWS = rows_of(8, 8, 1)
 
 
 def segments_of(offsets):
@@ -30,19 +43,19 @@ def test_equal_offsets_are_one_tensor():
 
 
 def test_grid_segments_of_two_rows():
-    segments = grid_segments(4, 10, 2, sliding=False, device=CPU)
+    segments = grid_segments(rows_of(4, 10, 2))
     assert segments.cu_seqlens_q.tolist() == [0, 4, 8, 10, 14, 18, 20]
     assert (segments.max_seqlen_q, segments.grid, segments.sliding_window) == (4, 4, None)
 
 
 def test_a_sliding_row_is_one_segment():
-    segments = grid_segments(4, 10, 2, sliding=True, device=CPU)
+    segments = grid_segments(rows_of(4, 10, 2, sliding=True))
     assert segments.cu_seqlens_q.tolist() == [0, 10, 20]
     assert (segments.max_seqlen_q, segments.grid, segments.sliding_window) == (10, None, 4)
 
 
 def test_a_sliding_window_of_the_whole_row_is_the_grid():
-    segments = grid_segments(10, 10, 1, sliding=True, device=CPU)
+    segments = grid_segments(rows_of(10, 10, 1, sliding=True))
     assert (segments.grid, segments.sliding_window) == (10, None)
 
 
@@ -54,16 +67,16 @@ def test_masks_never_mix_even_when_memory_is_reused():
         offsets = np.cumsum(np.r_[0, generator.integers(1, 9, size)]).astype(np.int32)
         mask = torch.from_numpy(offsets.copy())
         for _ in range(2):  # made, then looked up
-            got = cache.get(mask, max_seqlen=8, sliding_window=None, device=CPU)
+            got = cache.get(mask, ROWS)
             np.testing.assert_array_equal(got.cu_seqlens_q, offsets)
 
 
 def test_a_mask_changed_in_place_is_another_mask():
     cache = MaskCache()
     mask = torch.tensor([0, 4, 8], dtype=torch.int32)
-    cache.get(mask, max_seqlen=8, sliding_window=None, device=CPU)
+    cache.get(mask, ROWS)
     mask[1] = 3
-    got = cache.get(mask, max_seqlen=8, sliding_window=None, device=CPU)
+    got = cache.get(mask, ROWS)
     assert got.lengths_q.tolist() == [3, 5]
 
 
@@ -71,5 +84,42 @@ def test_the_same_mask_is_made_once_through_detach():
     """Activation recompute hands on a detached copy of the tensor."""
     cache = MaskCache()
     mask = torch.tensor([0, 4, 8], dtype=torch.int32)
-    first = cache.get(mask, max_seqlen=8, sliding_window=None, device=CPU)
-    assert cache.get(mask.detach(), max_seqlen=8, sliding_window=None, device=CPU) is first
+    first = cache.get(mask, ROWS)
+    assert cache.get(mask.detach(), ROWS) is first
+
+
+def test_the_same_mask_under_another_window_is_not_mixed_up():
+    cache = MaskCache()
+    mask = torch.tensor([0, 4, 8], dtype=torch.int32)
+    assert cache.get(mask, ROWS).max_seqlen_q == 8
+    assert cache.get(mask, rows_of(4, 8, 1)).max_seqlen_q == 4
+
+
+def test_a_context_parallel_rank_gets_its_part_of_the_grid():
+    """Windows of 2 end with the chunks of 4: equal windows, nothing to fetch."""
+    for rank in (0, 1):
+        segments = grid_segments(rows_of(2, 16, 2, cp_size=2, cp_rank=rank))
+        assert segments.cu_seqlens_q.tolist() == list(range(0, 17, 2))
+        assert segments.cu_seqlens_k is segments.cu_seqlens_q
+        assert (segments.grid, segments.max_seqlen_q, segments.max_seqlen_k) == (2, 2, 2)
+
+
+def test_windows_that_end_with_the_chunks_but_are_no_grid_there():
+    """Documents end with the chunks: nothing to fetch, but the fragments differ."""
+    mask = torch.tensor([0, 4, 6, 8, 12, 16], dtype=torch.int32)
+    segments = MaskCache().get(mask, rows_of(16, 16, 1, cp_size=2, cp_rank=1))
+    assert segments.cu_seqlens_q.tolist() == [0, 2, 4, 8]
+    assert segments.grid is None
+
+
+def test_a_context_parallel_rank_that_needs_keys_of_others():
+    """Windows of 6 in rows of 16; rank 1 holds 4..11: queries 4, 5 see 0..5 (see the plan)."""
+    segments = grid_segments(rows_of(6, 16, 1, cp_size=2, cp_rank=1))
+    assert isinstance(segments, ParallelSegments)
+    assert segments.own.cu_seqlens_q.tolist() == [0, 6]
+    assert segments.joined.cu_seqlens_q.tolist() == [0, 2]
+    assert segments.joined.cu_seqlens_k.tolist() == [0, 6]
+    assert (segments.joined.max_seqlen_q, segments.joined.max_seqlen_k) == (6, 6)
+    other = grid_segments(rows_of(6, 16, 1, cp_size=2, cp_rank=0))
+    assert isinstance(other, ParallelSegments)
+    assert other.joined is None

@@ -1,0 +1,256 @@
+"""Who needs which keys: hand-drawn rows, and the dense mask as the oracle of every rank's plan."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_skyladder.context_parallel import (
+    Launch,
+    RankPlan,
+    Span,
+    chunk_owner,
+    exchange_plan,
+    first_visible,
+    held_runs,
+    merge_spans,
+    needed_tails,
+)
+from megatron_skyladder.context_parallel_costs import (
+    all_gather_tokens,
+    chunk_pairs,
+    imbalance,
+    key_value_bytes,
+    rank_pairs,
+    received_tokens,
+    sent_tokens,
+)
+from megatron_skyladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens
+
+
+def offsets(window_len: int, ends: tuple[int, ...] = (), seq_length: int = 16) -> np.ndarray:
+    return fragment_cu_seqlens(
+        np.array(ends, np.int32), seq_length=seq_length, window_len=window_len
+    )
+
+
+@pytest.mark.parametrize(
+    ("cp_size", "runs"),
+    [
+        (1, [[(0, 2)]]),
+        (2, [[(0, 1), (3, 4)], [(1, 3)]]),
+        (3, [[(0, 1), (5, 6)], [(1, 2), (4, 5)], [(2, 4)]]),
+    ],
+)
+def test_megatrons_zigzag(cp_size: int, runs: list[list[Span]]) -> None:
+    assert [held_runs(cp_size, rank) for rank in range(cp_size)] == runs
+    for rank, spans in enumerate(runs):
+        for chunk in (chunk for span in spans for chunk in range(*span)):
+            assert chunk_owner(chunk, cp_size) == rank
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "sliding_window", "tails"),
+    [
+        # chunks of 4: rank 0 holds 0..3 and 12..15, rank 1 holds 4..11
+        (offsets(6), None, [[0, 0, 0, 0], [4, 0, 0, 0]]),  # the drawing in the module
+        (offsets(4), None, [[0, 0, 0, 0], [0, 0, 0, 0]]),  # windows end with chunks: nothing
+        (offsets(2), None, [[0, 0, 0, 0], [0, 0, 0, 0]]),
+        (offsets(8), None, [[0, 0, 4, 0], [4, 0, 0, 0]]),
+        (offsets(16), None, [[0, 4, 4, 0], [4, 0, 0, 0]]),  # the whole row: everything before
+        (offsets(5), None, [[0, 0, 2, 0], [4, 0, 0, 0]]),  # windows start at 0, 5, 10, 15
+        (offsets(16, (3, 10)), None, [[0, 0, 2, 0], [1, 0, 0, 0]]),  # documents start at 3, 10
+        (offsets(16, (4, 12)), None, [[0, 0, 0, 0], [0, 0, 0, 0]]),
+        (offsets(16), 3, [[0, 0, 2, 0], [2, 0, 0, 0]]),  # two keys before the query
+        (offsets(16), 1, [[0, 0, 0, 0], [0, 0, 0, 0]]),
+        (offsets(16), 8, [[0, 3, 4, 0], [4, 0, 0, 0]]),  # 12 sees 5..12, 4 sees 0..4
+        (offsets(16, (3, 10)), 8, [[0, 0, 2, 0], [1, 0, 0, 0]]),  # the nearer of the two
+    ],
+)
+def test_tails_by_hand(
+    cu_seqlens: np.ndarray, sliding_window: int | None, tails: list[list[int]]
+) -> None:
+    found = needed_tails(cu_seqlens, cp_size=2, seq_length=16, sliding_window=sliding_window)
+    assert found.tolist() == [[row] for row in tails]
+
+
+def test_the_plan_of_the_drawing() -> None:
+    ranks = [exchange_plan(offsets(6), cp_size=2, rank=rank, seq_length=16) for rank in (0, 1)]
+    assert all(plan.exchanges for plan in ranks)
+    assert [plan.sends for plan in ranks] == [((), ((0, 4),)), ((), ())]
+    assert [plan.receives for plan in ranks] == [(0, 0), (4, 0)]
+    assert ranks[0].joined is None
+    # rank 1: positions 4, 5 with the keys 0..5; then 6..11 by themselves
+    joined, own = ranks[1].joined, ranks[1].own
+    assert joined is not None and own is not None
+    assert (joined.queries, joined.keys) == (((0, 2),), ((8, 12), (0, 2)))
+    assert (joined.cu_seqlens_q.tolist(), joined.cu_seqlens_k.tolist()) == ([0, 2], [0, 6])
+    assert (own.queries, own.keys, own.cu_seqlens_q.tolist()) == (((2, 8),), ((2, 8),), [0, 6])
+    assert own.cu_seqlens_k is own.cu_seqlens_q
+
+
+def test_only_the_first_queries_of_a_sliding_window_wait() -> None:
+    plan = exchange_plan(offsets(16), cp_size=2, rank=1, seq_length=16, sliding_window=3)
+    joined, own = plan.joined, plan.own
+    assert joined is not None and own is not None
+    assert (joined.queries, joined.keys) == (((0, 2),), ((8, 10), (0, 2)))
+    assert (own.queries, own.keys) == (((2, 8),), ((0, 8),))
+    assert (own.cu_seqlens_q.tolist(), own.cu_seqlens_k.tolist()) == ([0, 6], [0, 8])
+
+
+def test_a_rank_without_remote_keys_knows_that_others_have_some() -> None:
+    plan = exchange_plan(offsets(6), cp_size=2, rank=0, seq_length=16)
+    assert plan.exchanges and plan.joined is None and sum(plan.receives) == 0
+    quiet = exchange_plan(offsets(4), cp_size=2, rank=0, seq_length=16)
+    assert not quiet.exchanges
+    assert quiet.own is not None and quiet.own.queries == ((0, 8),)
+
+
+def test_spans_that_touch_are_joined() -> None:
+    assert merge_spans([(0, 2), (2, 5), (5, 5), (7, 8), (0, 1)]) == ((0, 5), (7, 8), (0, 1))
+
+
+def test_a_row_that_does_not_divide() -> None:
+    with pytest.raises(ValueError, match=r"--seq-length=16 does not divide into 6 chunks"):
+        needed_tails(offsets(4), cp_size=3, seq_length=16)
+    with pytest.raises(ValueError, match=r"Give a multiple of 6"):
+        exchange_plan(offsets(4), cp_size=3, rank=0, seq_length=16)
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> tuple[int, int, np.ndarray, int | None, np.ndarray]:
+    """cp_size, seq_length, cu_seqlens over the rows, sliding window, dense mask over all rows."""
+    cp_size = draw(st.integers(1, 4))
+    seq_length = 2 * cp_size * draw(st.integers(1, 6))
+    window_len = draw(st.integers(1, seq_length))
+    sliding = draw(st.booleans())
+    num_rows = draw(st.integers(1, 2))
+    rows, mask = [], np.zeros((num_rows * seq_length,) * 2, dtype=bool)
+    for row in range(num_rows):
+        ends = np.array(sorted(draw(st.sets(st.integers(1, seq_length), max_size=6))), np.int32)
+        cut = seq_length if sliding else window_len
+        rows.append(fragment_cu_seqlens(ends, seq_length=seq_length, window_len=cut))
+        block = slice(row * seq_length, (row + 1) * seq_length)
+        mask[block, block] = dense_mask(
+            seq_length, window_len=window_len, document_ends=ends, sliding=sliding
+        )
+    return cp_size, seq_length, rows_cu_seqlens(rows), window_len if sliding else None, mask
+
+
+def own_positions(cp_size: int, rank: int, seq_length: int, num_tokens: int) -> np.ndarray:
+    """Positions of a rank's tokens as Megatron deals them out."""
+    chunks = np.arange(num_tokens).reshape(-1, 2 * cp_size, seq_length // (2 * cp_size))
+    return chunks[:, [rank, 2 * cp_size - 1 - rank]].ravel()
+
+
+def visible_in(
+    launch: Launch, own: np.ndarray, received: np.ndarray, sliding_window: int | None
+) -> list[tuple[int, list[int]]]:
+    """(query position, key positions) of a launch, by the definition of the bottom-right mask."""
+    keys_at_hand = np.concatenate((own, received))
+    queries = np.concatenate([own[slice(*span)] for span in launch.queries])
+    keys = np.concatenate([keys_at_hand[slice(*span)] for span in launch.keys])
+    assert (len(queries), len(keys)) == (launch.cu_seqlens_q[-1], launch.cu_seqlens_k[-1])
+    seen = []
+    for (q_start, q_stop), (k_start, k_stop) in zip(
+        pairwise(launch.cu_seqlens_q), pairwise(launch.cu_seqlens_k), strict=True
+    ):
+        for query in range(q_start, q_stop):
+            last = k_stop - (q_stop - query)
+            first = k_start if sliding_window is None else max(k_start, last - sliding_window + 1)
+            seen.append((int(queries[query]), keys[first : last + 1].tolist()))
+    return seen
+
+
+@settings(max_examples=300, deadline=None)
+@given(masks())
+def test_every_rank_sees_what_the_dense_mask_says_and_fetches_no_more(
+    case: tuple[int, int, np.ndarray, int | None, np.ndarray],
+) -> None:
+    cp_size, seq_length, cu_seqlens, sliding_window, mask = case
+    plans: list[RankPlan] = [
+        exchange_plan(
+            cu_seqlens,
+            cp_size=cp_size,
+            rank=rank,
+            seq_length=seq_length,
+            sliding_window=sliding_window,
+        )
+        for rank in range(cp_size)
+    ]
+    own = [own_positions(cp_size, rank, seq_length, len(mask)) for rank in range(cp_size)]
+    for rank, plan in enumerate(plans):
+        # what arrives is what the others send, in the order of the ranks
+        messages = [
+            np.concatenate([own[other][slice(*span)] for span in plans[other].sends[rank]] or [[]])
+            for other in range(cp_size)
+        ]
+        assert tuple(len(message) for message in messages) == plan.receives
+        received = np.concatenate(messages).astype(int)
+        needed = np.flatnonzero(mask[own[rank]].any(axis=0))
+        assert sorted(received) == sorted(set(needed) - set(own[rank]))
+        seen = []
+        for launch in (plan.own, plan.joined):
+            if launch is not None:
+                seen += visible_in(launch, own[rank], received, sliding_window)
+        assert sorted(query for query, _ in seen) == sorted(own[rank])
+        for query, keys in seen:
+            assert keys == np.flatnonzero(mask[query]).tolist()
+        if plan.own is not None:  # nothing of it waits
+            assert all(stop <= len(own[rank]) for _, stop in plan.own.keys)
+    assert {plan.exchanges for plan in plans} == {any(sum(plan.receives) for plan in plans)}
+
+
+@settings(max_examples=200, deadline=None)
+@given(masks())
+def test_costs_are_those_of_the_dense_mask(
+    case: tuple[int, int, np.ndarray, int | None, np.ndarray],
+) -> None:
+    cp_size, seq_length, cu_seqlens, sliding_window, mask = case
+    flags = {"cp_size": cp_size, "seq_length": seq_length, "sliding_window": sliding_window}
+    positions = np.arange(len(mask))
+    assert (
+        first_visible(cu_seqlens, positions, sliding_window).tolist()
+        == mask.argmax(axis=1).tolist()
+    )
+    pairs = rank_pairs(cu_seqlens, **flags)
+    for rank in range(cp_size):
+        assert pairs[rank] == mask[own_positions(cp_size, rank, seq_length, len(mask))].sum()
+    tails = needed_tails(cu_seqlens, **flags)
+    plans = [exchange_plan(cu_seqlens, rank=rank, **flags) for rank in range(cp_size)]
+    assert received_tokens(tails).tolist() == [sum(plan.receives) for plan in plans]
+    assert sent_tokens(tails).tolist() == [
+        sum(stop - start for spans in plan.sends for start, stop in spans) for plan in plans
+    ]
+
+
+def test_zigzag_balances_the_full_window_and_not_others() -> None:
+    full = rank_pairs(offsets(16), cp_size=2, seq_length=16)
+    assert full.tolist() == [68, 68]
+    assert imbalance(full) == 1.0
+    # documents of 12 and 4 tokens: chunks of 4 tokens with 1 + 2 + 3 + 4 = 10, 26, 42 and 10 pairs
+    cu_seqlens = offsets(16, (12,))
+    assert chunk_pairs(cu_seqlens, cp_size=2, seq_length=16).tolist() == [10, 26, 42, 10]
+    assert rank_pairs(cu_seqlens, cp_size=2, seq_length=16).tolist() == [20, 68]
+    assert imbalance(np.array([20, 68])) == pytest.approx(68 / 44)
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_the_full_window_fetches_what_lies_before_the_last_chunk(cp_size: int) -> None:
+    """Less than an all-gather, which also brings keys that come after every query."""
+    length = 16 * cp_size
+    tails = needed_tails(offsets(length, (), length), cp_size=cp_size, seq_length=length)
+    received = received_tokens(tails)
+    for rank in range(cp_size):
+        before_last_run = length - (rank + 1) * 8 if rank < cp_size - 1 else (cp_size - 1) * 8
+        held = 8 if rank < cp_size - 1 else 0
+        assert received[rank] == before_last_run - held <= all_gather_tokens(cp_size, length)
+
+
+def test_bytes_of_keys_and_values() -> None:
+    # 100 tokens, K and V of 8 heads of 128 numbers of 2 bytes
+    assert key_value_bytes(100, num_groups=8, head_dim=128, num_bytes=2) == 100 * 2 * 8 * 128 * 2
