@@ -1,0 +1,356 @@
+"""What each rank of a recorded run does: train through pretrain_gpt and write down what happened.
+
+Runs in the processes of `megatron_skyladder.testing.ProcessPool`; `runs.py` starts it and reads
+what it writes. Nothing in the package knows of it: it wraps functions where the trainer looks them
+up. Every event is one JSON line, flushed at once, so that a killed run leaves its record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+SIGNATURE_BITS = 40
+
+
+def train(
+    folder: str,
+    flags: list[str],
+    gradients: bool = False,
+    dense: dict[str, Any] | None = None,
+    kill: dict[str, Any] | None = None,
+    script: str | None = None,
+    breakages: list[str] | None = None,
+) -> None:
+    """Train as one rank and record.
+
+    Args:
+        folder: gets ``events.<rank>.jsonl``, and ``gradients`` as a checkpoint.
+        flags: the command line.
+        gradients: whether to write the first step's gradients.
+        dense: hand stock Megatron a dense mask, see `_hand_over_dense_masks`.
+        kill: end this process with SIGKILL, see `_Killer`.
+        script: run this ``pretrain_gpt.py`` of a Megatron checkout instead of ours.
+        breakages: functions of `breakages` to call: bugs that a test has to notice.
+    """
+    recorder = _Recorder(Path(folder), _Killer(**kill) if kill else None)
+    recorder.wrap_train_step(gradients)
+    recorder.wrap_checkpoints()
+    for name in breakages or []:
+        import breakages as module
+
+        getattr(module, name)()
+    if script is not None:
+        _run_script(script, flags)
+        return
+    sys.argv = ["pretrain_gpt", *flags]
+    from megatron_skyladder import pretrain_gpt
+
+    if dense is not None:
+        _hand_over_dense_masks(**dense)
+    recorder.wrap_forward()
+    pretrain_gpt.main()
+
+
+class _Killer:
+    """Ends the process at a moment: ``when`` the training of the batch after ``samples`` begins.
+
+    Args:
+        samples: consumed samples before the batch.
+        when: ``forward`` (of ``micro_batch``), ``step`` (before the optimizer's), ``stepped``
+            (after it), ``saving`` (a checkpoint begins) or ``saved`` (it is complete).
+        micro_batch: which forward.
+    """
+
+    def __init__(self, samples: int, when: str, micro_batch: int = 0) -> None:
+        self.moment = (samples, when, micro_batch)
+
+    def reached(self, samples: int, when: str, micro_batch: int = 0) -> None:
+        if (samples, when, micro_batch) == self.moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Recorder:
+    """Writes events; each has the consumed samples before the batch it belongs to."""
+
+    def __init__(self, folder: Path, killer: _Killer | None) -> None:
+        self.folder = folder
+        rank = os.environ["RANK"]
+        self.file = (folder / f"events.{rank}.jsonl").open("a", buffering=1)
+        self.killer = killer
+        self.training = True
+        self.forwards: dict[Any, int] = {}
+        self.losses = 0
+
+    def write(self, event: str, **values: Any) -> None:
+        self.file.write(json.dumps({"event": event, "samples": _consumed_samples(), **values}))
+        self.file.write("\n")
+
+    def reached(self, when: str, micro_batch: int = 0) -> None:
+        if self.killer is not None:
+            self.killer.reached(_consumed_samples(), when, micro_batch)
+
+    def wrap_train_step(self, gradients: bool) -> None:
+        from megatron.training import training
+
+        original = training.train_step
+        wanted = gradients
+
+        def train_step(forward: Any, data: Any, model: Any, optimizer: Any, *args: Any, **kw: Any):
+            nonlocal wanted
+            rate = optimizer.param_groups[0]["lr"]
+            step = optimizer.step
+
+            def recorded_step() -> Any:
+                nonlocal wanted
+                if wanted:
+                    _save_gradients(model, self.folder / "gradients")
+                    wanted = False
+                self.reached("step")
+                return step()
+
+            optimizer.step = recorded_step
+            self.forwards.clear()
+            self.losses = 0
+            result = original(forward, data, model, optimizer, *args, **kw)
+            del optimizer.step
+            losses, *_, grad_norm, _, _ = result
+            self.write(
+                "step",
+                learning_rate=rate,
+                grad_norm=None if grad_norm is None else float(grad_norm),
+                loss=float(losses["lm loss"]) if losses else None,
+                window=_window(),
+            )
+            self.reached("stepped")
+            return result
+
+        training.train_step = train_step
+
+    def wrap_checkpoints(self) -> None:
+        from megatron.training import training
+
+        original = training.save_checkpoint
+
+        def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            self.reached("saving")
+            result = original(*args, **kwargs)
+            self.write("saved")
+            self.reached("saved")
+            return result
+
+        training.save_checkpoint = save_checkpoint
+
+    def wrap_forward(self) -> None:
+        """Record every micro-batch: what was read, which window was seen, each row's loss."""
+        from megatron_skyladder import batches, pretrain_gpt
+
+        forward_step, loss_func = pretrain_gpt.forward_step, pretrain_gpt.loss_func
+        get_batch = batches.get_batch
+        chunk: Any = None
+
+        def recorded_get_batch(data_iterator: Any, **kwargs: Any) -> Any:
+            counted = None if data_iterator is None else _Counting(data_iterator)
+            batch, mask = get_batch(counted, **kwargs)
+            self.write(
+                "batch",
+                chunk=chunk,
+                training=self.training,
+                micro_batch=self.forwards[chunk, self.training],
+                **_place(),
+                tokens=_signatures(batch["tokens"]),
+                labels=_signatures(batch["labels"]),
+                reads=None if counted is None else counted.reads,
+                documents_masked=mask is not None,
+                window=_window(training=self.training),
+            )
+            return batch, mask
+
+        def recorded_forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal chunk
+            self.training = model.training
+            chunk = kwargs.get("vp_stage", getattr(_unwrapped(model), "vp_stage", None))
+            key = chunk, self.training
+            self.forwards[key] = self.forwards.get(key, -1) + 1
+            if self.training:
+                self.reached("forward", self.forwards[key])
+            return forward_step(data_iterator, model, *args, **kwargs)
+
+        def recorded_loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> Any:
+            rows = (losses.detach().double() * loss_mask.double()).sum(dim=1)
+            self.write(
+                "loss",
+                training=self.training,
+                micro_batch=self.losses,
+                **_place(),
+                rows=rows.tolist(),
+            )
+            self.losses += 1
+            return loss_func(loss_mask, losses)
+
+        pretrain_gpt.forward_step = recorded_forward_step
+        pretrain_gpt.loss_func = recorded_loss_func
+        batches.get_batch = recorded_get_batch
+
+
+class _Counting:
+    """An iterator that counts what is read from it."""
+
+    def __init__(self, iterator: Any) -> None:
+        self.iterator = iterator
+        self.reads = 0
+
+    def __iter__(self) -> _Counting:
+        return self
+
+    def __next__(self) -> Any:
+        self.reads += 1
+        return next(self.iterator)
+
+
+def _consumed_samples() -> int:
+    from megatron.training import get_args
+
+    return get_args().consumed_train_samples
+
+
+def _place() -> dict[str, int]:
+    from megatron.core import mpu
+
+    return {
+        "data_rank": mpu.get_data_parallel_rank(),
+        "context_rank": mpu.get_context_parallel_rank(),
+    }
+
+
+def _window(training: bool = True) -> int | None:
+    from megatron_skyladder import clock
+
+    active = clock.installed()
+    return None if active is None else active.window(training=training)
+
+
+def _unwrapped(model: Any) -> Any:
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def _signatures(rows: torch.Tensor | None) -> list[int] | None:
+    """Return a number per row that depends on every token and its position.
+
+    Sums over the positions, so that the parts of a row on the context-parallel ranks add up to it.
+    """
+    if rows is None:
+        return None
+    from megatron.training import get_args
+
+    from megatron_skyladder import compat
+
+    length = get_args().seq_length
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(1 << SIGNATURE_BITS, (1, length), generator=generator)
+    weights = compat.cp_batch({"weights": weights})["weights"]
+    return ((rows + 1) * weights).sum(dim=1).tolist()
+
+
+def _save_gradients(model: list[Any], folder: Path) -> None:
+    """Write all gradients as a checkpoint: Megatron gathers the shards of any layout for us."""
+    from megatron.core import dist_checkpointing
+
+    parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+    weights = [parameter.data for parameter in parameters]
+    for chunk in model:
+        _gather_reduced_shards(chunk)
+    for parameter in parameters:
+        parameter.data = parameter.main_grad
+    folder.mkdir(exist_ok=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(
+        {f"chunk{i}": _unwrapped(chunk).sharded_state_dict() for i, chunk in enumerate(model)},
+        str(folder),
+    )
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.data = weight
+
+
+def _gather_reduced_shards(chunk: Any) -> None:
+    """With the distributed optimizer each data rank has reduced only its part of each bucket."""
+    if not chunk.ddp_config.use_distributed_optimizer:
+        return
+    for buffer in chunk.buffers:
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            part = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+            parts = list(bucket.grad_data.view(group.size(), -1).unbind())
+            torch.distributed.all_gather(parts, part, group=group)
+
+
+def _hand_over_dense_masks(
+    schedule: dict[str, Any], step_samples: int, eod: int | None, sliding: bool
+) -> None:
+    """Give stock Megatron's own attention a dense mask made pair by pair from the definition.
+
+    Args:
+        schedule: the arguments of `WindowSchedule`.
+        step_samples: samples per step of the schedule.
+        eod: the token that ends a document; None: documents are not masked.
+        sliding: whether the window slides.
+    """
+    from megatron_skyladder import batches
+    from megatron_skyladder.schedules import WindowSchedule
+    from megatron_skyladder.testing import megatron_dense_mask
+
+    window_schedule = WindowSchedule(**schedule)
+    get_batch = batches.get_batch
+
+    def get_batch_with_mask(data_iterator: Any, *, training: bool, **kwargs: Any) -> Any:
+        batch, _ = get_batch(data_iterator, training=training, **kwargs)
+        if not training:
+            return batch, None
+        window = window_schedule.window_at(_consumed_samples() // step_samples)
+        return batch, megatron_dense_mask(
+            batch["tokens"].numpy(), window_len=window, eod=eod, sliding=sliding
+        )
+
+    batches.get_batch = get_batch_with_mask
+
+
+def _run_script(script: str, flags: list[str]) -> None:
+    """Run a checkout's ``pretrain_gpt.py`` with the Megatron that is installed."""
+    from megatron.training import arguments
+
+    from megatron_skyladder import cpu_engine
+
+    original = arguments.add_megatron_arguments
+
+    def add_megatron_arguments(parser: Any) -> Any:
+        parser = original(parser)
+        cpu_engine.set_argument_defaults(parser)
+        return parser
+
+    arguments.add_megatron_arguments = add_megatron_arguments
+    sys.argv = [script, *flags]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+def build_documents(prefix: str, lengths: list[int], vocab_size: int, eod: int) -> None:
+    """Write a Megatron dataset of random documents, each with its end-of-document token."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    generator = torch.Generator().manual_seed(0)
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=numpy.int32)
+    for length in lengths:
+        tokens = torch.randint(vocab_size, (length,), generator=generator)
+        tokens[-1] = eod
+        builder.add_document(tokens, [length])
+    builder.finalize(prefix + ".idx")
