@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from megatron.core import mpu
 
-from megatron_skyladder import clock, compat, fragments
+from megatron_skyladder import clock, compat, fragments, metrics
 from megatron_skyladder.config import SkyLadderConfig
 
 Batch = dict[str, torch.Tensor | None]
@@ -69,7 +69,10 @@ def get_batch(
     if not masks_documents:
         return batch, None
     assert active is not None
-    return batch, document_mask(tap.latest, active.config, active.window(training=True))
+    window = active.window(training=True)
+    mask = document_mask(tap.latest, active.config, window)
+    metrics.meter().count(mask, window, num_rows=int(mask[-1]) // active.config.seq_length)
+    return batch, mask
 
 
 def document_mask(

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_skyladder import clock, compat
 from megatron_skyladder.config import SkyLadderConfig
 from megatron_skyladder.layer_specs import with_skyladder
+from megatron_skyladder.metrics import counting_windows, logging_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -130,39 +131,6 @@ def _evaluate_by_length(original: Callable[..., Any]) -> Callable[..., Any]:
     return with_lengths(original) if clock.current().config.eval_lengths else original
 
 
-def _log_window(original: Callable[..., Any]) -> Callable[..., Any]:
-    def training_log(
-        loss_dict: dict[str, Any], total_loss_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        if loss_dict:  # only the last pipeline stage has losses, and logs them
-            loss_dict = {**loss_dict, **_metrics(total_loss_dict)}
-        return original(loss_dict, total_loss_dict, *args, **kwargs)
-
-    return training_log
-
-
-def _metrics(total_loss_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return what we log beside the losses, each a device tensor [1].
-
-    Megatron prints the mean over the log interval. A mean window would be one that no step had,
-    so the running total is set to make the mean come out at the latest value.
-    """
-    import torch
-
-    active = clock.current()
-    window = active.last_window
-    values = {
-        "skyladder/window": float(window),
-        "skyladder/attention_fraction": active.attention_fraction(window),
-    }
-    steps_before = total_loss_dict.get("advanced iterations", 0)
-    metrics = {}
-    for name, value in values.items():
-        metrics[name] = torch.full((1,), value, device="cuda")
-        total_loss_dict[name] = metrics[name] * steps_before
-    return metrics
-
-
 def _check_schedule_of_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
         compare_fingerprints(
@@ -215,8 +183,14 @@ HOOKS = (
     Hook(
         "megatron.training.training",
         "training_log",
-        _log_window,
-        "to log the window beside the losses",
+        logging_metrics,
+        "to log the window and what it costs beside the losses",
+    ),
+    Hook(
+        "megatron.training.training",
+        "num_floating_point_operations",
+        counting_windows,
+        "to count the attention that windows leave, in all of Megatron's rates",
     ),
     Hook(
         "megatron.training.training",
