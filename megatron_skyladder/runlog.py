@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 LOG_SUFFIXES = (".log", ".out", ".txt", ".err")
+RATES = ("skyladder/tflops_per_gpu", "throughput per GPU (TFLOP/s/GPU)")  # the best known first
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _ITERATION = re.compile(r"(?:\[([\d:. -]{19,})\]\s*)?iteration\s+(\d+)/\s*(\d+) \|(.*)")
@@ -64,6 +65,11 @@ class Iteration:
         """The attention window of the last iteration, in tokens."""
         window = self.values.get("skyladder/window")
         return None if window is None else int(window)
+
+    @property
+    def tflops_per_gpu(self) -> float | None:
+        """Floating-point operations per second and GPU, in 1e12, if the log says."""
+        return next((self.values[name] for name in RATES if name in self.values), None)
 
     @property
     def attention_fraction(self) -> float | None:
@@ -254,6 +260,9 @@ def _without(first: Iteration, record: Iteration) -> Iteration:
     )
     if record.loss is not None and first.loss is not None and not skipped:
         values["lm loss"] = (count * record.loss - first.loss) / record.num_iterations
+    for name in RATES:
+        if name in values and elapsed > 0:
+            values[name] *= record.elapsed_ms / elapsed  # the same work in the time left
     return replace(record, elapsed_ms=max(0.0, elapsed), values=values)
 
 

@@ -1,6 +1,8 @@
 """Logs of Megatron as they are found: several attempts, prefixes, colours, interval means."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +20,9 @@ not masked
 """
 
 
-def line(iteration, loss, ms=100.0, window=8.0, extra=""):
+def line(
+    iteration: int, loss: float, ms: float = 100.0, window: float = 8.0, extra: str = ""
+) -> str:
     return (
         f" [2026-11-23 06:34:{iteration:02d}.068902] iteration {iteration:8d}/{40:8d} |"
         f" consumed samples: {4 * iteration:12d} | elapsed time per iteration (ms): {ms:.1f} |"
@@ -38,7 +42,7 @@ VALIDATION = (
 )
 
 
-def test_one_line():
+def test_one_line() -> None:
     (record,) = parse(line(1, 4.5, extra=" throughput per GPU (TFLOP/s/GPU): 12.3 |")).iterations
     assert (record.iteration, record.consumed_samples, record.elapsed_ms) == (1, 4, 100.0)
     assert (record.loss, record.window, record.attention_fraction) == (4.5, 8, 0.06976745)
@@ -49,7 +53,7 @@ def test_one_line():
     assert record.time.second == 1
 
 
-def test_settings_and_schedule():
+def test_settings_and_schedule() -> None:
     run = parse(ARGUMENTS + line(1, 4.5))
     assert run.settings["cp_comm_type"] == "['p2p']"
     assert (run.number("lr"), run.number("split"), run.number("absent")) == (1e-3, None, None)
@@ -58,7 +62,7 @@ def test_settings_and_schedule():
     assert run.schedule.startswith("linear 8 -> 128, fraction 0.64")
 
 
-def test_the_line_after_the_first_contains_it_again():
+def test_the_line_after_the_first_contains_it_again() -> None:
     # Iterations take 300, 100, 100, ... ms with losses 5, 4, 3, 2 at a log interval of 1:
     # Megatron prints means of 1, then of 2 iterations, and only then starts over.
     text = "\n".join([line(1, 5.0, 300.0), line(2, 4.5, 200.0), line(3, 3.0), line(4, 2.0)])
@@ -67,7 +71,16 @@ def test_the_line_after_the_first_contains_it_again():
     assert run.elapsed_seconds() == pytest.approx([0.3, 0.4, 0.5, 0.6])
 
 
-def test_interval_means_cover_the_iterations_since_the_line_before():
+def test_the_rate_of_the_line_after_the_first_keeps_its_work() -> None:
+    # 4 TFLOP per iteration: 40 a second for a mean of 100 ms, 80 for the 50 ms of iteration 2 alone
+    rate = " skyladder/tflops_per_gpu: 4.0E+01 |"
+    text = "\n".join([line(1, 5.0, 150.0, extra=rate), line(2, 4.5, 100.0, extra=rate)])
+    record = parse(ARGUMENTS + text).iterations[1]
+    assert record.elapsed_ms == pytest.approx(50.0)
+    assert record.tflops_per_gpu == pytest.approx(80.0)
+
+
+def test_interval_means_cover_the_iterations_since_the_line_before() -> None:
     # log interval 10: the second line is the mean of iterations 1..10, of which 1 took 1,000 ms
     text = "\n".join([line(1, 9.0, 1000.0), line(10, 4.5, 190.0), line(20, 3.0)])
     run = parse(ARGUMENTS + text)
@@ -76,13 +89,13 @@ def test_interval_means_cover_the_iterations_since_the_line_before():
     assert run.elapsed_seconds() == pytest.approx([1.0, 1.9, 2.9])
 
 
-def test_what_begins_in_the_middle_is_taken_as_it_is():
+def test_what_begins_in_the_middle_is_taken_as_it_is() -> None:
     run = parse("\n".join([line(20, 4.0), line(30, 3.0)]))
     assert [record.loss for record in run.iterations] == [4.0, 3.0]
     assert run.iterations[1].num_iterations == 10
 
 
-def test_a_requeued_run_leaves_out_what_was_lost():
+def test_a_requeued_run_leaves_out_what_was_lost() -> None:
     lost = [line(1, 5.0), line(2, 4.0), VALIDATION, line(3, 3.9), line(4, 3.8)]
     resumed = [line(3, 3.5), line(4, 3.4)]
     text = ARGUMENTS + "\n".join(lost) + "\n" + ARGUMENTS + "\n".join(resumed)
@@ -93,13 +106,13 @@ def test_a_requeued_run_leaves_out_what_was_lost():
     assert [record.iteration for record in run.validations] == [2]
 
 
-def test_an_attempt_that_ends_early_does_not_keep_the_later_lines_of_the_one_before():
+def test_an_attempt_that_ends_early_does_not_keep_the_later_lines_of_the_one_before() -> None:
     text = ARGUMENTS + "\n".join([line(i, 5.0) for i in (1, 2, 3, 4)]) + "\n" + ARGUMENTS
     run = parse(text + line(3, 3.5))
     assert [record.iteration for record in run.iterations] == [1, 2, 3]
 
 
-def test_skipped_iterations_are_not_taken_out_of_the_mean_loss():
+def test_skipped_iterations_are_not_taken_out_of_the_mean_loss() -> None:
     # a skipped iteration is in no mean: the loss stays what Megatron printed
     skipped = line(1, 5.0).replace("skipped iterations:   0", "skipped iterations:   1")
     run = parse(ARGUMENTS + skipped + "\n" + line(2, 4.5))
@@ -116,7 +129,7 @@ def test_skipped_iterations_are_not_taken_out_of_the_mean_loss():
         lambda text: text.strip() + "\r",
     ],
 )
-def test_prefixes_and_colours(decorate):
+def test_prefixes_and_colours(decorate: Callable[[str], str]) -> None:
     text = ARGUMENTS + line(1, 4.5) + "\n" + VALIDATION
     run = parse("\n".join(decorate(row) for row in text.splitlines()))
     assert run.iterations[0].loss == 4.5
@@ -124,13 +137,13 @@ def test_prefixes_and_colours(decorate):
     assert run.validations[0].loss == 4.185435
 
 
-def test_settings_behind_torchrun_and_srun_prefixes():
+def test_settings_behind_torchrun_and_srun_prefixes() -> None:
     for prefix in ("[default0]:", "0: ", "rank0:"):
         run = parse("\n".join(prefix + row for row in ARGUMENTS.splitlines()))
         assert run.settings["seq_length"] == "128", prefix
 
 
-def test_validation_by_length_and_positions():
+def test_validation_by_length_and_positions() -> None:
     (record,) = parse(VALIDATION).validations
     assert (record.iteration, record.dataset) == (2, "validation")
     assert record.loss == 4.185435
@@ -138,7 +151,7 @@ def test_validation_by_length_and_positions():
     assert record.by_positions == {(0, 15): 4.6, (16, 127): 4.0}
 
 
-def test_validation_sets_are_told_apart_and_the_later_line_counts():
+def test_validation_sets_are_told_apart_and_the_later_line_counts() -> None:
     rows = [
         " validation loss at iteration 8 on validation set | lm loss value: 3.0E+00 | ",
         " validation loss at iteration 8 on test set | lm loss value: 2.0E+00 | ",
@@ -153,13 +166,13 @@ def test_validation_sets_are_told_apart_and_the_later_line_counts():
     }
 
 
-def test_a_loss_that_is_no_number_is_kept_as_such():
+def test_a_loss_that_is_no_number_is_kept_as_such() -> None:
     record = parse(line(1, math.nan)).iterations[0]
     assert record.loss is not None
     assert math.isnan(record.loss)
 
 
-def test_a_folder_is_read_in_the_order_of_its_training_lines(tmp_path):
+def test_a_folder_is_read_in_the_order_of_its_training_lines(tmp_path: Path) -> None:
     (tmp_path / "logs" / "attempt_0").mkdir(parents=True)
     (tmp_path / "b.log").write_text(ARGUMENTS + line(1, 5.0) + "\n" + line(2, 4.0))
     (tmp_path / "logs" / "attempt_0" / "a.out").write_text(ARGUMENTS + line(3, 3.0))
@@ -172,7 +185,7 @@ def test_a_folder_is_read_in_the_order_of_its_training_lines(tmp_path):
     assert run.num_attempts == 2
 
 
-def test_a_file_without_training_lines_is_refused(tmp_path):
+def test_a_file_without_training_lines_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "empty.log"
     file.write_text("no training here")
     with pytest.raises(ValueError, match=r"no training line of Megatron .* in .*empty\.log"):
