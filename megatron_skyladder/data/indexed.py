@@ -40,6 +40,7 @@ DTYPES: dict[int, np.dtype] = {
 }
 HEADER = struct.Struct("<9sQBQQ")
 CHUNK = 1 << 20  # sequences that are looked at together, so that memory stays flat
+BUFFER_BYTES = 1 << 20
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
@@ -172,14 +173,14 @@ class IndexedWriter:
     def _open(self, part: str, num_bytes: int, resume_at: WriterPosition | None) -> BinaryIO:
         path = self._partial(part)
         if resume_at is None:
-            return open(path, "wb", buffering=CHUNK)
+            return open(path, "wb", buffering=BUFFER_BYTES)
         size = os.path.getsize(path) if os.path.exists(path) else 0
         if size < num_bytes:
             raise ValueError(
                 f"{path} has {size:,} bytes, but {num_bytes:,} had been written. Something changed "
                 "it since; delete the .partial files and the journal beside it to start over."
             )
-        file = open(path, "r+b", buffering=CHUNK)  # noqa: SIM115 (close or abandon)
+        file = open(path, "r+b", buffering=BUFFER_BYTES)  # noqa: SIM115 (close or abandon)
         file.truncate(num_bytes)
         file.seek(num_bytes)
         return file

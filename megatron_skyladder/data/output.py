@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import time
 from collections import Counter
@@ -20,6 +21,8 @@ import numpy as np
 from megatron_skyladder.data.encode import Documents
 from megatron_skyladder.data.indexed import IndexedWriter, WriterPosition
 from megatron_skyladder.data.sources import START, Place
+
+logger = logging.getLogger(__name__)
 
 COMMIT_SECONDS = 5.0
 
@@ -136,6 +139,8 @@ class ResumableOutput:
             self.close()
             raise
         self._committed_at = time.monotonic()
+        if self.is_resumed:
+            logger.info("going on after %d tokens of an earlier run", self.num_tokens)
 
     @property
     def is_resumed(self) -> bool:

@@ -121,10 +121,11 @@ def find_packed(inputs: list[str]) -> list[PackedFile]:
     """
     paths: list[Path] = []
     for given in inputs:
-        pattern = f"{glob.escape(given)}/*.bin" if Path(given).is_dir() else given
+        # in a folder, names end in a number, so that an output beside them is not taken for input
+        pattern = f"{glob.escape(given)}/*[0-9].bin" if Path(given).is_dir() else given
         found = sorted(glob.glob(pattern))
         if not found:
-            raise ValueError(f"--from-packed {given}: no .bin files there.")
+            raise ValueError(f"--from-packed {given}: no packed .bin files there.")
         paths += map(Path, found)
     files = sorted((_packed_file(path) for path in paths), key=lambda f: (f.stream, f.number))
     data_sets = sorted({re.sub(r"_\d+$", "", file.stream) for file in files})

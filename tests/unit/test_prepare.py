@@ -1,0 +1,183 @@
+"""`skyladder prepare` as it is called: real worker processes, the same bytes whatever happens."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import prepare_inputs as tiny
+import pytest
+
+from megatron_skyladder.cli import main
+from megatron_skyladder.cli.prepare import ProgressDisplay, progress_line
+from megatron_skyladder.data import output, prepare, sources
+from megatron_skyladder.data.indexed import IndexedReader, IndexedWriter
+from megatron_skyladder.data.progress import Progress
+
+NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]
+
+
+def numbers(count: int) -> list[str]:
+    """Return texts for NullTokenizer, of different lengths."""
+    return [" ".join(str((i + j) % 999) for j in range(1 + i % 5)) for i in range(count)]
+
+
+def run(*flags: Any, expect: int = 0) -> None:
+    assert main(["prepare", *map(str, flags)]) == expect
+
+
+def pair(prefix: Path, key: str = "text") -> tuple[bytes, bytes]:
+    path = f"{prefix}_{key}_document"
+    return Path(f"{path}.bin").read_bytes(), Path(f"{path}.idx").read_bytes()
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "BATCH_BYTES", 200)
+    monkeypatch.setattr(output, "COMMIT_SECONDS", 0)
+
+
+def test_output_does_not_depend_on_the_workers(
+    tmp_path: Path, small_batches: None, capsys: pytest.CaptureFixture
+) -> None:
+    texts = numbers(200)
+    path = tiny.write_json_lines(tmp_path / "a.jsonl", texts)
+    with IndexedWriter(tmp_path / "expected_text_document", "uint16") as writer:
+        for text in texts:
+            writer.add_document([*map(int, text.split()), 999])
+    for workers in (1, 3):
+        prefix = tmp_path / f"out{workers}"
+        run("--input", path, "--output-prefix", prefix, "--workers", workers, *NULL)
+        assert pair(prefix) == pair(tmp_path / "expected")
+    assert "out3_text_document: 200 documents, 800 tokens" in capsys.readouterr().out
+
+
+def test_many_kinds_of_input_make_one_output(tmp_path: Path, small_batches: None) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    tiny.write_json_lines(folder / "a.jsonl", numbers(20))
+    (folder / "b.txt").write_text("1 2 3")
+    prefix = tmp_path / "deep" / "er" / "out"  # folders are made
+    run("--input", folder, "--output-prefix", prefix, "--workers", 1, "--no-append-eod", *NULL)
+    reader = IndexedReader(f"{prefix}_text_document")
+    assert len(reader) == 21 and reader[20].tolist() == [1, 2, 3]
+
+
+def test_bad_line_stops_and_the_same_command_with_skip_goes_on(
+    tmp_path: Path,
+    small_batches: None,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    lines = tiny.write_json_lines(good, numbers(60)).read_text().splitlines(keepends=True)
+    bad.write_text("".join([*lines[:50], '{"text": \n', *lines[50:], '{"id": 1}\n']))
+    flags = ["--input", bad, "--output-prefix", tmp_path / "out", "--workers", 1, *NULL]
+    run(*flags, expect=1)
+    message = capsys.readouterr().err
+    assert "bad.jsonl:51: JSONDecodeError" in message and "--on-bad-line skip" in message
+    assert not (tmp_path / "out_text_document.idx").exists()
+    run(*flags, "--on-bad-line", "skip")
+    run("--input", good, "--output-prefix", tmp_path / "clean", "--workers", 1, *NULL)
+    assert pair(tmp_path / "out") == pair(tmp_path / "clean")
+    assert "bad lines left out: 2" in capsys.readouterr().out
+    assert "bad.jsonl:62: ValueError: no key 'text', it has id" in caplog.text
+    assert "going on after" in caplog.text
+
+
+def test_bad_lines_beyond_a_limit_are_only_counted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(prepare, "SHOWN_BAD_LINES", 3)
+    (tmp_path / "a.jsonl").write_text('{"text": "1"}\n' + "bad\n" * 9)
+    flags = ["--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "out", *NULL]
+    run(*flags, "--workers", 1, "--on-bad-line", "skip")
+    assert caplog.text.count("skipped ") == 4
+    assert "skipped more than 3" in caplog.text
+    assert "bad lines left out: 9" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_repeated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path = tiny.write_json_lines(tmp_path / "a.jsonl", numbers(5))
+    flags = ["--input", path, "--output-prefix", tmp_path / "out", "--workers", 1, *NULL]
+    run(*flags)
+    before = os.stat(tmp_path / "out_text_document.bin").st_mtime_ns
+    run(*flags)
+    assert os.stat(tmp_path / "out_text_document.bin").st_mtime_ns == before
+    assert "is prepared already: nothing to do" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workers", "0"], "--workers=0: give 1 or more"),
+        (["--json-keys", "a", "b", "--input-format", "lines"], "--json-keys names 2: a b"),
+        (["--eod-id", "3"], "--eod-id is for --from-packed"),
+        (["--input-format", "lines", "--on-bad-line", "skip"], "the input holds no tokens at all"),
+    ],
+)
+def test_what_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], message: str
+) -> None:
+    path = tiny.write_json_lines(tmp_path / "a.jsonl", ["1"])
+    run("--input", path, "--output-prefix", tmp_path / "out", *NULL, *flags, expect=1)
+    assert message in capsys.readouterr().err
+
+
+class Killer:
+    """A tokenizer whose worker is killed, as by a system that is out of memory."""
+
+    eod, vocab_size, identity = 0, 10, b""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+
+def test_a_worker_that_was_killed(tmp_path: Path) -> None:
+    path = tiny.write_json_lines(tmp_path / "a.jsonl", ["1"])
+    request = prepare.Request([str(path)], f"{tmp_path}/out")
+    with pytest.raises(ValueError, match="a worker process died"):
+        prepare.prepare(request, Killer(), lambda progress: None)  # type: ignore[arg-type]
+
+
+def test_interrupt_keeps_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupt(self: ProgressDisplay, progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressDisplay, "show", interrupt)
+    path = tiny.write_json_lines(tmp_path / "a.jsonl", numbers(5))
+    run(*("--input", path, "--output-prefix", tmp_path / "out", "--workers", 1, *NULL), expect=130)
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert (tmp_path / "out.prepare.journal").exists()
+
+
+def test_progress_line() -> None:
+    progress = Progress(
+        read_bytes=75,
+        total_bytes=100,
+        documents=1200,
+        tokens=5_000_000,
+        bad=2,
+        seconds=50.0,
+        read_bytes_before=50,
+        tokens_before=1_000_000,
+    )
+    assert progress_line(progress) == (
+        " 75.0%  1,200 documents  5,000,000 tokens  80,000 tokens/s  2 bad lines  0 min 50 s left"
+    )
+
+
+def test_no_time_left_is_named_before_there_is_a_rate() -> None:
+    assert "left" not in progress_line(Progress(50, 100, 0, 0, 0, 0.0, 50, 0))
+    assert progress_line(Progress(1, 7201, 0, 0, 0, 1.0, 0, 0)).endswith("2 h 00 min left")

@@ -1,0 +1,188 @@
+"""Reading: every format, in order, from any place, and loud where a file is damaged."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_skyladder.data import sources
+from megatron_skyladder.data.sources import Batch, Place, digest, find_inputs, read_batches
+
+LINES = [json.dumps({"text": f"document {i} " + "x" * (i % 7)}) for i in range(40)]
+
+
+def zstd(data: bytes) -> bytes:
+    return pytest.importorskip("pyarrow").Codec("zstd").compress(data, asbytes=True)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]], row_group_size: int = 7) -> Path:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist(rows), path, row_group_size=row_group_size)
+    return path
+
+
+def read(inputs: list[str], start: Place = sources.START, **options: Any) -> list[Batch]:
+    files = find_inputs(inputs, options.pop("input_format", None))
+    return list(read_batches(files, ["text"], start, batch_bytes=100, **options))
+
+
+def contents(batches: list[Batch]) -> list[Any]:
+    """Return what the batches hold as one list of (where, raw document)."""
+    found: list[Any] = []
+    for batch in batches:
+        payload = batch.payload
+        items = payload.splitlines() if isinstance(payload, bytes) else payload
+        found += [(batch.locate(item), raw) for item, raw in enumerate(items)]
+    return found
+
+
+def make_all_kinds(folder: Path) -> list[str]:
+    """Write one file of each kind and return them in an order that mixes kinds."""
+    data = "".join(line + "\n" for line in LINES).encode()
+    (folder / "a.jsonl").write_bytes(data)
+    (folder / "b.json.gz").write_bytes(gzip.compress(data[:500]) + gzip.compress(data[500:]))
+    (folder / "c.jsonl.zst").write_bytes(zstd(data[:700]) + zstd(data[700:]))
+    write_parquet(folder / "d.parquet", [json.loads(line) for line in LINES])
+    for i in range(9):
+        (folder / f"e{i}.txt").write_text(f"a whole file, number {i}\n")
+    (folder / "f.txt.gz").write_bytes(gzip.compress(b"a compressed one"))
+    (folder / "g.ndjson").write_bytes(data.rstrip(b"\n"))  # no newline at the end
+    return sorted(str(path) for path in folder.iterdir())
+
+
+def test_every_kind_in_order(tmp_path: Path) -> None:
+    found = contents(read(make_all_kinds(tmp_path)))
+    encoded = [line.encode() for line in LINES]
+    for name in ("a.jsonl", "b.json.gz", "c.jsonl.zst", "g.ndjson"):
+        of_file = [each for each in found if each[0].startswith(f"{tmp_path}/{name}:")]
+        assert of_file == [(f"{tmp_path}/{name}:{i + 1}", raw) for i, raw in enumerate(encoded)]
+    rows = [each for each in found if ".parquet" in each[0]]
+    assert rows[0] == (f"{tmp_path}/d.parquet:row 1", json.loads(LINES[0]))
+    assert [row for _, row in rows] == [json.loads(line) for line in LINES]
+    texts = [each for each in found if ".txt" in each[0]]
+    assert texts[3] == (f"{tmp_path}/e3.txt", b"a whole file, number 3\n")
+    assert texts[-1] == (f"{tmp_path}/f.txt.gz", b"a compressed one")
+    assert len(found) == 5 * 40 + 10
+
+
+def test_goes_on_from_every_place(tmp_path: Path) -> None:
+    inputs = make_all_kinds(tmp_path)
+    batches = read(inputs)
+    assert len(batches) > 40
+    for number, batch in enumerate(batches):
+        assert contents(read(inputs, batch.next_place)) == contents(batches[number + 1 :])
+
+
+def test_parquet_goes_on_inside_a_part(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [{"text": str(i)} for i in range(40)], 16)
+    for row in range(41):
+        found = contents(read([str(path)], Place(0, row, row)))
+        expected = [(f"{path}:row {i + 1}", {"text": str(i)}) for i in range(row, 40)]
+        assert found == expected
+
+
+def test_progress_ends_at_the_total_and_never_goes_back(tmp_path: Path) -> None:
+    inputs = make_all_kinds(tmp_path)
+    read_bytes = [batch.read_bytes for batch in read(inputs)]
+    assert read_bytes == sorted(read_bytes)
+    assert read_bytes[-1] == sum(os.path.getsize(path) for path in inputs)
+
+
+def test_folder_is_sorted_and_leaves_out_what_is_no_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("b/2.jsonl", "b/10.jsonl", "a.txt", ".cache/c.jsonl", "README.md", "model.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    names = [file.name for file in find_inputs([str(tmp_path)])]
+    assert names == ["a.txt", "b/10.jsonl", "b/2.jsonl"]
+    assert "left out 2 files whose names tell no format, such as README.md" in caplog.text
+    named = find_inputs([str(tmp_path)], "text")
+    assert [file.name for file in named] == [
+        *("README.md", "a.txt", "b/10.jsonl", "b/2.jsonl", "model.bin"),
+    ]
+
+
+def test_arguments_keep_their_order_and_patterns_are_sorted(tmp_path: Path) -> None:
+    for name in ("z.jsonl", "b.jsonl", "a.jsonl"):
+        (tmp_path / name).write_text("{}")
+    files = find_inputs([f"{tmp_path}/z.jsonl", f"{tmp_path}/[ab].jsonl"])
+    assert [file.name for file in files] == ["z.jsonl", "a.jsonl", "b.jsonl"]
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file, or nothing to read in it"):
+        find_inputs([str(tmp_path / "missing.jsonl")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no such file, or nothing to read in it"):
+        find_inputs([str(tmp_path / "empty")])
+
+
+def test_a_name_that_tells_no_format(tmp_path: Path) -> None:
+    (tmp_path / "corpus").write_text("{}")
+    with pytest.raises(ValueError, match="corpus: its name does not tell the format"):
+        find_inputs([str(tmp_path / "corpus")])
+    assert find_inputs([str(tmp_path / "corpus")], "jsonl")[0].format == "jsonl"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_that_was_cut_off(tmp_path: Path, suffix: str) -> None:
+    data = os.urandom(200_000)
+    whole = gzip.compress(data) if suffix == ".gz" else zstd(data)
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match=r"a\.jsonl\..* cannot be read: .*the work so far is kept"):
+        read([str(path)])
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".parquet"])
+def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("pyarrow")
+    path = tmp_path / (f"a{suffix}" if suffix == ".parquet" else f"a.jsonl{suffix}")
+    path.write_bytes(b'{"text": "not compressed at all, and long enough"}\n' * 10)
+    with pytest.raises(ValueError, match=r"cannot be read"):
+        read([str(path)])
+
+
+def test_a_compressed_file_that_shrank_since(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"{}\n"))
+    with pytest.raises(ValueError, match="it is shorter than when the run began"):
+        read([str(tmp_path / "a.jsonl.gz")], Place(0, 100, 10))
+
+
+def test_a_column_that_is_not_there(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [{"content": "x", "id": 1}])
+    with pytest.raises(ValueError, match="no column 'text'; it has content, id"):
+        read([str(path)])
+
+
+def test_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="zst needs pyarrow: pip install pyarrow"):
+        read([str(tmp_path / "a.jsonl.zst")])
+
+
+def test_digest_tells_inputs_apart(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    a, b = f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"
+    before = digest(find_inputs([a, b]))
+    assert digest(find_inputs([b, a])) != before  # the order decides the output
+    assert digest(find_inputs([a, b], "lines")) != before
+    (tmp_path / "b.jsonl").write_text("{}\n{}\n")
+    assert digest(find_inputs([a, b])) != before
+
+
+def test_digest_does_not_change_when_the_folder_moves(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_text("{}\n")
+    one, two = (digest(find_inputs([str(tmp_path / folder)])) for folder in ("one", "two"))
+    assert one == two
