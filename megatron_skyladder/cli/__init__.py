@@ -8,7 +8,9 @@ import sys
 
 # Listed by name and imported on use: --help must not wait for numpy, let alone for Megatron.
 COMMANDS = {
+    "demo": "pretrain a small model twice on this machine: constant window and SkyLadder",
     "plan": "what a schedule does to windows, work, time and cost, before you launch",
+    "compare": "several schedules side by side, and the rate that fits a budget",
     "prepare": "text (JSON lines, Parquet, plain files) -> Megatron's .bin/.idx",
     "inspect": "what is in a .bin/.idx: documents, lengths, end-of-document tokens, a sample",
 }

@@ -1,0 +1,265 @@
+"""``skyladder compare``: several schedules side by side, and the rate that fits a budget."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+from megatron_skyladder.cli import budget, planning, run_flags
+from megatron_skyladder.cli.budget import Fit
+from megatron_skyladder.cli.plan import to_json as to_plan_json
+from megatron_skyladder.cli.plan_text import WIDTH, amount, scientific, table, wrap
+from megatron_skyladder.cli.planning import Plan
+from megatron_skyladder.config import DEFAULT_SCHEDULE
+from megatron_skyladder.presets import PAPER_RUNS, SCHEDULE_PRESETS
+from megatron_skyladder.schedules import SCHEDULES, WindowSchedule, exact
+
+_WITHOUT_RATE = ("constant", "staged")
+
+
+def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "compare",
+        help=help_text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=textwrap.dedent(f"""\
+            Put schedules side by side: window, attention work, FLOPs and predicted time. Name
+            presets first, or schedules and rates for one and the same run.
+
+            presets: {", ".join(PAPER_RUNS)} (with their model),
+                     {", ".join(name for name in SCHEDULE_PRESETS if name not in PAPER_RUNS)}
+
+            examples:
+              skyladder compare 1b-8k 1b-32k 3b-8k
+              skyladder compare recommended shortformer --preset 1b-8k --device h100 --gpus 8
+              skyladder compare --preset 1b-8k --schedule linear sinusoidal exponential
+              skyladder compare --preset 1b-8k --alpha 1/4 1/8 1/12 --plot rates.svg
+              skyladder compare --preset 1b-8k --device h100 --gpus 8 --budget-hours 48"""),
+    )
+    parser.add_argument("names", nargs="*", metavar="PRESET", help="before any flag")
+    parser.add_argument("--schedule", nargs="+", action="extend", choices=tuple(SCHEDULES))
+    parser.add_argument(
+        "--alpha", nargs="+", action="extend", type=_rate, metavar="RATE", help="tokens per step"
+    )
+    parser.add_argument(
+        "--budget-share", type=_rate, metavar="SHARE", help="grow over this share (default: 0.64)"
+    )
+    parser.add_argument("--budget-tokens", type=_count, metavar="N", help="tokens, such as 20e9")
+    parser.add_argument("--budget-hours", type=float, metavar="H", help="hours on all GPUs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--plot", metavar="FILE", help="draw all of them: FILE.png or .svg")
+    run_flags.add_run_flags(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the sub-command."""
+    plans = make_plans(args)
+    fits = make_fits(args, plans)
+    if args.plot:
+        from megatron_skyladder.cli import plots
+
+        plots.draw_plans(args.plot, plans)
+    print(json.dumps(to_json(plans, fits), indent=2) if args.json else to_text(plans, fits))
+    return 0
+
+
+def _rate(text: str) -> Fraction:
+    try:
+        rate = exact(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if rate <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 such as 0.125 or 1/8")
+    return rate
+
+
+def _count(text: str) -> int:
+    return int(_rate(text))
+
+
+# --- the runs to compare ------------------------------------------------------------------------
+
+
+def make_plans(args: argparse.Namespace) -> list[Plan]:
+    """Return one plan for each schedule, with a constant window before each new model or length.
+
+    Raises:
+        ValueError: nothing to compare was named, or a flag is wrong.
+    """
+    plans: list[Plan] = []
+    for name, preset, changes in _entries(args):
+        own = argparse.Namespace(**{**vars(args), **changes})
+        plan = planning.make_plan(own, name=name, preset=preset)
+        same = [p for p in plans if (p.shape, p.tokens) == (plan.shape, plan.tokens)]
+        same = [p for p in same if p.config.seq_length == plan.config.seq_length]
+        if not same and plan.config.schedule.schedule != "constant":
+            plans.append(_constant(plan, f"constant ({preset})" if preset else "constant"))
+        plans.append(plan)
+    return plans
+
+
+def _constant(plan: Plan, name: str) -> Plan:
+    length = plan.config.seq_length
+    schedule = WindowSchedule("constant", length, length)
+    config = replace(plan.config, schedule=schedule)
+    return replace(plan, name=name, config=config)
+
+
+def _entries(args: argparse.Namespace) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """Yield (name, run of the paper or None, flags to set) for each row."""
+    unknown = [name for name in args.names if name not in SCHEDULE_PRESETS]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no preset. Choose from: {', '.join(SCHEDULE_PRESETS)}.")
+    own_model = not (args.preset or args.num_layers)
+    for name in args.names:
+        preset = name if own_model and name in PAPER_RUNS else None
+        yield name, preset, {"skyladder_preset": name}
+    names = args.schedule or ([DEFAULT_SCHEDULE] if args.alpha else [])
+    for name in names:
+        rates = args.alpha if args.alpha and name not in _WITHOUT_RATE else [None]
+        for alpha in rates:
+            changes: dict[str, Any] = {"skyladder_schedule": name}
+            if alpha is not None:
+                changes |= {"skyladder_alpha": alpha, "skyladder_expand_fraction": None}
+            yield f"{name} {alpha}" if alpha is not None else name, None, changes
+    if not args.names and not names:
+        if not (args.budget_hours or args.budget_tokens or args.budget_share):
+            raise ValueError(
+                "there is nothing to compare. Name presets (skyladder compare 1b-8k 1b-32k), or "
+                "give --preset 1b-8k --schedule linear sinusoidal."
+            )
+        yield args.preset or "run", None, {}
+
+
+# --- budgets ------------------------------------------------------------------------------------
+
+
+def make_fits(args: argparse.Namespace, plans: list[Plan]) -> list[tuple[str, Fit | None]]:
+    """Return (what was asked, the run that fits it); the paper's 64 % is the default share.
+
+    Raises:
+        ValueError: a budget is out of range, or hours were given without a time model.
+    """
+    plan = next((p for p in plans if p.config.schedule.schedule not in _WITHOUT_RATE), None)
+    if plan is None:
+        return []
+    share = args.budget_share or planning.RECOMMENDED_SHARES[1]
+    if share > 1:
+        raise ValueError(f"--budget-share={float(share):g} is above 1. Give a share such as 0.64.")
+    if args.budget_tokens:
+        steps = args.budget_tokens // plan.batch_tokens
+        if not steps:
+            raise ValueError(
+                f"--budget-tokens={args.budget_tokens:,} is less than a batch of "
+                f"{plan.batch_tokens:,} tokens. Give more."
+            )
+        plan = replace(plan, total_steps=steps)
+    grows = f"growing over {float(share):.0%}"
+    fits: list[tuple[str, Fit | None]] = [
+        (f"{amount(plan.tokens)} tokens, {grows}", budget.fit_share(plan, share))
+    ]
+    hours = args.budget_hours
+    if hours is not None:
+        fits.append((f"{hours:g} hours, {grows}", budget.fit_hours(plan, share, hours)))
+        asked = f"{amount(plan.tokens)} tokens in {hours:g} hours"
+        fits.append((asked, budget.fit_tokens_and_hours(plan, hours)))
+    return fits
+
+
+# --- output -------------------------------------------------------------------------------------
+
+
+def to_json(plans: list[Plan], fits: list[tuple[str, Fit | None]]) -> dict[str, Any]:
+    """Return the comparison as one JSON object."""
+    return {
+        "schedules": [_plan_json(plan) for plan in plans],
+        "budgets": [{"asked": asked, "fit": _fit_json(fit)} for asked, fit in fits],
+        "notes": _notes(plans),
+    }
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    result = to_plan_json(plan, list(planning.stage_steps(plan)))
+    del result["notes"]
+    return {"name": plan.name, **result}
+
+
+def _fit_json(fit: Fit | None) -> dict[str, Any] | None:
+    if fit is None:
+        return None
+    return {**fit._asdict(), "share": float(fit.share), "alpha": float(fit.alpha)}
+
+
+def _notes(plans: list[Plan]) -> list[str]:
+    return list(dict.fromkeys(note for plan in plans for note in plan.notes))
+
+
+def to_text(plans: list[Plan], fits: list[tuple[str, Fit | None]]) -> str:
+    """Return the comparison as text of at most WIDTH columns, names aside."""
+    parts = [_table(plans)]
+    parts += [wrap("Time", f"on {plan.time.basis}") for plan in plans[:1] if plan.time]
+    if fits:
+        parts.append(_fit_table(plans, fits))
+    parts += [wrap("Note", note) for note in _notes(plans)]
+    return "\n\n".join(parts)
+
+
+def _table(plans: list[Plan]) -> str:
+    timed = plans[0].time is not None
+    header = ["schedule", "window", "full from", "attention", "FLOPs", "saved"]
+    if timed:
+        header += [_hours_unit(plans[0]), "saved"]
+    rows = [header]
+    for plan in plans:
+        full = "never" if plan.full_step is None else f"{plan.full_step / plan.total_steps:.0%}"
+        row = [
+            plan.name,
+            f"{plan.window(0):,} to {plan.window(plan.total_steps - 1):,}",
+            full,
+            f"{plan.mean_fraction:.1%}",
+            scientific(plan.ladder_flops),
+            f"{1 - plan.ladder_flops / plan.constant_flops:.1%}",
+        ]
+        if plan.time:
+            ladder, constant = plan.timed_fractions
+            hours = plan.time.gpu_hours(plan.total_steps, ladder) / (plan.time.gpus or 1)
+            row += [f"{hours:,.4g}", f"{plan.time.step.saved(ladder, constant):.1%}"]
+        rows.append(row)
+    legend = (
+        "full from: share of the run after which the window stays at the row's length; attention: "
+        "mean work relative to full causal; saved: against a constant window"
+    )
+    return table(rows, left=1) + "\n" + textwrap.fill(legend, WIDTH)
+
+
+def _hours_unit(plan: Plan) -> str:
+    return "hours" if plan.time and plan.time.gpus else "GPU-hours"
+
+
+def _fit_table(plans: list[Plan], fits: list[tuple[str, Fit | None]]) -> str:
+    timed = plans[0].time is not None
+    rows = [["budget", "share", "alpha", "steps", "tokens"]]
+    if timed:
+        rows[0].append(_hours_unit(plans[0]))
+    for asked, fit in fits:
+        if fit is None:
+            rows.append([asked, "does not fit", *[""] * (len(rows[0]) - 2)])
+            continue
+        row = [asked, f"{float(fit.share):.0%}", f"{float(fit.alpha):.4g}"]
+        row += [f"{fit.steps:,}", amount(fit.tokens)]
+        if fit.hours is not None:
+            row.append(f"{fit.hours:,.4g}")
+        rows.append(row)
+    advice = (
+        "share: --skyladder-expand-fraction, or alpha: --skyladder-alpha, tokens per step. The "
+        "paper found growth over 60 to 64 % of the tokens best, whatever the budget; a longer "
+        "growth saves more time and leaves less at full length."
+    )
+    return table(rows, left=1) + "\n" + textwrap.fill(advice, WIDTH)

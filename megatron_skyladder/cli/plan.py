@@ -1,0 +1,135 @@
+"""``skyladder plan``: what a schedule does to windows, work, time and cost, before the launch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from typing import Any
+
+from megatron_skyladder.cli import planning, run_flags
+from megatron_skyladder.cli.plan_text import to_text
+from megatron_skyladder.cli.planning import Plan
+
+
+def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "plan",
+        help=help_text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=textwrap.dedent("""\
+            Print the window at every stage of a run, its attention work and FLOPs with and
+            without the ladder, and with a device or a log also hours and cost. Takes the flags
+            of the training command, so that its command line can be pasted.
+
+            examples:
+              skyladder plan --preset 1b-8k
+              skyladder plan --preset 1b-8k --at 0,8,64000 --json
+              skyladder plan --preset 1b-32k --device a100-40g --gpus 8 --price-per-gpu-hour 1.5
+              skyladder plan --preset 1b-8k --skyladder-intra-document --data-path data/cc_text
+              skyladder plan --num-layers 12 ... --train-iters 1000 --calibrate run.log"""),
+    )
+    parser.add_argument("--at", type=_steps, metavar="STEPS", help="steps to show, such as 0,8,64")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--plot", metavar="FILE", help="draw windows and work: FILE.png or .svg")
+    run_flags.add_run_flags(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the sub-command."""
+    plan = planning.make_plan(args, name=args.preset or "run")
+    if args.plot:
+        from megatron_skyladder.cli import plots
+
+        plots.draw_plans(args.plot, [plan])
+    steps = args.at if args.at is not None else list(planning.stage_steps(plan))
+    print(json.dumps(to_json(plan, steps), indent=2) if args.json else to_text(plan, steps))
+    return 0
+
+
+def _steps(text: str) -> list[int]:
+    try:
+        steps = [int(part) for part in text.split(",")]
+    except ValueError:
+        steps = [-1]
+    if min(steps) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of steps such as 0,8,64000")
+    return steps
+
+
+def to_json(plan: Plan, steps: list[int]) -> dict[str, Any]:
+    """Return the plan as one JSON object; shares are 0 to 1, percentages are named so."""
+    result: dict[str, Any] = {
+        "windows": {str(step): plan.window(step) for step in steps},
+        "flops": {
+            "constant": plan.constant_flops,
+            "ladder": plan.ladder_flops,
+            "saved_percent": 100 * (1 - plan.ladder_flops / plan.constant_flops),
+        },
+        "schedule": plan.config.fingerprint,
+        "parameters": plan.shape.num_parameters,
+        "steps": plan.total_steps,
+        "tokens": plan.tokens,
+        "full_window": None,
+        "attention_fraction": plan.mean_fraction,
+        "notes": plan.notes,
+    }
+    if plan.full_step is not None:
+        tokens = plan.full_step * plan.batch_tokens
+        result["full_window"] = {"step": plan.full_step, "tokens": tokens}
+    if plan.documents:
+        result["documents"] = _documents_json(plan)
+    if plan.time:
+        result["time"] = _time_json(plan)
+    return result
+
+
+def _documents_json(plan: Plan) -> dict[str, Any]:
+    documents = plan.documents
+    assert documents is not None
+    work = {
+        f"{'ladder' if ladder else 'constant'}_{'documents' if masked else 'causal'}": {
+            "visible_context": float(pairs / plan.config.seq_length),
+            "attention_fraction": float(pairs / plan.causal_pairs),
+            "flops": plan.flops(pairs),
+        }
+        for ladder, masked, pairs in planning.work_under_masks(plan)
+    }
+    return {
+        "documents": documents.num_documents,
+        "tokens": documents.num_tokens,
+        "length_quantiles": {
+            f"{share:g}": int(documents.lengths[round(share * (documents.lengths.size - 1))])
+            for share in planning.QUANTILES
+        },
+        "visible_context_quantiles": {
+            f"{share:g}": documents.rows.context_quantile(share) for share in planning.QUANTILES
+        },
+        "work": work,
+    }
+
+
+def _time_json(plan: Plan) -> dict[str, Any]:
+    time = plan.time
+    assert time is not None
+    ladder, constant = plan.timed_fractions
+    low, high = time.saved_range(ladder, constant)
+    result: dict[str, Any] = {"basis": time.basis, "gpus": time.gpus}
+    for name, fraction in (("constant", constant), ("ladder", ladder)):
+        gpu_hours = time.gpu_hours(plan.total_steps, fraction)
+        result[name] = {"gpu_hours": gpu_hours}
+        if time.gpus:
+            result[name]["hours"] = gpu_hours / time.gpus
+        if time.price:
+            result[name]["cost"] = gpu_hours * time.price
+    result["saved_percent"] = 100 * time.step.saved(ladder, constant)
+    result["saved_percent_range"] = [100 * low, 100 * high]
+    if time.calibration:
+        result["step_seconds"] = {
+            "fixed": time.step.fixed,
+            "attention_at_full_window": time.step.attention,
+            "spread": time.calibration.spread,
+        }
+    return result

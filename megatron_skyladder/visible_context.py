@@ -1,0 +1,166 @@
+"""How much a token sees in real data: document lengths, and context under both masks.
+
+Rows are laid out as Megatron's GPT dataset does: documents shuffled, joined, cut every
+``seq_length`` tokens. A sample of rows is enough; which one depends on a fixed seed only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_skyladder.data.indexed import IndexedReader
+
+SAMPLE_ROWS = 2048  # 16M tokens at 8K: the mean context is then known to about 1 %
+SAMPLE_DOCUMENTS = 1_000_000
+SEED = 1234
+MAX_WINDOWS = 256  # evaluated; between them the work is interpolated
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Pieces of documents, as they lie in rows.
+
+    Args:
+        starts: int64 [num_pieces], where in its row a piece begins, in tokens.
+        ends: int64 [num_pieces], its exclusive end in the same row.
+        num_rows: rows that the pieces fill.
+        seq_length: tokens in a row.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    num_rows: int
+    seq_length: int
+
+    def pairs(self, window_len: int, *, sliding: bool = False) -> float:
+        """Return the visible (query, key) pairs of a row under documents and window, on average."""
+        lengths = self.ends - self.starts
+        if sliding:
+            beyond = np.maximum(lengths - window_len, 0)
+            total = (_triangle(lengths) - _triangle(beyond)).sum()
+            return float(total) / self.num_rows
+        first, last = self.starts // window_len, self.ends // window_len
+        head = (first + 1) * window_len - self.starts  # up to the first edge of the grid
+        tail = self.ends - last * window_len  # after the last one
+        whole = (last - first - 1) * (window_len * (window_len + 1) // 2)
+        cut = _triangle(head) + whole + _triangle(tail)
+        return float(np.where(first == last, _triangle(lengths), cut).sum()) / self.num_rows
+
+    def pairs_by_window(
+        self, windows: Sequence[int], *, sliding: bool = False
+    ) -> Callable[[int], float]:
+        """Return window -> pairs of a row for these windows, interpolated where they are many."""
+        known = np.unique(np.asarray(windows, dtype=np.int64))
+        if known.size > MAX_WINDOWS:
+            known = known[np.linspace(0, known.size - 1, MAX_WINDOWS).round().astype(int)]
+        values = [self.pairs(int(window), sliding=sliding) for window in known]
+        return lambda window: float(np.interp(window, known, values))
+
+    def context_quantile(self, share: float) -> int:
+        """Return how many tokens a token sees under document masks alone, at this share of tokens.
+
+        A piece of n tokens has one that sees 1 token, itself, and so on up to one that sees n.
+        """
+        lengths = np.sort(self.ends - self.starts)
+        tokens_before = np.concatenate(([0], np.cumsum(lengths)))
+        wanted = share * tokens_before[-1]
+        low, high = 1, int(lengths[-1])
+        while low < high:
+            context = (low + high) // 2
+            shorter = int(np.searchsorted(lengths, context, side="right"))
+            see_at_most = tokens_before[shorter] + (lengths.size - shorter) * context
+            low, high = (low, context) if see_at_most >= wanted else (context + 1, high)
+        return low
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What was measured in a data set.
+
+    Args:
+        num_documents: in all its files.
+        num_tokens: in all its files.
+        lengths: int64, tokens of each document of a sample, ascending.
+        rows: a sample of packed rows.
+        same_end: whether the documents looked at all end with one and the same token.
+    """
+
+    num_documents: int
+    num_tokens: int
+    lengths: np.ndarray
+    rows: PackedRows
+    same_end: bool
+
+
+def measure(data_path: Sequence[str], seq_length: int) -> Documents:
+    """Measure the documents of Megatron's ``--data-path``: prefixes, or weights and prefixes.
+
+    Raises:
+        ValueError: a file is missing or empty, or the weights are not numbers above 0.
+    """
+    weights, prefixes = _weights_and_prefixes(data_path)
+    readers = [IndexedReader(prefix) for prefix in prefixes]
+    for reader in readers:
+        if not reader.num_tokens:
+            raise ValueError(f"{reader.prefix}.bin holds no tokens. Give a data set that has some.")
+    shares = weights or [float(reader.num_tokens) for reader in readers]
+    generator = np.random.default_rng(SEED)
+    starts, ends, num_rows, lengths = [], [], 0, []
+    for reader, share in zip(readers, shares, strict=True):
+        rows = max(1, round(SAMPLE_ROWS * share / sum(shares)))
+        packed = pack(_sample(reader.document_lengths, generator), seq_length, rows)
+        starts.append(packed.starts)
+        ends.append(packed.ends)
+        num_rows += packed.num_rows
+        lengths.append(_sample(reader.document_lengths, generator))
+    return Documents(
+        num_documents=sum(len(reader) for reader in readers),
+        num_tokens=sum(reader.num_tokens for reader in readers),
+        lengths=np.sort(np.concatenate(lengths)),
+        rows=PackedRows(np.concatenate(starts), np.concatenate(ends), num_rows, seq_length),
+        same_end=len({token for reader in readers for token in _last_tokens(reader)}) == 1,
+    )
+
+
+def pack(lengths: np.ndarray, seq_length: int, num_rows: int) -> PackedRows:
+    """Lay documents out in rows, in the given order, over again where they are too few."""
+    lengths = lengths[lengths > 0]
+    needed = seq_length * num_rows
+    repeats = -(-needed // int(lengths.sum()))
+    document_ends = np.cumsum(np.tile(lengths, repeats), dtype=np.int64)
+    cuts = np.union1d(document_ends[document_ends < needed], np.arange(num_rows + 1) * seq_length)
+    starts = cuts[:-1] % seq_length
+    return PackedRows(starts, starts + np.diff(cuts), num_rows, seq_length)
+
+
+def _sample(lengths: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    if lengths.size > SAMPLE_DOCUMENTS:
+        return lengths[generator.integers(0, lengths.size, SAMPLE_DOCUMENTS)]
+    return generator.permutation(lengths)
+
+
+def _last_tokens(reader: IndexedReader, count: int = 1000) -> set[int]:
+    """Return the last tokens of documents spread over the file."""
+    documents = np.unique(np.linspace(0, len(reader) - 1, count).astype(int))
+    return {int(reader[index][-1]) for index in documents if reader[index].size}
+
+
+def _weights_and_prefixes(data_path: Sequence[str]) -> tuple[list[float], list[str]]:
+    """Split ``--data-path`` as Megatron does: one prefix, several, or weight prefix weight ..."""
+    try:
+        weights = [float(word) for word in data_path[::2]]
+    except ValueError:
+        return [], list(data_path)
+    if len(data_path) % 2 or min(weights) <= 0:
+        raise ValueError(
+            f"--data-path {' '.join(data_path)} is not a list of weight and prefix. Give PREFIX, "
+            "PREFIX PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ... with weights above 0."
+        )
+    return weights, list(data_path[1::2])
+
+
+def _triangle(length: np.ndarray) -> np.ndarray:
+    return length * (length + 1) // 2

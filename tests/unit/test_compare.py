@@ -1,0 +1,182 @@
+"""``skyladder compare``: rows, budgets, messages."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_skyladder.cli import main
+
+BASE = "--preset 1b-8k"
+TIMED = f"{BASE} --tflops 100 --gpus 8"
+
+
+def call(capsys: pytest.CaptureFixture[str], flags: str) -> str:
+    assert main(["compare", *flags.split()]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def compare_json(capsys: pytest.CaptureFixture[str], flags: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(call(capsys, f"{flags} --json"))
+    return result
+
+
+def names(result: dict[str, Any]) -> list[str]:
+    return [plan["name"] for plan in result["schedules"]]
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+def test_presets_have_their_own_models(capsys: pytest.CaptureFixture[str]) -> None:
+    result = compare_json(capsys, "1b-8k 1b-32k")
+    assert names(result) == ["constant (1b-8k)", "1b-8k", "constant (1b-32k)", "1b-32k"]
+    flops = [round(plan["flops"]["ladder"] / 1e20, 2) for plan in result["schedules"]]
+    assert flops == [11.57, 9.91, 25.50, 18.83]
+
+
+def test_schedule_presets_share_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    result = compare_json(capsys, f"recommended shortformer 1b-8k {BASE}")
+    assert names(result) == ["constant", "recommended", "shortformer", "1b-8k"]
+    assert {plan["parameters"] for plan in result["schedules"]} == {1_100_048_384}
+    assert [plan["windows"]["0"] for plan in result["schedules"]] == [8192, 8, 128, 32]
+
+
+def test_schedules_of_one_run(capsys: pytest.CaptureFixture[str]) -> None:
+    result = compare_json(capsys, f"{BASE} --schedule linear sinusoidal --schedule exponential")
+    assert names(result) == ["constant", "linear", "sinusoidal", "exponential"]
+    work = [plan["attention_fraction"] for plan in result["schedules"]]
+    assert work[0] == 1 > work[2] > work[1] > work[3]
+
+
+def test_constant_is_not_doubled(capsys: pytest.CaptureFixture[str]) -> None:
+    assert names(compare_json(capsys, f"{BASE} --schedule constant linear")) == [
+        "constant",
+        "linear",
+    ]
+
+
+def test_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    result = compare_json(capsys, f"{BASE} --alpha 1/4 0.125")
+    assert names(result) == ["constant", "linear 1/4", "linear 1/8"]
+    assert [plan["full_window"]["step"] for plan in result["schedules"]] == [0, 32_640, 65_280]
+    both = compare_json(capsys, f"{BASE} --alpha 1/4 1/8 --schedule linear stepwise constant")
+    expected = ["linear 1/4", "linear 1/8", "stepwise 1/4", "stepwise 1/8", "constant"]
+    assert names(both) == ["constant", *expected]
+
+
+def test_our_flags_hold_for_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+    result = compare_json(capsys, f"{BASE} --schedule linear stepwise --skyladder-start-window 8")
+    assert [plan["windows"]["0"] for plan in result["schedules"]] == [8192, 8, 8]
+
+
+def test_text(capsys: pytest.CaptureFixture[str]) -> None:
+    text = call(capsys, f"{TIMED} --schedule linear exponential --budget-hours 100 --lr 1")
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert "104.9B tokens, growing over 64%" in text
+    assert "The paper found growth over 60 to 64 % of the tokens best" in " ".join(text.split())
+    assert "Left out, as they change nothing here: --lr." in text
+
+
+def test_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    call(capsys, f"{BASE} --schedule linear cyclic --skyladder-expand-fraction 0.5 "
+         f"--plot {tmp_path}/c.svg")  # fmt: skip
+    svg = (tmp_path / "c.svg").read_text(encoding="utf-8")
+    assert svg.rstrip().endswith("</svg>")
+
+
+# --- budgets ------------------------------------------------------------------------------------
+
+
+def fits(capsys: pytest.CaptureFixture[str], flags: str) -> list[dict[str, Any] | None]:
+    return [budget["fit"] for budget in compare_json(capsys, flags)["budgets"]]
+
+
+def test_the_papers_share_is_the_default_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    (fit,) = fits(capsys, f"{BASE} --schedule linear")
+    assert fit and fit["share"] == 0.64
+    assert fit["alpha"] == pytest.approx((8192 - 32) / 64_000)
+    assert (fit["steps"], fit["hours"]) == (100_000, None)
+
+
+def test_a_budget_of_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    (fit,) = fits(capsys, f"{BASE} --budget-tokens 20e9")
+    assert fit and fit["steps"] == int(20e9 / 2**20) == 19_073
+    assert fit["alpha"] == pytest.approx(8160 / (0.64 * 19_073))
+
+
+def test_a_budget_as_a_share(capsys: pytest.CaptureFixture[str]) -> None:
+    (fit,) = fits(capsys, f"{BASE} --budget-share 0.5")
+    assert fit and fit["alpha"] == pytest.approx(8160 / 50_000)
+
+
+def test_a_budget_of_hours(capsys: pytest.CaptureFixture[str]) -> None:
+    """The rates that come out keep to the hours when they are planned."""
+    _, longest, whole = fits(capsys, f"{TIMED} --budget-hours 270")
+    assert longest and whole
+    assert longest["steps"] < whole["steps"] == 100_000
+    assert longest["share"] == 0.64 < whole["share"] <= 1
+    for fit in (longest, whole):
+        flags = f"{TIMED} --train-iters {fit['steps']} --skyladder-alpha {fit['alpha']}"
+        assert main(["plan", "--json", *flags.split()]) == 0
+        hours = json.loads(capsys.readouterr().out)["time"]["ladder"]["hours"]
+        assert hours == pytest.approx(fit["hours"], rel=2e-3)
+        assert hours <= 270 * 1.002
+    assert longest["hours"] > 270 * 0.998
+
+
+def test_hours_that_are_more_than_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    *_, whole = fits(capsys, f"{TIMED} --budget-hours 1000")
+    assert whole and whole["share"] == 0.01
+
+
+def test_hours_that_no_ladder_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    _, longest, whole = fits(capsys, f"{TIMED} --budget-hours 100")
+    assert longest and whole is None
+    assert "does not fit" in call(capsys, f"{TIMED} --budget-hours 100")
+
+
+def test_budgets_start_from_the_first_ladder(capsys: pytest.CaptureFixture[str]) -> None:
+    (fit,) = fits(capsys, f"shortformer recommended {BASE}")
+    assert fit and fit["alpha"] == pytest.approx((8192 - 8) / 64_000)
+    assert fits(capsys, f"shortformer {BASE}") == []
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "there is nothing to compare. Name presets"),
+        ("7b", "7b is no preset. Choose from: 120m-8k"),
+        ("shortformer", "--num-layers, --hidden-size"),
+        (f"{BASE} --schedule cosine", "invalid choice: 'cosine'"),
+        (f"{BASE} --alpha 0", "'0' is not a number above 0 such as 0.125 or 1/8"),
+        (f"{BASE} --alpha x", "'x' is not a number above 0"),
+        (f"{BASE} --budget-share 1.5", "--budget-share=1.5 is above 1. Give a share"),
+        (f"{BASE} --budget-tokens 1000", "--budget-tokens=1,000 is less than a batch of 1,048,576"),
+        (f"{BASE} --budget-hours 10", "--budget-hours needs a time for each step. Give --device"),
+        (f"{TIMED} --budget-hours 1e-9", "--budget-hours=1e-09: a step takes"),
+        (f"{BASE} --schedule cyclic", "takes 261,120 steps, but the run has 100,000"),
+        (f"{BASE} --schedule staged", "--skyladder-schedule=staged needs --skyladder-stages"),
+    ],
+)
+def test_refused(capsys: pytest.CaptureFixture[str], flags: str, message: str) -> None:
+    try:
+        assert main(["compare", *flags.split()]) == 1
+    except SystemExit as stop:
+        assert stop.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_shares_are_exact() -> None:
+    from megatron_skyladder.cli.compare import _count, _rate
+
+    assert _rate("1/3") == Fraction(1, 3)
+    assert _count("20e9") == 20 * 10**9

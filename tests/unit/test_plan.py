@@ -1,0 +1,461 @@
+"""``skyladder plan``, through the command line: figures, text, pictures, messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_skyladder.cli import main, plots
+from megatron_skyladder.data.indexed import IndexedWriter
+from megatron_skyladder.fragments import window_pairs
+
+# A launch line as people have it: 2,000 steps of 8 rows of 2,048 tokens.
+LAUNCH = (
+    "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 2048 "
+    "--max-position-embeddings 2048 --swiglu --normalization RMSNorm --disable-bias-linear "
+    "--position-embedding-type rope --untie-embeddings-and-output-weights --vocab-size 512 "
+    "--micro-batch-size 1 --global-batch-size 8 --train-iters 2000"
+)
+
+
+def call(capsys: pytest.CaptureFixture[str], command: str) -> str:
+    assert main(command.split()) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], flags: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(call(capsys, f"plan --json {flags}"))
+    return result
+
+
+def refused(capsys: pytest.CaptureFixture[str], flags: str) -> str:
+    try:
+        code = main(["plan", *flags.split()])
+    except SystemExit as stop:  # argparse
+        code = stop.code if isinstance(stop.code, int) else 1
+    assert code
+    return " ".join(capsys.readouterr().err.split())
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def test_windows_at_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(capsys, "--preset 1b-8k --at 0,8,64000")
+    assert plan["windows"] == {"0": 32, "8": 33, "64000": 8032}
+
+
+@pytest.mark.parametrize(
+    ("preset", "constant", "ladder", "saved"),
+    [("1b-8k", 11.57, 9.91, 14.3), ("1b-32k", 25.50, 18.83, 26.1)],
+)
+def test_table_8(
+    capsys: pytest.CaptureFixture[str], preset: str, constant: float, ladder: float, saved: float
+) -> None:
+    flops = plan_json(capsys, f"--preset {preset}")["flops"]
+    assert round(flops["constant"] / 1e20, 2) == constant
+    assert round(flops["ladder"] / 1e20, 2) == ladder
+    assert round(flops["saved_percent"], 1) == saved
+    text = call(capsys, f"plan --preset {preset}")
+    assert f"{constant:.2f}e20 with a constant window, {ladder:.2f}e20 with the ladder" in text
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("120m-8k", 121_129_728),
+        ("360m-8k", 367_563_776),
+        ("1b-8k", 1_100_048_384),
+        ("1b-32k", 1_100_048_384),
+        ("3b-8k", 3_015_355_392),
+    ],
+)
+def test_every_preset_plans(
+    capsys: pytest.CaptureFixture[str], preset: str, parameters: int
+) -> None:
+    plan = plan_json(capsys, f"--preset {preset}")
+    assert plan["parameters"] == parameters
+    assert plan["tokens"] == 100_000 * 2**20
+
+
+def test_full_window(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(capsys, f"{LAUNCH} --skyladder-alpha 2")
+    assert plan["full_window"] == {"step": 1008, "tokens": 1008 * 8 * 2048}
+    shorter = plan_json(capsys, f"{LAUNCH} --skyladder-alpha 2 --skyladder-final-window 1024")
+    assert shorter["full_window"] is None
+
+
+def test_mean_work_is_that_of_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(capsys, f"{LAUNCH} --skyladder-schedule cyclic --train-iters 100")
+    steps = ",".join(str(step) for step in range(100))
+    each = plan_json(capsys, f"{LAUNCH} --skyladder-schedule cyclic --train-iters 100 --at {steps}")
+    work = sum(window_pairs(w, 2048) for w in each["windows"].values()) / 100
+    assert plan["attention_fraction"] == pytest.approx(work / window_pairs(2048, 2048))
+
+
+def test_a_constant_window_saves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(capsys, f"{LAUNCH} --skyladder-schedule constant")
+    assert plan["flops"]["saved_percent"] == 0
+    assert plan["attention_fraction"] == 1
+    assert plan["full_window"] == {"step": 0, "tokens": 0}
+
+
+def test_flags_override_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(
+        capsys,
+        "--preset 1b-8k --num-layers 11 --train-samples 12800000 --skyladder-start-window 8 "
+        "--at 0,8",
+    )
+    assert plan["parameters"] < 700e6
+    assert plan["steps"] == 100_000
+    assert plan["windows"] == {"0": 8, "8": 9}
+
+
+def test_samples_make_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    launch = LAUNCH.replace("--train-iters 2000", "--train-samples 1607")
+    assert plan_json(capsys, launch)["steps"] == 200
+
+
+def test_a_schedule_that_begins_later(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(
+        capsys, f"{LAUNCH} --skyladder-alpha 2 --skyladder-begin-samples 800 --at 99,100,101"
+    )
+    assert plan["windows"] == {"99": 32, "100": 32, "101": 34}
+    assert plan["full_window"]["step"] == 1108
+
+
+def test_the_batch_follows_from_the_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    launch = LAUNCH.replace("--global-batch-size 8 ", "")
+    layout = "--gpus 16 --tensor-model-parallel-size 2 --context-parallel-size 2"
+    assert plan_json(capsys, f"{launch} {layout}")["tokens"] == 2000 * 4 * 2048
+
+
+def test_stages_are_shown_where_they_are_few(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(capsys, f"{LAUNCH} --skyladder-preset shortformer")
+    assert plan["windows"] == {"0": 128, "1000": 2048}
+
+
+def test_other_flags_of_megatron_are_left_out_and_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    extra = "--lr 3e-4 --bf16 --split 99,1,0 --adam-beta2=0.95 --mock-data"
+    plan = plan_json(capsys, f"--tokenizer-type NullTokenizer {LAUNCH} {extra}")
+    (left_out,) = [note for note in plan["notes"] if "Left out" in note]
+    for flag in ("--lr", "--bf16", "--split", "--adam-beta2", "--mock-data", "--tokenizer-type"):
+        assert flag in left_out
+    assert plan["flops"] == plan_json(capsys, LAUNCH)["flops"]
+
+
+def test_without_our_flags_the_defaults_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(capsys, LAUNCH)
+    assert plan["windows"]["0"] == 32
+    assert any("No --skyladder-* flag was given" in note for note in plan["notes"])
+
+
+def test_neither_torch_nor_megatron_is_loaded() -> None:
+    code = (
+        "import sys; from megatron_skyladder.cli import main; main(['plan', '--preset', '1b-8k']);"
+        "print(sorted({'torch', 'megatron', 'matplotlib'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
+# --- time and money -----------------------------------------------------------------------------
+
+
+def test_hours_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    """Megatron's count: no word embedding (32,000 x 2,048) and no norms (45 x 2,048) in it."""
+    time = plan_json(capsys, "--preset 1b-8k --tflops 100 --gpus 8 --price-per-gpu-hour 2")["time"]
+    weights = 1_100_048_384 - 32_000 * 2048 - 45 * 2048
+    flops = (6 * weights + 6 * 22 * 2048 * 8192) * 1e5 * 2**20  # attention: l**2 / L = L
+    gpu_hours = flops / 100e12 / 3600
+    assert time["constant"]["gpu_hours"] == pytest.approx(gpu_hours)
+    assert time["constant"]["hours"] == pytest.approx(gpu_hours / 8)
+    assert time["constant"]["cost"] == pytest.approx(gpu_hours * 2)
+    saved = 1 - time["ladder"]["gpu_hours"] / time["constant"]["gpu_hours"]
+    assert time["saved_percent"] == pytest.approx(100 * saved)
+
+
+def test_a_device_and_its_share(capsys: pytest.CaptureFixture[str]) -> None:
+    share = plan_json(capsys, "--preset 1b-8k --device a100-40g --mfu 0.5")["time"]
+    rate = plan_json(capsys, "--preset 1b-8k --tflops 156")["time"]
+    assert share["constant"] == rate["constant"]
+    assert "hours" not in share["constant"]  # no --gpus
+    assumed = plan_json(capsys, "--preset 1b-8k --device a100-40g")["time"]
+    assert "assumed 40%" in assumed["basis"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "measured", "predicted"), [("1b-8k", 13.1, 11.6), ("1b-32k", 22.2, 23.6)]
+)
+def test_the_papers_measurements(
+    capsys: pytest.CaptureFixture[str], preset: str, measured: float, predicted: float
+) -> None:
+    """Within 1.5 points, and inside the stated range; the text says so."""
+    time = plan_json(capsys, f"--preset {preset} --device a100-40g")["time"]
+    assert time["saved_percent"] == pytest.approx(predicted, abs=0.05)
+    low, high = time["saved_percent_range"]
+    assert low - 0.05 <= measured <= high + 0.05
+    text = " ".join(call(capsys, f"plan --preset {preset} --device a100-40g").split())
+    assert f"The paper measured {measured} % on A100-40G; this model says {predicted}%" in text
+
+
+def test_only_the_papers_own_runs_are_compared_with_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = "--preset 1b-8k --device a100-40g --skyladder-start-window 8"
+    assert "The paper measured" not in call(capsys, f"plan {flags}")
+
+
+def write_log(path: Path, *, batch: int) -> None:
+    lines = ["using world size: 8, data-parallel size: 8"]
+    for step in range(1, 21):
+        lines.append(
+            f" [2026-11-23] iteration {step}/ 20 | elapsed time per iteration (ms): "
+            f"{600 + 20 * step} | global batch size: {batch} | "
+            f"skyladder/window: {step * 100} | skyladder/attention_fraction: {step / 20} |"
+        )
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_calibrated_hours(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """600 ms + 400 ms x work for 8 rows, on 8 GPUs: 2,000 full steps are 2,000 s, 4.44 GPU-h."""
+    write_log(tmp_path / "run.log", batch=8)
+    flags = f"{LAUNCH} --skyladder-alpha 2 --calibrate {tmp_path}/run.log"
+    plan = plan_json(capsys, flags)
+    time = plan["time"]
+    assert time["constant"]["gpu_hours"] == pytest.approx(2000 * 8 / 3600, rel=1e-4)
+    assert time["constant"]["hours"] == pytest.approx(2000 / 3600, rel=1e-4)
+    work = plan["attention_fraction"]
+    assert time["ladder"]["hours"] == pytest.approx(2000 * (0.6 + 0.4 * work) / 3600, rel=1e-4)
+    assert time["step_seconds"]["fixed"] == pytest.approx(0.6, rel=1e-4)
+    low, high = time["saved_percent_range"]
+    assert low <= time["saved_percent"] <= high
+    assert "run.log: 19 lines, 19 windows" in call(capsys, f"plan {flags}")
+
+
+def test_a_log_of_another_batch_is_scaled(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_log(tmp_path / "run.log", batch=4)
+    plan = plan_json(capsys, f"{LAUNCH} --calibrate {tmp_path}/run.log")
+    assert plan["time"]["constant"]["hours"] == pytest.approx(2 * 2000 / 3600, rel=1e-4)
+    assert any("The log's batch has 4 rows" in note for note in plan["notes"])
+
+
+# --- documents ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """Documents of 256 tokens: 8 whole ones in each row of 2,048."""
+    with IndexedWriter(tmp_path / "docs", "<u2") as writer:
+        for _ in range(300):
+            writer.add_document(np.append(np.full(255, 7), 2))
+    return str(tmp_path / "docs")
+
+
+def test_work_under_both_masks(capsys: pytest.CaptureFixture[str], data: str) -> None:
+    flags = f"{LAUNCH} --skyladder-preset shortformer --data-path {data} --skyladder-intra-document"
+    plan = plan_json(capsys, flags)
+    documents = plan["documents"]
+    assert (documents["documents"], documents["tokens"]) == (300, 76_800)
+    assert set(documents["length_quantiles"].values()) == {256}
+    context = {name: work["visible_context"] for name, work in documents["work"].items()}
+    assert context == {  # windows of 128, then of 2,048; documents of 256
+        "constant_causal": 1024.5,
+        "constant_documents": 128.5,
+        "ladder_causal": (64.5 + 1024.5) / 2,
+        "ladder_documents": (64.5 + 128.5) / 2,
+    }
+    assert plan["attention_fraction"] == pytest.approx(96.5 / 1024.5)
+    assert plan["flops"]["constant"] == documents["work"]["constant_documents"]["flops"]
+    assert plan["flops"]["ladder"] == documents["work"]["ladder_documents"]["flops"]
+    quantiles = documents["visible_context_quantiles"]
+    assert quantiles == {"0.1": 26, "0.5": 128, "0.9": 231, "0.99": 254}
+
+
+def test_documents_that_are_not_masked_do_not_count(
+    capsys: pytest.CaptureFixture[str], data: str
+) -> None:
+    plan = plan_json(capsys, f"{LAUNCH} --data-path {data}")
+    assert plan["flops"] == plan_json(capsys, LAUNCH)["flops"]
+    assert plan["documents"]["work"]["constant_documents"]["visible_context"] == 128.5
+
+
+def test_a_calibrated_time_counts_windows_alone(
+    capsys: pytest.CaptureFixture[str], data: str, tmp_path: Path
+) -> None:
+    """The log's fraction does, so the prediction has to."""
+    write_log(tmp_path / "run.log", batch=8)
+    flags = f"{LAUNCH} --calibrate {tmp_path}/run.log --data-path {data}"
+    masked = plan_json(capsys, f"{flags} --skyladder-intra-document")["time"]
+    joined = plan_json(capsys, flags)["time"]
+    assert masked["saved_percent"] == pytest.approx(joined["saved_percent"])
+
+
+def test_data_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a laptop the data of a cluster's launch line are missing; that stops nothing."""
+    plan = plan_json(capsys, f"{LAUNCH} --data-path /nowhere/docs")
+    assert any("/nowhere/docs is not here" in note for note in plan["notes"])
+    assert "/nowhere/docs.idx does not exist" in refused(
+        capsys, f"{LAUNCH} --data-path /nowhere/docs --skyladder-intra-document"
+    )
+
+
+def test_uncounted_documents_are_mentioned(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(capsys, f"{LAUNCH} --skyladder-intra-document")
+    assert any("give --data-path to measure" in note for note in plan["notes"])
+
+
+def test_data_without_ends_are_mentioned(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with IndexedWriter(tmp_path / "docs", "<u2") as writer:
+        for index in range(20):
+            writer.add_document(np.full(100, index))
+    plan = plan_json(capsys, f"{LAUNCH} --data-path {tmp_path}/docs --skyladder-intra-document")
+    assert any("do not all end with the same token" in note for note in plan["notes"])
+
+
+# --- text and pictures --------------------------------------------------------------------------
+
+
+def test_text_fits_a_terminal(capsys: pytest.CaptureFixture[str], data: str) -> None:
+    for flags in (
+        "--preset 1b-32k --device a100-40g --gpus 8 --price-per-gpu-hour 1.5",
+        f"{LAUNCH} --data-path {data} --skyladder-intra-document --lr 1 --bf16 --tflops 5",
+    ):
+        text = call(capsys, f"plan {flags}")
+        assert max(len(line) for line in text.splitlines()) <= 100
+        assert "Full window  from step" in text
+
+
+def test_advice_where_the_growth_is_far_from_the_papers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = " ".join(call(capsys, f"plan {LAUNCH} --skyladder-expand-fraction 0.2").split())
+    assert "grows over 20% of the run" in text
+    assert "--skyladder-expand-fraction=0.64, or alpha 1.575" in text  # 2016 / (0.64 * 2000)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_a_picture(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: str, suffix: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"plan{suffix}"
+    call(capsys, f"plan {LAUNCH} --data-path {data} --plot {path}")
+    start = path.read_bytes()[:8]
+    assert start == b"\x89PNG\r\n\x1a\n" if suffix == ".png" else start.startswith(b"<?xml")
+    assert [file.name for file in tmp_path.glob("plan*")] == [path.name]  # nothing half-written
+
+
+def test_a_picture_needs_matplotlib(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    message = refused(capsys, f"{LAUNCH} --plot plan.png")
+    assert "--plot needs matplotlib" in message
+    assert "pip install 'megatron-skyladder[plot]'" in message
+
+
+def test_the_lines_of_a_picture_end_where_the_table_does() -> None:
+    from megatron_skyladder.cli import planning, run_flags
+
+    args = _parsed("--preset 1b-8k --tflops 100")
+    plan = planning.make_plan(args, name="1b-8k")
+    assert plan.time
+    steps = plots._steps(plan)
+    cost = plots._cumulated(plan, steps, [plan.window(step) for step in steps])
+    assert cost[-1] == pytest.approx(
+        plan.time.gpu_hours(plan.total_steps, plan.mean_fraction), rel=0.002
+    )
+    assert run_flags.total_steps(run_flags.complete(args)) == plan.total_steps
+
+
+def _parsed(flags: str) -> Any:
+    import argparse
+
+    from megatron_skyladder.cli import run_flags
+
+    parser = argparse.ArgumentParser()
+    run_flags.add_run_flags(parser)
+    return parser.parse_args(flags.split())
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "--num-layers, --hidden-size, --num-attention-heads, --seq-length"),
+        ("--hidden-size 128", "is missing: plan needs the model, the batch and the length"),
+        (f"{LAUNCH} --train-samples 100", "--train-samples and --train-iters are both given"),
+        (f"{LAUNCH} --num-layers 0", "--num-layers=0: give at least 1"),
+        (
+            LAUNCH.replace("--train-iters 2000", "--train-samples 7"),
+            "--train-samples=7 is less than one batch of 8",
+        ),
+        (
+            f"{LAUNCH} --num-attention-heads 3",
+            "--hidden-size=128 is no multiple of --num-attention-heads=3",
+        ),
+        (
+            f"{LAUNCH} --group-query-attention --num-query-groups 3",
+            "--num-attention-heads=4 is no multiple of --num-query-groups=3",
+        ),
+        (
+            LAUNCH.replace("--max-position-embeddings 2048", "").replace(
+                "--position-embedding-type rope", ""
+            ),
+            "--max-position-embeddings is missing: it sizes the learned position embedding",
+        ),
+        (f"{LAUNCH} --gpus 3 --tensor-model-parallel-size 2", "--gpus=3 is no multiple of TP x PP"),
+        (f"{LAUNCH} --gpus 0", "--gpus=0 is no multiple of TP x PP x CP = 1"),
+        (
+            f"{LAUNCH} --gpus 16",
+            "--global-batch-size=8 is no multiple of micro-batch size x data-parallel size = 16",
+        ),
+        (f"{LAUNCH} --num-experts 8", "--num-experts: plan counts dense GPT models only"),
+        (f"{LAUNCH} --yaml-cfg=x", "--yaml-cfg: plan counts dense GPT models only"),
+        (f"{LAUNCH} --mfu 0.5", "--mfu is a share of a device's peak rate. Give --device"),
+        (f"{LAUNCH} --device h100 --mfu 40", "--mfu=40 is not a share. Give a number such as 0.4"),
+        (f"{LAUNCH} --device rtx", "invalid choice: 'rtx'"),
+        (f"{LAUNCH} --tflops 0", "--tflops=0: give a rate above 0"),
+        (f"{LAUNCH} --tflops 100 --device h100", "give a rate above 0, and no --device beside it"),
+        (f"{LAUNCH} --tflops 1 --calibrate x", "--calibrate and --device or --tflops both set"),
+        (f"{LAUNCH} --calibrate /nowhere.log", "/nowhere.log"),
+        (f"{LAUNCH} --tflops 1 --price-per-gpu-hour 0", "--price-per-gpu-hour=0: give a price"),
+        (f"{LAUNCH} --price-per-gpu-hour 1", "--price-per-gpu-hour needs a time to multiply"),
+        (f"{LAUNCH} --plot plan.pdf", "--plot plan.pdf: give a file that ends in .png or .svg"),
+        (f"{LAUNCH} --at 0,x", "'0,x' is not a list of steps such as 0,8,64000"),
+        (f"{LAUNCH} --at=-1", "'-1' is not a list of steps such as 0,8,64000"),
+        # the same as in training
+        (f"{LAUNCH} --skyladder-start-window 4096", "is above the final window of 2048"),
+        (f"{LAUNCH} --skyladder-final-window 4096", "is above --seq-length=2048"),
+        (f"{LAUNCH} --skyladder-alpha 0", "never reaches the final window of 2048 tokens"),
+        (f"{LAUNCH} --skyladder-alpha 1/8", "takes 16,128 steps, but the run has 2,000"),
+        (f"{LAUNCH} --skyladder-alpha 1 --skyladder-expand-fraction 0.5", "both set the rate"),
+        (f"{LAUNCH} --skyladder-preset 7b", "--skyladder-preset=7b is unknown"),
+        (f"{LAUNCH} --skyladder-alhpa 1", "unrecognized arguments: --skyladder-alhpa"),
+    ],
+)
+def test_refused(capsys: pytest.CaptureFixture[str], flags: str, message: str) -> None:
+    assert message in refused(capsys, flags)
+
+
+def test_a_log_of_another_number_of_gpus_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_log(tmp_path / "run.log", batch=8)
+    message = refused(capsys, f"{LAUNCH} --calibrate {tmp_path}/run.log --gpus 4")
+    assert "--gpus=4, but" in message and "is of a run on 8" in message
