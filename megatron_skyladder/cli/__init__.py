@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "several schedules side by side, and the rate that fits a budget",
     "prepare": "text (JSON lines, Parquet, plain files) -> Megatron's .bin/.idx",
     "inspect": "what is in a .bin/.idx: documents, lengths, end-of-document tokens, a sample",
+    "report": "what runs did, from their logs: one HTML page and pictures",
 }
 
 

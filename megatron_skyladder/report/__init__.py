@@ -1,0 +1,1 @@
+"""``skyladder report``: what one or more runs did, as one HTML page and pictures."""

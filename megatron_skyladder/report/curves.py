@@ -1,0 +1,176 @@
+"""The curves of a run: its log's records against tokens, time and FLOPs. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_skyladder.runlog import Iteration, RunLog, Validation, read_run
+
+_MEANINGLESS = {"train", "log", "logs", "out", "output", "stdout", "console", "run"}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One way to measure how far a run has come.
+
+    Args:
+        values: one for each training record.
+        label: with the unit.
+        name: as in a sentence.
+    """
+
+    values: np.ndarray
+    label: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with the name it has in the report."""
+
+    name: str
+    log: RunLog
+
+    @cached_property
+    def iterations(self) -> np.ndarray:
+        """The last iteration of each record."""
+        return np.array([record.iteration for record in self.log.iterations])
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """Training tokens at each record; samples where the log does not name --seq-length."""
+        samples = np.array([record.consumed_samples for record in self.log.iterations])
+        return samples * (self.log.seq_length or 1)
+
+    @cached_property
+    def seconds(self) -> np.ndarray:
+        """Training time at each record, evaluation, checkpoints and restarts left out."""
+        return np.array(self.log.elapsed_seconds())
+
+    @cached_property
+    def flops(self) -> np.ndarray | None:
+        """FLOPs spent at each record, by Megatron's count; None where a record has no rate."""
+        rates = self.column(lambda record: record.tflops_per_gpu)
+        if np.isnan(rates).any() or self.log.num_gpus is None:
+            return None
+        seconds = np.diff(self.seconds, prepend=0.0)
+        return np.cumsum(rates * 1e12 * self.log.num_gpus * seconds)
+
+    @cached_property
+    def losses(self) -> np.ndarray:
+        """Mean training loss of each record."""
+        return self.column(lambda record: record.loss)
+
+    def column(self, value: object) -> np.ndarray:
+        """Return a value of each record, NaN where there is none.
+
+        Args:
+            value: a name in the records' values, or a function of a record.
+        """
+        if callable(value):
+            found = [value(record) for record in self.log.iterations]
+        else:
+            found = [record.values.get(str(value)) for record in self.log.iterations]
+        return np.array([np.nan if x is None else x for x in found], dtype=float)
+
+    def validations(self, dataset: str = "validation") -> list[Validation]:
+        """Return the records of one validation set that lie within the training records."""
+        return [
+            record
+            for record in self.log.validations
+            if record.dataset == dataset and record.loss is not None
+        ]
+
+    def at(self, values: np.ndarray, records: list[Validation]) -> np.ndarray:
+        """Return where validation records lie on an axis given for the training records."""
+        where = [record.iteration for record in records]
+        return np.interp(where, self.iterations, values)
+
+    @property
+    def last(self) -> Iteration:
+        """The last training record."""
+        return self.log.iterations[-1]
+
+
+def load_runs(paths: list[str]) -> list[Run]:
+    """Read the logs of runs.
+
+    Args:
+        paths: log files or folders of runs, each as ``PATH`` or ``NAME=PATH``.
+
+    Raises:
+        ValueError: a log holds no training, or a name is given twice.
+    """
+    runs: list[Run] = []
+    for given in paths:
+        name, equals, path = given.partition("=")
+        if not equals or Path(given).exists():
+            name, path = "", given
+        runs.append(Run(name or _name(Path(path)), read_run(path)))
+    names = [run.name for run in runs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"two runs are called {twice!r}. Name them: skyladder report first={paths[0]} "
+            f"second={paths[1]}."
+        )
+    return runs
+
+
+def _name(path: Path) -> str:
+    """Return what tells a run from others: its folder, or its file unless that says nothing."""
+    path = path.resolve()
+    if path.is_dir():
+        return path.name
+    return path.parent.name if path.stem.lower() in _MEANINGLESS else path.stem
+
+
+def axes_of(runs: list[Run]) -> dict[str, list[Axis]]:
+    """Return the axes that all runs have, in one unit each: tokens, time and FLOPs."""
+    axes = {}
+    what = "tokens" if all(run.log.seq_length for run in runs) else "samples"
+    axes["tokens"] = _scaled([run.tokens for run in runs], _TOKENS, f"training {what}", what)
+    axes["time"] = _scaled([run.seconds for run in runs], _SECONDS, "training time", "time")
+    flops = [run.flops for run in runs]
+    known = [values for values in flops if values is not None]
+    if len(known) == len(runs):
+        axes["flops"] = _scaled(known, _FLOPS, "compute spent", "compute")
+    return axes
+
+
+class _Unit(NamedTuple):
+    from_value: float  # used for axes that reach at least this far
+    size: float
+    name: str
+
+
+_TOKENS = tuple(
+    _Unit(2 * size, size, name)
+    for size, name in (
+        (1e12, "trillions"),
+        (1e9, "billions"),
+        (1e6, "millions"),
+        (1e3, "thousands"),
+    )
+)
+_SECONDS = (
+    _Unit(2 * 86400, 86400, "days"),
+    _Unit(2 * 3600, 3600, "hours"),
+    _Unit(120, 60, "minutes"),
+    _Unit(0, 1, "seconds"),
+)
+_FLOPS = tuple(_Unit(10.0**power, 10.0**power, f"1e{power} FLOPs") for power in range(27, 8, -3))
+
+
+def _scaled(
+    columns: list[np.ndarray], units: tuple[_Unit, ...], what: str, name: str
+) -> list[Axis]:
+    largest = max(float(values[-1]) for values in columns)
+    unit = next((unit for unit in units if largest >= unit.from_value), units[-1])
+    label = f"{what} ({unit.name})"
+    return [Axis(values / unit.size, label, name) for values in columns]

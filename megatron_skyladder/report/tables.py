@@ -1,0 +1,216 @@
+"""The report's tables: what the runs came to, and with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_skyladder.report.curves import Run
+from megatron_skyladder.report.stability import VOLATILITY_RECORDS, stability
+
+# What a reader wants to know of a run, in this order, besides what differs.
+MAIN_SETTINGS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "seq_length",
+    "global_batch_size",
+    "micro_batch_size",
+    "train_iters",
+    "train_samples",
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_warmup_iters",
+    "weight_decay",
+    "clip_grad",
+    "seed",
+    "bf16",
+    "fp16",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "data_path",
+    "tokenizer_type",
+)
+# Where a run lives says nothing about what it is.
+PLACES = (
+    "save",
+    "load",
+    "tensorboard_dir",
+    "data_cache_path",
+    "wandb_exp_name",
+    "rank",
+    "wandb_id",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: what it is, a cell for each run, and what has to be explained."""
+
+    label: str
+    cells: list[str]
+    note: str = ""
+
+
+def summary(runs: Sequence[Run]) -> list[Row]:
+    """Return what each run came to, and how it stands against the first one."""
+    rows = [
+        Row("Schedule", [run.log.schedule or "SkyLadder off" for run in runs]),
+        Row("Iterations", [f"{run.last.iteration:,}" for run in runs]),
+        Row("Training tokens", [_tokens(run) for run in runs]),
+        Row("Training time", [_duration(run.seconds[-1]) for run in runs], _TIME_NOTE),
+        Row("Compute", [_flops(run) for run in runs], "by Megatron's count, attention as windowed"),
+        Row("GPUs", [str(run.log.num_gpus or "?") for run in runs]),
+        Row("Started", [_times(run.log.num_attempts) for run in runs]),
+        Row("Final training loss", [_loss(_final_training(run)) for run in runs]),
+        Row("Final validation loss", [_loss(_final(run, "validation")) for run in runs]),
+        Row("Test loss", [_loss(_final(run, "test")) for run in runs]),
+    ]
+    rows += _against_first(runs)
+    return [row for row in rows if set(row.cells) - {"", "?"}]
+
+
+_TIME_NOTE = "steps only: evaluation, checkpoints and restarts are left out"
+
+
+def _against_first(runs: Sequence[Run]) -> list[Row]:
+    first, others = runs[0], runs[1:]
+    if not others:
+        return []
+
+    def row(label: str, value: Callable[[Run], float | None], note: str = "") -> Row:
+        return Row(label, ["", *(_percent(value(run)) for run in others)], note)
+
+    def flops(run: Run) -> float | None:
+        if run.flops is None or first.flops is None:
+            return None
+        return float(run.flops[-1] / first.flops[-1] - 1)
+
+    against = f"against {first.name}"
+    reached = f"when the validation loss is down to the one {first.name} ends with"
+    return [
+        row(f"Time {against}", lambda run: float(run.seconds[-1] / first.seconds[-1] - 1)),
+        row(f"Compute {against}", flops),
+        row("Same loss: tokens", lambda run: _saving_at_equal_loss(run, first, "tokens"), reached),
+        row("Same loss: time", lambda run: _saving_at_equal_loss(run, first, "seconds"), reached),
+    ]
+
+
+def _saving_at_equal_loss(run: Run, first: Run, axis: str) -> float | None:
+    """Return how much less a run needs to get to the first one's last validation loss."""
+    target = _final(first, "validation")
+    records = run.validations()
+    if target is None or not records:
+        return None
+    losses = np.array([record.loss for record in records])
+    places = run.at(getattr(run, axis), records)
+    below = np.flatnonzero(losses <= target)
+    if not below.size or not below[0]:
+        return None
+    end = int(below[0])
+    place = np.interp(-target, -losses[end - 1 : end + 1], places[end - 1 : end + 1])
+    whole = first.at(getattr(first, axis), first.validations())[-1]
+    return float(place / whole - 1)
+
+
+def stability_rows(runs: Sequence[Run]) -> list[Row]:
+    """Return the figures of `stability`, one column for each run."""
+    found = [stability(run.losses, run.column("grad norm")) for run in runs]
+    intervals = {run.log.iterations[-1].num_iterations for run in runs}
+    caution = " Log intervals differ: do not compare." if len(intervals) > 1 else ""
+    return [
+        Row(
+            "Loss volatility",
+            [_figure(values.volatility) for values in found],
+            f"standard deviation around the trend of {VOLATILITY_RECORDS} log lines.{caution}",
+        ),
+        Row(
+            "Loss smoothness",
+            [_figure(values.smoothness) for values in found],
+            "mean change from one log line to the next; lower is smoother",
+        ),
+        Row(
+            "Mean loss ratio",
+            [_figure(values.mean_loss_ratio) for values in found],
+            "loss / lowest loss before; above 1 are steps back",
+        ),
+        Row(
+            "Mean gradient norm",
+            [_figure(values.mean_grad_norm) for values in found],
+            "before clipping",
+        ),
+    ]
+
+
+def differing_settings(runs: Sequence[Run]) -> list[Row]:
+    """Return Megatron's arguments in which the runs differ, places on the disk left out."""
+    names = sorted({name for run in runs for name in run.log.settings} - set(PLACES))
+    rows = [Row(name, [run.log.settings.get(name, "") for run in runs]) for name in names]
+    return [row for row in rows if len(set(row.cells)) > 1]
+
+
+def main_settings(runs: Sequence[Run]) -> list[Row]:
+    """Return the arguments a reader wants to know first."""
+    rows = [Row(name, [run.log.settings.get(name, "") for run in runs]) for name in MAIN_SETTINGS]
+    return [row for row in rows if set(row.cells) - {"", "None"}]
+
+
+def all_settings(runs: Sequence[Run]) -> list[Row]:
+    """Return every argument of every run."""
+    names = sorted({name for run in runs for name in run.log.settings})
+    return [Row(name, [run.log.settings.get(name, "") for run in runs]) for name in names]
+
+
+def _final(run: Run, dataset: str) -> float | None:
+    records = run.validations(dataset)
+    return records[-1].loss if records else None
+
+
+def _final_training(run: Run) -> float | None:
+    tail = run.losses[-max(1, len(run.losses) // 50) :]  # the last 2 %
+    return float(np.nanmean(tail)) if np.isfinite(tail).any() else None
+
+
+def _loss(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
+
+
+def _figure(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.4g}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:+.1f} %"
+
+
+def _times(count: int) -> str:
+    return {0: "?", 1: "once"}.get(count, f"{count} times")
+
+
+def _tokens(run: Run) -> str:
+    if not run.log.seq_length:
+        return f"{run.last.consumed_samples:,} samples"
+    tokens = float(run.tokens[-1])
+    for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if tokens >= size:
+            return f"{tokens / size:.4g} {name}"
+    return f"{tokens:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:.1f} days ({seconds / 3600:,.0f} h)"
+    for size, name in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.1f} s"
+
+
+def _flops(run: Run) -> str:
+    return "" if run.flops is None else f"{run.flops[-1]:.3e} FLOPs"
