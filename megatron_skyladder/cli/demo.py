@@ -1,0 +1,139 @@
+"""``skyladder demo``: pretrain a small model twice on this machine and compare."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Pretrain the same small Llama-style model twice from the same weights, on Megatron's own trainer
+with two ranks: once with a constant window of 2,048 tokens, once with SkyLadder. The text is
+Python's own documentation and standard library. Ends with a table and a plot; takes about six
+minutes on two cores. What is finished is kept: a second call goes on where the first was stopped.
+"""
+
+
+def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
+    """Add the sub-command."""
+    parser = subparsers.add_parser("demo", help=help_text, description=DESCRIPTION)
+    parser.add_argument("--output", default="demo", help="folder for everything (default: demo)")
+    parser.add_argument(
+        "--train-iters", type=int, default=160, help="steps of 4,096 tokens (default: 160)"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget what an earlier call has finished"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo."""
+    from megatron_skyladder.demo.runs import NUM_RANKS, SCHEDULES, SEQ_LENGTH, Run
+
+    if args.train_iters < 40:
+        raise ValueError(
+            f"--train-iters={args.train_iters} is too short to see anything: 40 or more."
+        )
+    output = Path(args.output).resolve()
+    runs = [Run(name, output / name, args.train_iters) for name in SCHEDULES]
+    _forget_other_settings(output, args)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "settings").write_text(f"{args.train_iters}\n")
+    data_prefix, tokenizer = _prepare(output)
+    for training in runs:
+        if training.is_finished():
+            print(f"{training.name}: finished earlier, in {training.folder}")
+            continue
+        print(
+            f"\n{training.name}: {training.train_iters} steps on {NUM_RANKS} ranks, rows of "
+            f"{SEQ_LENGTH} tokens; log in {training.log}"
+        )
+        bar = _ProgressBar(training.name)
+        try:
+            training.train(data_prefix, tokenizer, bar.show)
+        except RuntimeError as error:
+            print(f"\nskyladder demo: {error}", file=sys.stderr)
+            return 1
+        bar.close()
+    _conclude(output, runs)
+    return 0
+
+
+def _forget_other_settings(output: Path, args: argparse.Namespace) -> None:
+    """Remove finished runs of another length; nothing else of the folder."""
+    settings = output / "settings"
+    changed = settings.exists() and settings.read_text().strip() != str(args.train_iters)
+    if args.fresh or changed:
+        for name in ("constant", "skyladder"):
+            shutil.rmtree(output / name, ignore_errors=True)
+
+
+def _prepare(output: Path) -> tuple[Path, Path]:
+    """Make corpus, tokenizer and Megatron's files, or find them made."""
+    from megatron_skyladder.cli import main
+    from megatron_skyladder.demo import corpus, runs
+
+    text, tokenizer, prefix = output / "corpus.jsonl", output / "tokenizer", output / "corpus"
+    if not text.exists():
+        print("corpus: Python's documentation topics and standard library")
+        print(f"  {corpus.write_corpus(text)} documents in {text}")
+    if not (tokenizer / "tokenizer.json").exists():
+        print(f"tokenizer: byte-level BPE with {runs.VOCAB_SIZE:,} tokens")
+        corpus.train_tokenizer(text, tokenizer, runs.VOCAB_SIZE)
+    command = ["prepare", "--input", str(text), "--output-prefix", str(prefix), "--workers", "2"]
+    command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
+    if main(command):
+        raise ValueError("the corpus could not be prepared; see above.")
+    return output / "corpus_text_document", tokenizer
+
+
+class _ProgressBar:
+    """One line on the terminal; a line every tenth of the run where it is not one."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._started = time.monotonic()
+        self._terminal = sys.stdout.isatty()
+
+    def show(self, step: int, num_steps: int, loss: float) -> None:
+        """Show that ``step`` is done."""
+        seconds = time.monotonic() - self._started
+        left = seconds / step * (num_steps - step)
+        filled = 30 * step // num_steps
+        line = (
+            f"  {self._name:10s} [{'#' * filled}{'.' * (30 - filled)}] {step}/{num_steps} "
+            f"loss {loss:.3f}, {seconds:.0f} s, about {left:.0f} s left"
+        )
+        if self._terminal:
+            print(f"\r{line:<100s}", end="", flush=True)
+        elif step % max(1, num_steps // 10) == 0:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """End the line."""
+        if self._terminal:
+            print()
+
+
+def _conclude(output: Path, runs: list[Any]) -> None:
+    """Print the table, write it and the plot."""
+    from megatron_skyladder.demo import summary
+    from megatron_skyladder.demo.runs import BATCH_SAMPLES, SEQ_LENGTH, SHAPE, schedule
+    from megatron_skyladder.runlog import read_run
+
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    constant, ladder = (
+        summary.Outcome(run.name, read_run(run.log), SEQ_LENGTH, SEQ_LENGTH * BATCH_SAMPLES)
+        for run in runs
+    )
+    saving = summary.predicted_saving(SHAPE, schedule(runs[1].train_iters), ladder)
+    text = summary.table(constant, ladder, saving)
+    print(f"\n{text}\n")
+    (output / "table.txt").write_text(text + "\n")
+    summary.plot(constant, ladder, output / "demo.png")
+    print(f"plot: {output / 'demo.png'}\ntable: {output / 'table.txt'}")

@@ -1,0 +1,1 @@
+"""``skyladder demo``: a constant window against SkyLadder, on this machine, in minutes."""

@@ -1,0 +1,182 @@
+"""What came out of the demo: a table for the terminal and a plot."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_skyladder import costs
+from megatron_skyladder.config import SkyLadderConfig
+from megatron_skyladder.runlog import RunLog
+from megatron_skyladder.schedules import WindowSchedule
+
+COLOURS = {"constant": "#7f7f7f", "skyladder": "#0b6e99"}
+LABELS = {"constant": "constant window", "skyladder": "SkyLadder"}
+_SMOOTHING_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run, with time counted in training seconds (no start-up, no validation)."""
+
+    name: str
+    log: RunLog
+    seq_length: int
+    batch_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens."""
+        return self.log.iterations[-1].iteration * self.batch_tokens
+
+    @property
+    def seconds(self) -> float:
+        """Training time; the first two steps, which warm up caches, count as median ones."""
+        return self.times()[-1]
+
+    def times(self) -> list[float]:
+        """Return the training seconds at the end of each step."""
+        steps = [record.elapsed_ms / 1e3 for record in self.log.iterations]
+        median = sorted(steps)[len(steps) // 2]
+        steps[:2] = [min(step, median) for step in steps[:2]]
+        total, times = 0.0, []
+        for step in steps:
+            total += step
+            times.append(total)
+        return times
+
+    def validations(self) -> list[tuple[int, float]]:
+        """Return (iteration, validation loss at the full window)."""
+        return [
+            (record.iteration, record.loss)
+            for record in self.log.validations
+            if record.loss is not None and "test" not in record.dataset
+        ]
+
+    def loss_by_length(self) -> dict[int, float]:
+        """Return the last validation's loss by context length."""
+        return self.log.validations[-1].by_length
+
+    def loss_after(self, seconds: float) -> float:
+        """Return the validation loss after this much training, between two validations linear."""
+        times = self.times()
+        points = [(times[iteration - 1], loss) for iteration, loss in self.validations()]
+        before = points[0]
+        for after in points:
+            if after[0] >= seconds:
+                if after[0] == before[0]:
+                    return after[1]
+                share = (seconds - before[0]) / (after[0] - before[0])
+                return before[1] + share * (after[1] - before[1])
+            before = after
+        return points[-1][1]
+
+
+def predicted_saving(
+    shape: costs.DecoderShape, schedule: WindowSchedule, outcome: Outcome
+) -> tuple[float, float]:
+    """Return the shares of all work and of attention work that the ladder saves, by FLOPs."""
+    config = SkyLadderConfig(schedule, seq_length=outcome.seq_length, step_samples=1)
+    pairs = costs.grid_pairs(config)
+    steps = outcome.log.iterations[-1].iteration
+    mean = costs.mean_pairs(costs.window_runs(config, steps), pairs)
+    sizes = {"seq_length": outcome.seq_length, "tokens": outcome.tokens}
+    matrices, full = costs.megatron_flops(shape, pairs=pairs(outcome.seq_length), **sizes)
+    _, ladder = costs.megatron_flops(shape, pairs=mean, **sizes)
+    return (full - ladder) / (matrices + full), (full - ladder) / full
+
+
+def table(constant: Outcome, ladder: Outcome, saving: tuple[float, float]) -> str:
+    """Return the table the demo ends with."""
+    rows = [("", LABELS["constant"], LABELS["skyladder"], "difference")]
+
+    def add(name: str, values: tuple[float, float], digits: int, relative: bool = True) -> None:
+        difference = values[1] / values[0] - 1 if relative else values[1] - values[0]
+        shown = f"{100 * difference:+.1f} %" if relative else f"{difference:+.3f}"
+        rows.append((name, f"{values[0]:,.{digits}f}", f"{values[1]:,.{digits}f}", shown))
+
+    rows.append(("training tokens", f"{constant.tokens:,}", f"{ladder.tokens:,}", ""))
+    add("training time (s)", (constant.seconds, ladder.seconds), 1)
+    rates = (constant.tokens / constant.seconds, ladder.tokens / ladder.seconds)
+    add("tokens per second", rates, 0)
+    lengths = constant.loss_by_length()
+    for length in lengths:
+        losses = (lengths[length], ladder.loss_by_length()[length])
+        add(f"validation loss, context {length:,}", losses, 3, relative=False)
+    equal = min(constant.seconds, ladder.seconds)
+    losses = (constant.loss_after(equal), ladder.loss_after(equal))
+    add(f"validation loss after {equal:.0f} s", losses, 3, relative=False)
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    work, attention = saving
+    faster = 1 - ladder.seconds / constant.seconds
+    lines.append("")
+    lines.append(
+        f"SkyLadder took {100 * faster:.1f} % less time for the same tokens. By FLOPs it does "
+        f"{100 * work:.1f} % less work ({100 * attention:.1f} % less attention)."
+    )
+    return "\n".join(lines)
+
+
+def plot(constant: Outcome, ladder: Outcome, path: Path) -> None:
+    """Draw window, losses against tokens and time, and loss by context length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 7), layout="constrained")
+    window, by_tokens, by_time, by_length = figure.subplots(2, 2).flat
+    for outcome in (constant, ladder):
+        _draw(outcome, window, by_tokens, by_time, by_length)
+    tokens = "training tokens (thousands)"
+    _label(window, "Attention window", tokens, "tokens a query may see")
+    _label(by_tokens, "Training loss, its own window in sight", tokens, "loss (nats)")
+    _label(by_time, "Validation loss, whole rows in sight", "training time (s)", "loss (nats)")
+    _label(by_length, "After the last step", "validation context (tokens)", "loss (nats)")
+    by_length.set_xscale("log", base=2)
+    lengths = list(constant.loss_by_length())
+    by_length.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    window.legend(frameon=False)
+    faster = 1 - ladder.seconds / constant.seconds
+    figure.suptitle(
+        f"SkyLadder against a constant window of {constant.seq_length:,}: the same model, weights, "
+        f"data and kernel, {100 * faster:.0f} % less time",
+        fontsize=12,
+    )
+    temporary = path.with_suffix(".partial.png")
+    figure.savefig(temporary, dpi=130)
+    os.replace(temporary, path)
+
+
+def _draw(outcome: Outcome, window: Any, by_tokens: Any, by_time: Any, by_length: Any) -> None:
+    style = {"color": COLOURS[outcome.name], "label": LABELS[outcome.name]}
+    records = outcome.log.iterations
+    tokens = [record.iteration * outcome.batch_tokens / 1e3 for record in records]
+    window.plot(tokens, [record.window for record in records], linewidth=2, **style)
+    losses = [record.loss or 0.0 for record in records]
+    by_tokens.plot(tokens, losses, linewidth=0.8, alpha=0.3, color=style["color"])
+    smooth = [
+        sum(losses[max(0, i + 1 - _SMOOTHING_STEPS) : i + 1]) / min(i + 1, _SMOOTHING_STEPS)
+        for i in range(len(losses))
+    ]
+    by_tokens.plot(tokens, smooth, linewidth=2, **style)
+    times = outcome.times()
+    points = [(times[iteration - 1], loss) for iteration, loss in outcome.validations()]
+    by_time.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=2, **style)
+    lengths = outcome.loss_by_length()
+    by_length.plot(list(lengths), list(lengths.values()), marker="o", linewidth=2, **style)
+
+
+def _label(axes: Any, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True, linewidth=0.4, alpha=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
