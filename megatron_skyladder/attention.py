@@ -113,6 +113,11 @@ class SkyLadderAttention(MegatronModule):
         out = self.backend(to_thd(query), to_thd(key), to_thd(value), segments)
         return from_thd(out, query.shape[1])
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # a checkpoint of Megatron's own attention may hold Transformer Engine's (empty) FP8 state
+        state_dict.pop(f"{prefix}_extra_state", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _segments(
         self, query: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> Segments | ParallelSegments:

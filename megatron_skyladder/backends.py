@@ -16,9 +16,11 @@ cross, aligned at the bottom right: the last query of a segment sees its last ke
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,13 +53,13 @@ class VarlenBackend(torch.nn.Module):
         from torch.nn.attention.varlen import varlen_attn
 
         self.softmax_scale = softmax_scale
-        self.attend = varlen_attn
+        self.attend: Any = varlen_attn
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
         """See the module."""
-        return self.attend(
+        out: torch.Tensor = self.attend(
             query,
             key,
             value,
@@ -69,6 +71,7 @@ class VarlenBackend(torch.nn.Module):
             window_size=_window_size(segments),
             enable_gqa=query.shape[1] != key.shape[1],
         )
+        return out
 
 
 class FlashBackend(torch.nn.Module):
@@ -99,7 +102,62 @@ class FlashBackend(torch.nn.Module):
         )
 
 
+class TransformerEngineBackend(torch.nn.Module):
+    """Megatron's TEDotProductAttention on thd tensors; TE picks FlashAttention or cuDNN.
+
+    TE's own context parallelism stays off: keys have been fetched before it is called.
+    """
+
+    def __init__(self, *, config: Any, softmax_scale: float, **arguments: Any) -> None:
+        super().__init__()
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+        from megatron.core.transformer.enums import AttnMaskType
+
+        config = copy.copy(config)
+        config.context_parallel_size = 1
+        attention = TEDotProductAttention(
+            config,
+            attn_mask_type=AttnMaskType.padding_causal,
+            attention_type="self",
+            softmax_scale=softmax_scale,
+            **arguments,
+        )
+        # in a tuple, so that its (empty) FP8 state stays out of checkpoints and a run can go on
+        # with another backend
+        self._attention = (attention,)
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """See the module."""
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        (attention,) = self._attention
+        attention.window_size = _window_size(segments)
+        offsets_q, offsets_k = segments.cu_seqlens_q_device, segments.cu_seqlens_k_device
+        out = attention(
+            query,
+            key,
+            value,
+            None,
+            attn_mask_type=_CAUSAL if offsets_k is offsets_q else _CAUSAL_BOTTOM_RIGHT,
+            packed_seq_params=PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=offsets_q,
+                cu_seqlens_kv=offsets_k,
+                max_seqlen_q=segments.max_seqlen_q,
+                max_seqlen_kv=segments.max_seqlen_k,
+            ),
+        )
+        return out.view(query.shape)
+
+
+# TE's names; Megatron's enumeration lacks the second, and only the name is looked at
+_CAUSAL = SimpleNamespace(name="padding_causal")
+_CAUSAL_BOTTOM_RIGHT = SimpleNamespace(name="padding_causal_bottom_right")
+
 BACKENDS: dict[str, type[torch.nn.Module]] = {
+    "te": TransformerEngineBackend,
     "varlen": VarlenBackend,
     "flash": FlashBackend,
     "sdpa": SdpaBackend,
@@ -136,7 +194,7 @@ def pick_backend() -> tuple[str, str]:
     """Return the best backend for this machine and why."""
     if cpu_engine.is_installed():
         return "sdpa", "the CPU engine runs, the others need a GPU"
-    passed_over = []
+    passed_over: list[str] = []
     for name in ("te", "flash", "varlen"):
         missing = _missing(name)
         if missing is None:
@@ -147,8 +205,6 @@ def pick_backend() -> tuple[str, str]:
 
 def _missing(name: str) -> str | None:
     """Return what a backend lacks here, or None."""
-    if name not in BACKENDS:
-        return "a later release of megatron-skyladder"
     module = {
         "te": "transformer_engine",
         "flash": "flash_attn",
