@@ -23,14 +23,14 @@ Batch = dict[str, torch.Tensor | None]
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-class _HostTap:
+class HostTap:
     """An iterator that keeps the row it handed on, while it is still on the host."""
 
     def __init__(self, iterator: Iterator[dict[str, torch.Tensor]]) -> None:
         self._iterator = iterator
         self.latest: dict[str, torch.Tensor] | None = None
 
-    def __iter__(self) -> _HostTap:
+    def __iter__(self) -> HostTap:
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
@@ -61,7 +61,7 @@ def get_batch(
     batch: Batch = dict.fromkeys(BATCH_KEYS)
     if not has_data and not masks_documents:
         return batch, None
-    tap = _HostTap(data_iterator)
+    tap = HostTap(data_iterator)
     if has_data:
         batch = compat.cp_batch(compat.tp_batch(tap if data_iterator is not None else None))
     elif data_iterator is not None:

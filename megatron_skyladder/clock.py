@@ -84,6 +84,11 @@ def installed() -> Clock | None:
     return _clock
 
 
+def documents_masked() -> bool:
+    """Return whether training masks documents: every pipeline stage then needs the rows."""
+    return _clock is not None and _clock.config.intra_document
+
+
 def current() -> Clock:
     """Return the process's clock.
 

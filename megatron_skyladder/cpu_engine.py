@@ -9,6 +9,9 @@ gloo. ``install()`` has to run before Megatron is imported; it works in three pl
 * Megatron: defaults of flags that need a GPU, and the two things it refuses on a CPU for no
   reason that holds there (see ``_prepare_megatron``).
 
+``python -m megatron_skyladder.cpu_engine pretrain_gpt.py ...`` does the same in front of a script,
+such as a checkout's own, under torchrun as well.
+
 It is for development, tests and small runs. It refuses to load where a CUDA device is visible, so
 it cannot slow down a real run by accident. What it cannot show: kernels, streams, NCCL, memory, or
 a tensor that was left on the host by mistake.
@@ -20,6 +23,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import runpy
 import sys
 import time
 import types
@@ -107,6 +111,28 @@ def install() -> None:
     _Remap().__enter__()
     _installed = True
     _prepare_megatron()
+
+
+def run_script(arguments: list[str]) -> None:
+    """Install the engine, then run a script as Python would.
+
+    Args:
+        arguments: the script and what comes after it on the command line.
+
+    Raises:
+        ValueError: there is no such script, or the engine cannot be installed.
+    """
+    if not arguments or not os.path.isfile(arguments[0]):
+        raise ValueError(
+            "give the script to run on the CPU, such as python -m megatron_skyladder.cpu_engine "
+            f"pretrain_gpt.py --num-layers 2 ...; given: {' '.join(arguments[:1]) or 'nothing'}."
+        )
+    script = arguments[0]
+    os.environ[DEVICE_VARIABLE] = "cpu"  # for the processes it starts
+    sys.path[0] = os.path.dirname(os.path.abspath(script))  # a checkout finds its own megatron
+    sys.argv = arguments
+    install()
+    runpy.run_path(script, run_name="__main__")
 
 
 def set_argument_defaults(parser: argparse.ArgumentParser) -> None:
@@ -265,9 +291,19 @@ def _replace_torch_cuda() -> None:
 
 
 def _prepare_megatron() -> None:
-    """Lift what Megatron refuses on a CPU: building its C++ helpers, and norms under SP."""
+    """Set the flags' defaults; lift what it refuses: building C++ helpers, and norms under SP."""
     from megatron.core.datasets import utils as dataset_utils
     from megatron.core.transformer import torch_norm
+    from megatron.training import arguments
+
+    add_stock_arguments = arguments.add_megatron_arguments
+
+    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add_stock_arguments(parser)
+        set_argument_defaults(parser)
+        return parser
+
+    arguments.add_megatron_arguments = add_megatron_arguments
 
     # The wheel carries the compiled helpers but no Makefile, and make's failure ends the process.
     folder = os.path.dirname(dataset_utils.__file__)
@@ -290,3 +326,9 @@ def _prepare_megatron() -> None:
         return norm
 
     torch_norm.WrappedTorchNorm.__new__ = make_norm_under_sequence_parallel
+
+
+if __name__ == "__main__":
+    from megatron_skyladder import cpu_engine  # the copy that others import, not this __main__
+
+    cpu_engine.run_script(sys.argv[1:])

@@ -46,6 +46,12 @@ def install(config: SkyLadderConfig, options: Any) -> None:
         ValueError: a Megatron flag that cannot be combined with SkyLadder.
     """
     check_options(config, options)
+    if getattr(options, "create_attention_mask_in_dataloader", False):
+        logger.info(
+            "the data loader makes no dense attention masks: create_attention_mask_in_dataloader "
+            "True -> False"
+        )
+        options.create_attention_mask_in_dataloader = False
     setattr(options, FINGERPRINT, config.fingerprint)
     clock.install(config)
     for hook in HOOKS:

@@ -13,8 +13,9 @@ import sys
 from functools import partial
 from typing import Any
 
-from megatron_skyladder import cpu_engine
-from megatron_skyladder.config import add_arguments, config_from_args
+from megatron_skyladder import cpu_engine, releases
+from megatron_skyladder.config import config_from_args
+from megatron_skyladder.console import log_to_console
 
 logger = logging.getLogger("megatron_skyladder.pretrain_gpt")  # __name__ is __main__ here
 SPIKY_LOSS_FACTOR = 10  # a loss this many times the largest so far is spiky, as in Megatron
@@ -100,13 +101,11 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     from megatron_skyladder import clock, compat
 
     options = get_args()
-    active = clock.installed()
-    every_stage = active is not None and active.config.intra_document
 
     def is_built_on_rank() -> bool:
         if mpu.get_tensor_model_parallel_rank() != 0:
             return False
-        return every_stage or compat.is_first_or_last_pipeline_stage(vp_stage)
+        return clock.documents_masked() or compat.is_first_or_last_pipeline_stage(vp_stage)
 
     dataset_class = MockGPTDataset if options.mock_data else GPTDataset
     config = compat.gpt_dataset_config(options)
@@ -120,38 +119,24 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatro
 
 def main() -> None:
     """Train."""
-    rank = int(os.environ.get("RANK", "0"))
-    _log_to_console(rank)
+    log_to_console()
     try:
+        releases.release_of(releases.installed())
         cpu_engine.install_or_check_device()
         _launch()
-    except ValueError as error:
+    except (ValueError, releases.MegatronMismatchError) as error:
         if os.environ.get("SKYLADDER_TRACEBACK"):
             raise
-        if rank == 0:
+        if os.environ.get("RANK", "0") == "0":
             logger.error("error: %s", error)
         sys.exit(2)
 
 
-def _log_to_console(rank: int) -> None:
-    """Show what SkyLadder says, whatever level Megatron sets for the rest."""
-    package = logging.getLogger("megatron_skyladder")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("SkyLadder: %(message)s"))
-    package.addHandler(handler)
-    package.propagate = False
-    package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-
-
 def _launch() -> None:
-    from megatron_skyladder import compat, hooks
-
-    def add_all_arguments(parser: Any) -> Any:
-        if cpu_engine.is_installed():
-            cpu_engine.set_argument_defaults(parser)
-        return add_arguments(parser)
+    from megatron_skyladder import compat, hooks, inserted
 
     def on_arguments(options: Any) -> None:
+        options.create_attention_mask_in_dataloader = False  # the datasets below make none
         config = config_from_args(options)
         if config is not None:
             hooks.install(config, options)
@@ -159,7 +144,7 @@ def _launch() -> None:
     compat.launch(
         datasets_provider,
         forward_step,
-        extra_args_provider=add_all_arguments,
+        extra_args_provider=inserted.add_arguments,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
         on_arguments=on_arguments,
     )
