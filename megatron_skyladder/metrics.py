@@ -268,8 +268,8 @@ def _with_metrics(
     Megatron prints means over the log interval. A mean window would be one that no step had, so
     the running total is set to make the mean come out at the latest value.
     """
-    for name in loss_dict:  # before ours: Megatron's telemetry takes the first to be the loss
-        total_loss_dict.setdefault(name, torch.zeros(1, device="cuda"))
+    for name, loss in loss_dict.items():  # before ours: telemetry takes the first to be the loss
+        total_loss_dict.setdefault(name, torch.zeros_like(loss))
     steps_before = total_loss_dict.get("advanced iterations", 0)
     values = {name: torch.tensor(float(value)) for name, value in metrics.items()}
     for name, value in values.items():
