@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 EXTRAS := training,data,plot,dev
 
-.PHONY: help install demo test check format lint types clean
+.PHONY: help install demo test bench check format lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: $(READY)  ## pretrain a small model twice, constant window and SkyLadder; 
 
 test: $(READY)  ## the whole suite
 	$(PYTEST)
+
+bench: $(READY)  ## what SkyLadder costs and saves beside stock Megatron, as ratios
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/overhead.py
 
 check: $(READY) lint types test  ## formatting, lint, types and the suite, as CI does
 

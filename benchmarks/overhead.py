@@ -1,0 +1,266 @@
+"""What SkyLadder costs and saves on this machine, side by side in one run (``make bench``).
+
+    python benchmarks/overhead.py [--seq-length 2048] [--steps 12]
+
+1. Step time at the full window against stock Megatron with the same kernel (SDPA in the place of
+   its local attention), and peak memory.
+2. Step time and attention time against the window, beside what the FLOPs model says.
+3. Rows per second of the data path: Megatron's dataset, ours with documents masked, and Megatron's
+   own inter-document masking.
+4. Start-up: hooks and probe.
+
+Ratios count, not seconds: run it on a quiet machine. Steps of the compared runs alternate in blocks
+of one process each, and medians are taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LAYERS, HIDDEN, HEADS, GROUPS = 4, 256, 4, 2
+VOCAB_SIZE = 2048
+_STEP = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
+_PROBE = re.compile(r"mask probe passed in ([0-9.]+) s")
+
+
+def training_flags(seq_length: int, steps: int, extra: list[str]) -> list[str]:
+    """Return Megatron's flags for a small Llama-style model on mock data."""
+    return (
+        f"""
+        --num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads {HEADS}
+        --group-query-attention --num-query-groups {GROUPS} --normalization RMSNorm --swiglu
+        --disable-bias-linear --untie-embeddings-and-output-weights
+        --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0
+        --seq-length {seq_length} --max-position-embeddings {seq_length}
+        --micro-batch-size 1 --global-batch-size 1 --train-iters {steps} --lr 1e-4
+        --lr-decay-style constant --mock-data --tokenizer-type NullTokenizer
+        --vocab-size {VOCAB_SIZE - 1} --log-interval 1 --eval-iters 0 --num-workers 1
+    """.split()
+        + extra
+    )
+
+
+def train(flags: list[str], same_kernel: bool, report: str) -> None:
+    """Run one training in this process (a rank of the pool) and note its peak memory.
+
+    Args:
+        flags: the command line.
+        same_kernel: give stock Megatron's local attention SDPA's causal kernel.
+        report: the file that gets the peak resident memory in MiB.
+    """
+    from megatron_skyladder import pretrain_gpt
+
+    if same_kernel:
+        _give_stock_attention_the_same_kernel()
+    sys.argv = ["pretrain_gpt", *flags]
+    pretrain_gpt.main()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    Path(report).write_text(f"{peak:.0f}\n")
+
+
+def _give_stock_attention_the_same_kernel() -> None:
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def forward(self: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    DotProductAttention.forward = forward
+
+
+def measure_run(pool: Any, folder: Path, flags: list[str], same_kernel: bool) -> dict[str, float]:
+    """Return the median step time in ms (first steps left out), peak MiB and probe seconds."""
+    report = folder / "peak"
+    pool.run(
+        "overhead:train",
+        num_processes=1,
+        folder=folder,
+        arguments={"flags": flags, "same_kernel": same_kernel, "report": str(report)},
+        environment={"OMP_NUM_THREADS": str(os.cpu_count())},
+        timeout_seconds=1200,
+    )
+    log = (folder / "log.0.txt").read_text(errors="replace")
+    steps = [float(ms) for ms in _STEP.findall(log)][3:]
+    probe = _PROBE.search(log)
+    return {
+        "ms": statistics.median(steps),
+        "peak": float(report.read_text()),
+        "probe": float(probe[1]) if probe else 0.0,
+    }
+
+
+def bench_steps(seq_length: int, steps: int) -> None:
+    """Print parts 1, 2 and 4."""
+    from megatron_skyladder.fragments import window_pairs
+    from megatron_skyladder.testing import ProcessPool
+
+    windows = [seq_length // share for share in (64, 16, 4, 2)]
+    with ProcessPool() as pool, tempfile.TemporaryDirectory() as scratch:
+
+        def run(name: str, extra: list[str], same_kernel: bool = False) -> dict[str, float]:
+            flags = training_flags(seq_length, steps, extra)
+            return measure_run(pool, Path(scratch) / name, flags, same_kernel)
+
+        full = ["--skyladder-schedule", "constant"]
+        pairs = [(run(f"stock{i}", [], True), run(f"ours{i}", full)) for i in range(3)]
+        stock = {key: statistics.median(pair[0][key] for pair in pairs) for key in pairs[0][0]}
+        ours = {key: statistics.median(pair[1][key] for pair in pairs) for key in pairs[0][1]}
+        print(f"\n1. Full window of {seq_length} tokens, the same kernel (goal: at most 1.02x)")
+        print(f"   stock Megatron   {stock['ms']:8.1f} ms/step   peak {stock['peak']:6.0f} MiB")
+        print(f"   SkyLadder        {ours['ms']:8.1f} ms/step   peak {ours['peak']:6.0f} MiB")
+        print(
+            f"   ratio            {ours['ms'] / stock['ms']:8.3f} x         "
+            f"peak {ours['peak'] / stock['peak']:6.3f} x"
+        )
+        print("\n2. Against the window         step   ratio   attention   ratio   FLOPs model")
+        full_attention = attention_ms(seq_length, seq_length)
+        for window in [*windows, seq_length]:
+            step = ours["ms"]
+            if window < seq_length:
+                step = run(f"w{window}", [*full, "--skyladder-final-window", str(window)])["ms"]
+            attention = attention_ms(window, seq_length)
+            model = window_pairs(window, seq_length) / window_pairs(seq_length, seq_length)
+            print(
+                f"   window {window:6d}      {step:9.1f} ms  {step / ours['ms']:5.2f}  "
+                f"{attention:7.1f} ms  {attention / full_attention:5.2f}   {model:6.2f}"
+            )
+        print(f"\n4. Start-up: the probe took {ours['probe']:.1f} s, hooks {hooks_seconds():.3f} s")
+
+
+def attention_ms(window: int, seq_length: int) -> float:
+    """Return the median time of one layer's attention, forward and backward."""
+    import torch
+
+    from megatron_skyladder import sdpa
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    head_dim = HIDDEN // HEADS
+    query = torch.randn(seq_length, 1, HEADS, head_dim, requires_grad=True)
+    key, value = (torch.randn(seq_length, 1, GROUPS, head_dim, requires_grad=True) for _ in "kv")
+    times = []
+    for _ in range(7):
+        started = time.perf_counter()
+        sdpa.attend_grid(query, key, value, window, head_dim**-0.5).sum().backward()
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times[1:])
+
+
+def hooks_seconds() -> float:
+    """Return how long a fresh process takes to import and place the hooks, Megatron imported."""
+    import subprocess
+
+    code = (
+        "import time, megatron.training.training, megatron.training.checkpointing\n"
+        "started = time.perf_counter()\n"
+        "from megatron_skyladder import hooks\n"
+        "[hooks._wrap(hook) for hook in hooks.HOOKS]\n"
+        "print(time.perf_counter() - started)"
+    )
+    code = "from megatron_skyladder import cpu_engine; cpu_engine.install()\n" + code
+    environment = {**os.environ, "SKYLADDER_DEVICE": "cpu"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    return float(result.stdout.split()[-1])
+
+
+def bench_data(seq_length: int, num_rows: int = 2000) -> None:
+    """Print part 3."""
+    from megatron_skyladder import fragments
+    from megatron_skyladder.data.indexed import IndexedWriter
+
+    generator = np.random.default_rng(0)
+    eod = VOCAB_SIZE - 1
+    with tempfile.TemporaryDirectory() as scratch:
+        prefix = Path(scratch) / "documents"
+        with IndexedWriter(prefix, np.dtype("<u2")) as writer:
+            tokens = 0
+            while tokens < num_rows * seq_length * 1.1:
+                length = max(2, int(generator.lognormal(5.5, 1.2)))
+                document = generator.integers(0, eod, length)
+                document[-1] = eod
+                writer.add_document(document)
+                tokens += length
+        plain = _dataset(prefix, seq_length, num_rows, eod, inter_document_masking=False)
+        packed = _dataset(prefix, seq_length, num_rows, eod, inter_document_masking=True)
+
+        def ours(index: int) -> Any:
+            row = plain[index]
+            ends = fragments.document_ends(row["tokens"].numpy(), eod)
+            return fragments.fragment_cu_seqlens(
+                ends, seq_length=seq_length, window_len=max(1, seq_length // 8)
+            )
+
+        readers = {
+            "Megatron's GPTDataset": plain.__getitem__,
+            "with our document mask": ours,
+            "Megatron's inter-document masking": packed.__getitem__,
+        }
+        rates: dict[str, list[float]] = {name: [] for name in readers}
+        for _ in range(5):
+            for name, read in readers.items():
+                started = time.process_time()
+                for index in range(num_rows):
+                    read(index)
+                rates[name].append(num_rows / (time.process_time() - started))
+    print("\n3. Data path, rows per CPU second (goal: ours within 5 % of the plain dataset)")
+    base = statistics.median(rates["Megatron's GPTDataset"])
+    for name, values in rates.items():
+        rate = statistics.median(values)
+        print(f"   {name:36s} {rate:9.0f}   {rate / base:6.3f} x")
+
+
+def _dataset(
+    prefix: Path, seq_length: int, num_rows: int, eod: int, inter_document_masking: bool
+) -> Any:
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    tokenizer = MegatronTokenizer.from_pretrained(
+        metadata_path={"library": "null-text"}, vocab_size=eod
+    )
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=seq_length,
+        blend=([str(prefix)], None),
+        split="1,0,0",
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        inter_document_masking=inter_document_masking,
+    )
+    documents = IndexedDataset(str(prefix))
+    indices = np.arange(documents.document_indices.shape[0] - 1, dtype=np.int32)
+    return GPTDataset(documents, str(prefix), indices, num_rows, Split.train, config)
+
+
+def main() -> None:
+    """Run all parts."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seq-length", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=12, help="per run; the first 3 do not count")
+    args = parser.parse_args()
+    os.environ["SKYLADDER_DEVICE"] = "cpu"
+    bench_data(args.seq_length)
+    bench_steps(args.seq_length, args.steps)
+
+
+if __name__ == "__main__":
+    main()
