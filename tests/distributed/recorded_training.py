@@ -28,7 +28,8 @@ def train(
     dense: dict[str, Any] | None = None,
     kill: dict[str, Any] | None = None,
     script: str | None = None,
-    breakages: list[str] | None = None,
+    prefetch: int | None = None,
+    broken: str | None = None,
 ) -> None:
     """Train as one rank and record.
 
@@ -39,15 +40,18 @@ def train(
         dense: hand stock Megatron a dense mask, see `_hand_over_dense_masks`.
         kill: end this process with SIGKILL, see `_Killer`.
         script: run this ``pretrain_gpt.py`` of a Megatron checkout instead of ours.
-        breakages: functions of `breakages` to call: bugs that a test has to notice.
+        prefetch: batches that each worker of the data loader reads ahead.
+        broken: a function of `breakages` to call: a bug that a test has to notice.
     """
     recorder = _Recorder(Path(folder), _Killer(**kill) if kill else None)
     recorder.wrap_train_step(gradients)
     recorder.wrap_checkpoints()
-    for name in breakages or []:
-        import breakages as module
+    if broken is not None:
+        import breakages
 
-        getattr(module, name)()
+        getattr(breakages, broken)()
+    if prefetch is not None:
+        _read_ahead(prefetch)
     if script is not None:
         _run_script(script, flags)
         return
@@ -294,34 +298,42 @@ def _gather_reduced_shards(chunk: Any) -> None:
             torch.distributed.all_gather(parts, part, group=group)
 
 
-def _hand_over_dense_masks(
-    schedule: dict[str, Any], step_samples: int, eod: int | None, sliding: bool
-) -> None:
+def _hand_over_dense_masks(windows: list[int], eod: int | None, sliding: bool) -> None:
     """Give stock Megatron's own attention a dense mask made pair by pair from the definition.
 
     Args:
-        schedule: the arguments of `WindowSchedule`.
-        step_samples: samples per step of the schedule.
+        windows: tokens, of each step in turn.
         eod: the token that ends a document; None: documents are not masked.
         sliding: whether the window slides.
     """
+    from megatron.training import get_args
+
     from megatron_skyladder import batches
-    from megatron_skyladder.schedules import WindowSchedule
     from megatron_skyladder.testing import megatron_dense_mask
 
-    window_schedule = WindowSchedule(**schedule)
     get_batch = batches.get_batch
 
     def get_batch_with_mask(data_iterator: Any, *, training: bool, **kwargs: Any) -> Any:
         batch, _ = get_batch(data_iterator, training=training, **kwargs)
         if not training:
             return batch, None
-        window = window_schedule.window_at(_consumed_samples() // step_samples)
+        step = _consumed_samples() // get_args().global_batch_size
         return batch, megatron_dense_mask(
-            batch["tokens"].numpy(), window_len=window, eod=eod, sliding=sliding
+            batch["tokens"].numpy(), window_len=windows[step], eod=eod, sliding=sliding
         )
 
     batches.get_batch = get_batch_with_mask
+
+
+def _read_ahead(depth: int) -> None:
+    """Set how far the data loader's workers read ahead; Megatron has no flag for it."""
+    loader = torch.utils.data.DataLoader
+    original = loader.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, prefetch_factor=depth, **kwargs)
+
+    loader.__init__ = __init__
 
 
 def _run_script(script: str, flags: list[str]) -> None:

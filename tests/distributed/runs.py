@@ -14,8 +14,8 @@ from megatron_skyladder.testing import ProcessPool, read_checkpoint
 
 SEQ_LENGTH = 64
 GLOBAL_BATCH_SIZE = 8
-VOCAB_SIZE = 127  # token ids 0..126; the NullTokenizer's end of document is 127
-EOD = 127
+VOCAB_SIZE = 127
+EOD = 126  # the NullTokenizer's: its last token
 
 ARCHITECTURES = {
     "llama": "--normalization RMSNorm --swiglu --disable-bias-linear "
@@ -149,7 +149,7 @@ class Trainer:
             arguments={
                 "prefix": str(prefix),
                 "lengths": lengths,
-                "vocab_size": VOCAB_SIZE,
+                "vocab_size": EOD,
                 "eod": EOD,
             },
         )
