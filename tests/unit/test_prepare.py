@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import logging
 import os
+import re
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -160,6 +164,17 @@ def test_interrupt_keeps_the_work(
     run(*("--input", path, "--output-prefix", tmp_path / "out", "--workers", 1, *NULL), expect=130)
     assert "the same command goes on from here" in capsys.readouterr().err
     assert (tmp_path / "out.prepare.journal").exists()
+
+
+def test_the_commands_in_the_documentation_parse() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    commands = re.findall(r"^skyladder (.*)", page.replace("\\\n", " "), re.MULTILINE)
+    assert len(commands) == 9
+    for command in commands:
+        name, *flags = shlex.split(command)
+        subparsers = argparse.ArgumentParser().add_subparsers()
+        module = importlib.import_module(f"megatron_skyladder.cli.{name}")
+        module.add_parser(subparsers, "").parse_args(flags)
 
 
 def test_progress_line() -> None:

@@ -129,11 +129,6 @@ def test_the_token_type_stays(tmp_path: Path) -> None:
     assert IndexedReader(tmp_path / "out_text_document").dtype.name == "int32"
 
 
-def test_reference_reads_what_we_write_in_tests() -> None:
-    """The header as the reference packs it: magic, version, type, tokens, 24 bytes in all."""
-    assert struct.calcsize("<7sQBQ") == 24
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
