@@ -6,34 +6,29 @@ fitted by least squares over the log's lines.
 
 from __future__ import annotations
 
+import itertools
 import math
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from megatron_skyladder.costs import StepTime
+from megatron_skyladder.runlog import Iteration, RunLog, read_run
 
-_ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ \|")
-_FIELDS = {
-    "milliseconds": re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)"),
-    "batch": re.compile(r"global batch size:\s*(\d+)"),
-    "window": re.compile(r"skyladder/window: (\S+)"),
-    "fraction": re.compile(r"skyladder/attention_fraction: (\S+)"),
-}
-_WORLD_SIZE = re.compile(r"using world size: (\d+)")
-_OUTLIER = 5.0  # times the median deviation: a step that waited for a checkpoint or the file system
+_OUTLIER = 5.0  # times the median deviation: a step that compiled, or waited for a file system
 
 
-@dataclass(frozen=True)
-class LogLine:
-    """One line of the log: means over its interval, the window of its last step."""
+class Point(NamedTuple):
+    """One line of a log.
 
-    iteration: int
-    milliseconds: float
-    batch: int  # rows in the global batch
+    seconds: of an iteration, on average over those the line stands for.
+    fraction: their mean attention work relative to full causal.
+    """
+
+    seconds: float
+    fraction: float
     window: int
-    fraction: float  # attention work relative to full causal
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class Calibration:
         step_time: seconds of a step, of the log's batch.
         batch: rows in the log's global batch.
         num_lines: log lines the fit stands on.
-        num_dropped: lines left out: the first after each start, and outliers.
+        num_dropped: lines left out: the first one, and outliers.
         num_windows: different windows among them.
         spread: standard deviation of a line around the fit, in seconds.
         covariance: of (fixed, attention): their variances and the covariance, in seconds squared.
@@ -75,14 +70,22 @@ class Calibration:
 
 
 def calibrate(path: str | Path) -> Calibration:
-    """Fit a step time to a console log.
+    """Fit a step time to the console log of a run, or to the logs in its folder.
 
     Raises:
-        ValueError: the log has no window in it, or fewer than two windows, or too few lines.
+        ValueError: there is no log of a run with windows, or too few of them, or time does not
+            grow with the work.
     """
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines, num_first, num_gpus = _read(file.read(), str(path))
-    kept = _without_outliers(lines)
+    run = read_run(path)
+    points, batch = _points(run)
+    windows = {point.window for point in points}
+    if len({point.fraction for point in points}) < 2 or len(points) < 3:
+        raise ValueError(
+            f"{path} has {len(points)} usable lines with {len(windows)} window lengths (its first "
+            "line does not count). Calibration needs at least 3 lines and 2 windows: train for "
+            "longer, or with a lower --log-interval."
+        )
+    kept = _without_outliers(points)
     fit, spread, covariance = _fit(kept)
     if fit.fixed <= 0 or fit.attention < 0:
         raise ValueError(
@@ -92,80 +95,69 @@ def calibrate(path: str | Path) -> Calibration:
         )
     return Calibration(
         step_time=fit,
-        batch=kept[-1].batch,
+        batch=batch,
         num_lines=len(kept),
-        num_dropped=num_first + len(lines) - len(kept),
-        num_windows=len({line.window for line in kept}),
+        num_dropped=1 + len(points) - len(kept),
+        num_windows=len({point.window for point in kept}),
         spread=spread,
         covariance=covariance,
-        num_gpus=num_gpus,
+        num_gpus=run.num_gpus,
     )
 
 
-def parse(text: str) -> list[LogLine]:
-    """Return the log's training lines that carry a window, in order."""
-    lines = []
-    for row in text.splitlines():
-        iteration = _ITERATION.search(row)
-        found = {name: pattern.search(row) for name, pattern in _FIELDS.items()}
-        if iteration is None or not all(found.values()):
-            continue
-        value = {name: float(match[1]) for name, match in found.items() if match}
-        lines.append(
-            LogLine(
-                iteration=int(iteration[1]),
-                milliseconds=value["milliseconds"],
-                batch=int(value["batch"]),
-                window=int(value["window"]),
-                fraction=value["fraction"],
-            )
-        )
-    return lines
-
-
-def _read(text: str, path: str) -> tuple[list[LogLine], int, int | None]:
-    """Return the usable lines, how many were left out as first ones, and the world size."""
-    lines = parse(text)
+def _points(run: RunLog) -> tuple[list[Point], int]:
+    """Return the lines of the last batch size, without the first one, and that batch size."""
+    lines = [line for line in run.iterations if line.attention_fraction is not None]
     if not lines:
         raise ValueError(
-            f"{path} has no line with 'elapsed time per iteration (ms)' and 'skyladder/window'. "
-            "Give the console output of a run of megatron_skyladder.pretrain_gpt (its last rank)."
+            f"{run.path} says nothing about windows (skyladder/attention_fraction). Give the "
+            "console output of a run with --skyladder-* flags; its last rank prints it."
         )
-    lines = [line for line in lines if line.batch == lines[-1].batch]  # one batch size
-    usable = []
-    for before, line in zip([None, *lines[:-1]], lines, strict=True):
-        if before is None or line.iteration <= before.iteration:
-            continue  # the first line after a start: compilation, caches, memory pools
+    batch = _batch(lines[-1])
+    lines = [line for line in lines if _batch(line) == batch]
+    points = []
+    for before, line in itertools.pairwise(lines):
+        assert line.attention_fraction is not None and before.attention_fraction is not None
         # A line's time is the mean over its steps, its window that of the last one: the mean work
         # lies between the two lines, half a step closer to this one.
-        steps = line.iteration - before.iteration
-        behind = (line.fraction - before.fraction) * (steps - 1) / (2 * steps)
-        usable.append(replace(line, fraction=line.fraction - behind))
-    windows = {line.window for line in usable}
-    if len({line.fraction for line in usable}) < 2 or len(usable) < 3:
-        raise ValueError(
-            f"{path} has {len(usable)} usable lines with {len(windows)} window lengths (the "
-            "first line after each start does not count). Calibration needs at least 3 lines and "
-            "2 windows: train for longer, or with a lower --log-interval."
-        )
-    world = _WORLD_SIZE.search(text)
-    return usable, len(lines) - len(usable), int(world[1]) if world else None
+        steps = line.num_iterations
+        behind = line.attention_fraction - before.attention_fraction
+        fraction = line.attention_fraction - behind * (steps - 1) / (2 * steps)
+        points.append(Point(line.elapsed_ms / 1e3, fraction, line.window or 0))
+    return points, batch
 
 
-def _without_outliers(lines: list[LogLine]) -> list[LogLine]:
-    fit, _, _ = _fit(lines)
-    distances = [abs(line.milliseconds / 1e3 - fit.seconds(line.fraction)) for line in lines]
-    limit = max(_OUTLIER * median(distances), 0.01 * fit.seconds(0.0))
-    kept = [line for line, far in zip(lines, distances, strict=True) if far <= limit]
-    enough = len(kept) >= 3 and len({line.fraction for line in kept}) >= 2
-    return kept if enough else lines
+def _batch(line: Iteration) -> int:
+    return int(line.values.get("global batch size", 0))
 
 
-def _fit(lines: list[LogLine]) -> tuple[StepTime, float, tuple[float, float, float]]:
+def _without_outliers(points: list[Point]) -> list[Point]:
+    robust = _robust_fit(points)
+    distances = [abs(point.seconds - robust.seconds(point.fraction)) for point in points]
+    limit = max(_OUTLIER * median(distances), 0.01 * robust.seconds(1.0))
+    kept = [point for point, far in zip(points, distances, strict=True) if far <= limit]
+    enough = len(kept) >= 3 and len({point.fraction for point in kept}) >= 2
+    return kept if enough else points
+
+
+def _robust_fit(points: list[Point]) -> StepTime:
+    """Return a line that a few slow steps do not move: medians of slopes and of what is left."""
+    ordered = sorted(points, key=lambda point: point.fraction)
+    half = len(ordered) // 2
+    slopes = [
+        (high.seconds - low.seconds) / (high.fraction - low.fraction)
+        for low, high in zip(ordered, ordered[half:], strict=False)
+        if high.fraction > low.fraction
+    ]
+    slope = median(slopes) if slopes else 0.0
+    return StepTime(median(p.seconds - slope * p.fraction for p in points), slope)
+
+
+def _fit(points: list[Point]) -> tuple[StepTime, float, tuple[float, float, float]]:
     """Return the least-squares line, the spread around it and the covariance of its two terms."""
-    count = len(lines)
-    work = [line.fraction for line in lines]
-    seconds = [line.milliseconds / 1e3 for line in lines]
+    count = len(points)
+    work = [point.fraction for point in points]
+    seconds = [point.seconds for point in points]
     mean_work, mean_seconds = sum(work) / count, sum(seconds) / count
     squares = sum((x - mean_work) ** 2 for x in work)
     slope = (

@@ -86,7 +86,7 @@ def _hours(plan: Plan, steps: int, fraction: float) -> float:
 
 
 def _mean_fraction(plan: Plan, share: Fraction) -> float:
-    """Return the mean attention work of growth over this share, in the time model's unit."""
+    """Return the mean attention work of growth over this share."""
     schedule = plan.config.schedule
     linear = WindowSchedule(
         start_window=schedule.start_window,
@@ -95,4 +95,4 @@ def _mean_fraction(plan: Plan, share: Fraction) -> float:
         total_steps=_MINIATURE_STEPS,
     )
     config = replace(plan.config, schedule=linear, begin_samples=0)
-    return replace(plan, config=config, total_steps=_MINIATURE_STEPS).timed_fractions[0]
+    return replace(plan, config=config, total_steps=_MINIATURE_STEPS).mean_fraction

@@ -27,6 +27,8 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "compare",
         help=help_text,
+        usage="skyladder compare [PRESET ...] [--schedule NAME ...] [--alpha RATE ...] [--preset "
+        "NAME]\n                         [Megatron's flags] [--skyladder-*] [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=textwrap.dedent(f"""\
             Put schedules side by side: window, attention work, FLOPs and predicted time. Name
@@ -228,7 +230,7 @@ def _table(plans: list[Plan]) -> str:
             f"{1 - plan.ladder_flops / plan.constant_flops:.1%}",
         ]
         if plan.time:
-            ladder, constant = plan.timed_fractions
+            ladder, constant = plan.mean_fraction, plan.constant_fraction
             hours = plan.time.gpu_hours(plan.total_steps, ladder) / (plan.time.gpus or 1)
             row += [f"{hours:,.4g}", f"{plan.time.step.saved(ladder, constant):.1%}"]
         rows.append(row)

@@ -17,6 +17,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "plan",
         help=help_text,
+        usage="skyladder plan [--preset NAME] [Megatron's flags] [--skyladder-*] [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=textwrap.dedent("""\
             Print the window at every stage of a run, its attention work and FLOPs with and
@@ -114,7 +115,7 @@ def _documents_json(plan: Plan) -> dict[str, Any]:
 def _time_json(plan: Plan) -> dict[str, Any]:
     time = plan.time
     assert time is not None
-    ladder, constant = plan.timed_fractions
+    ladder, constant = plan.mean_fraction, plan.constant_fraction
     low, high = time.saved_range(ladder, constant)
     result: dict[str, Any] = {"basis": time.basis, "gpus": time.gpus}
     for name, fraction in (("constant", constant), ("ladder", ladder)):

@@ -45,7 +45,7 @@ def _head(plan: Plan) -> str:
                 f"{shape.num_parameters:,} parameters: {shape.num_layers} layers, hidden "
                 f"{shape.hidden_size}, FFN {shape.ffn_hidden_size}, {shape.num_attention_heads} "
                 f"heads in {shape.num_query_groups} groups, vocabulary {shape.vocab_size:,} "
-                "with padding",
+                "(padded)",
             ),
             wrap(
                 "Run",
@@ -73,7 +73,7 @@ def _stage_table(plan: Plan, steps: list[int]) -> str:
             f"{plan.fraction(window):.1%}",
         ]
         if plan.time:
-            row.append(_seconds(plan.time.step.seconds(plan.timed_fraction(window))))
+            row.append(_seconds(plan.time.step.seconds(plan.fraction(window))))
         rows.append(row)
     legend = (
         "visible context: tokens that a token sees on average, itself included; attention work: "
@@ -153,14 +153,16 @@ def _time(plan: Plan) -> str:
     time = plan.time
     if time is None:
         return wrap("Time", "give --device (with --gpus), --tflops or --calibrate LOG")
-    ladder, constant = plan.timed_fractions
+    ladder, constant = plan.mean_fraction, plan.constant_fraction
     low, high = time.saved_range(ladder, constant)
     lines = [wrap("Time", f"on {time.basis}")]
     for name, fraction in (("constant", constant), ("ladder", ladder)):
         gpu_hours = time.gpu_hours(plan.total_steps, fraction)
         text = f"{name:9}{gpu_hours:,.4g} GPU-hours"
         if time.gpus:
-            text += f", {gpu_hours / time.gpus:,.4g} hours on {time.gpus} GPUs"
+            text += (
+                f", {gpu_hours / time.gpus:,.4g} hours on {time.gpus} GPU{'s' * (time.gpus > 1)}"
+            )
         if time.price:
             text += f", costs {gpu_hours * time.price:,.0f}"
         lines.append(wrap("", text))

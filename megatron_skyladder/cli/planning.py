@@ -143,26 +143,6 @@ class Plan:
         config = SkyLadderConfig(schedule, run.seq_length, run.global_batch_size)
         return self.config == config and self.shape == DecoderShape.of_paper(run.model)
 
-    @property
-    def times_windows_alone(self) -> bool:
-        """Whether the time model counts work by windows alone, as a log does."""
-        return bool(self.time and self.time.calibration)
-
-    def timed_fraction(self, window: int) -> float:
-        """Return attention work at this window in the unit of the time model."""
-        return (
-            grid_fraction(self.config, window)
-            if self.times_windows_alone
-            else self.fraction(window)
-        )
-
-    @cached_property
-    def timed_fractions(self) -> tuple[float, float]:
-        """Attention work of (ladder, constant) in the unit of the time model."""
-        if self.counts_documents and self.times_windows_alone:
-            return float(self.pairs_under(ladder=True, documents=False) / self.causal_pairs), 1.0
-        return self.mean_fraction, self.constant_fraction
-
     def pairs_under(self, *, ladder: bool, documents: bool) -> Fraction | float:
         """Return the mean pairs of a row with each mask on or off; needs measured documents."""
         assert self.documents is not None

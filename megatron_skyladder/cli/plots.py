@@ -69,7 +69,7 @@ def _cumulated(plan: Plan, steps: list[int], windows: list[int]) -> list[float]:
 def _step_cost(plan: Plan, window: int) -> float:
     """Return GPU-hours of a step at this window, or FLOPs in 1e20 where no time is known."""
     if plan.time:
-        return plan.time.gpu_hours(1, plan.timed_fraction(window))
+        return plan.time.gpu_hours(1, plan.fraction(window))
     return plan.flops(plan.pairs(window)) / plan.total_steps / 1e20
 
 

@@ -127,8 +127,6 @@ def _calibrated(flags: argparse.Namespace, notes: list[str]) -> TimeModel:
             f"The log's batch has {fit.batch} rows, the plan's {flags.global_batch_size}: step "
             "times are scaled by their ratio."
         )
-    if flags.skyladder_intra_document:
-        notes.append("Calibrated on windows alone: what documents save is in both runs' times.")
     step = StepTime(fit.step_time.fixed * scale, fit.step_time.attention * scale)
     return TimeModel(
         step=step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_skyladder.cli import main
+from megatron_skyladder.cli import budget, main, planning, run_flags
 
 BASE = "--preset 1b-8k"
 TIMED = f"{BASE} --tflops 100 --gpus 8"
@@ -128,6 +129,24 @@ def test_a_budget_of_hours(capsys: pytest.CaptureFixture[str]) -> None:
         assert hours == pytest.approx(fit["hours"], rel=2e-3)
         assert hours <= 270 * 1.002
     assert longest["hours"] > 270 * 0.998
+    smaller = f"{TIMED} --skyladder-expand-fraction {whole['share'] - 0.01}"
+    assert main(["plan", "--json", *smaller.split()]) == 0
+    assert json.loads(capsys.readouterr().out)["time"]["ladder"]["hours"] > 270
+
+
+def test_the_smallest_share_that_fits_is_found() -> None:
+    """Against all hundred shares, for budgets between those of the shortest and longest growth."""
+    parser = argparse.ArgumentParser()
+    run_flags.add_run_flags(parser)
+    plan = planning.make_plan(parser.parse_args(TIMED.split()), name="run")
+    hours = {
+        percent: budget.fit_share(plan, Fraction(percent, 100)).hours or 0.0
+        for percent in range(1, 101)
+    }
+    for percent in (1, 2, 37, 50, 63, 64, 99, 100):
+        fit = budget.fit_tokens_and_hours(plan, hours[percent] + 1e-6)
+        assert fit and fit.share == Fraction(percent, 100)
+    assert budget.fit_tokens_and_hours(plan, hours[100] - 1e-3) is None
 
 
 def test_hours_that_are_more_than_enough(capsys: pytest.CaptureFixture[str]) -> None:
