@@ -15,7 +15,9 @@ from megatron_skyladder.schedules import (
     SCHEDULES,
     Stage,
     WindowSchedule,
+    aligned_multiple,
     exact,
+    explain_multiple,
 )
 
 DEFAULT_SCHEDULE = "linear"
@@ -116,10 +118,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--skyladder-round-to",
-        type=int,
+        type=_multiple,
         metavar="TOKENS",
-        help="round growing windows down to a multiple of this. Default: no rounding "
-        "(stepwise: 1024).",
+        help="round growing windows down to a multiple of this; auto: one that fits kernel tiles "
+        "and context-parallel chunks, 128 in most runs. Default: no rounding (stepwise: 1024).",
     )
     group.add_argument(
         "--skyladder-stages",
@@ -281,10 +283,21 @@ def _schedule(flags: dict[str, Any], args: Any) -> WindowSchedule:
         alpha=alpha,
         expand_fraction=fraction,
         total_steps=max(1, total_steps),
-        round_to=flags.get("round_to"),
+        round_to=_round_to(name, flags, args),
         stages=stages,
         num_cycles=flags.get("cycles", DEFAULT_NUM_CYCLES),
     )
+
+
+def _round_to(schedule: str, flags: dict[str, Any], args: Any) -> int | None:
+    """Return the multiple; ``auto`` is worked out from the layout and explained."""
+    if flags.get("round_to") != ROUND_TO_AUTO:
+        return flags.get("round_to")
+    if schedule == "staged":  # its windows are given, not rounded
+        return None
+    cp_size = getattr(args, "context_parallel_size", 1)
+    logger.info("%s", explain_multiple(args.seq_length, cp_size))
+    return aligned_multiple(args.seq_length, cp_size)
 
 
 def _warn_unused(schedule: str, args: Any) -> None:
@@ -377,6 +390,14 @@ def _lengths(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a list of lengths such as 512,4096,8192"
         ) from None
+
+
+def _multiple(text: str) -> int | str:
+    """Parse a number of tokens or auto."""
+    try:
+        return text if text == ROUND_TO_AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def _stage(text: str) -> Stage:

@@ -16,6 +16,7 @@ from functools import cached_property
 STEPWISE_ROUND_TO = 1024  # Table 20: r
 FINAL_WINDOW = -1  # in a stage: stands for the final window until that is known
 DEFAULT_NUM_CYCLES = 2  # up-down-up-down: the M shape
+KERNEL_TILE = 128  # tokens: attention kernels work on blocks of this many queries and keys
 
 # A real-valued window this close below an integer is that integer: libm differs in the last bit
 # between machines (32 * 256**0.5 must be 512 on all of them), a window must not.
@@ -25,6 +26,32 @@ _INTEGER_TOLERANCE = 1e-9
 def exact(value: Fraction | float | int | str) -> Fraction:
     """Return the number the user wrote: 0.1 and "1/8" are tenths and eighths, not binary floats."""
     return Fraction(str(value)) if isinstance(value, float) else Fraction(value)
+
+
+def aligned_multiple(seq_length: int, cp_size: int = 1) -> int:
+    """Return what windows should be multiples of; they are then rounded down by less than this.
+
+    The largest number that divides both a kernel's tile and a context-parallel chunk (half of a
+    rank's part of a row): windows, chunks and tiles then end together, and where a window crosses a
+    chunk's end, the pieces on both sides are multiples of it too. 128 in most runs; 32 for rows of
+    9,024 tokens on 3 ranks, whose chunks have 1,504.
+    """
+    chunk_length = seq_length // (2 * cp_size) if cp_size > 1 else seq_length
+    return math.gcd(KERNEL_TILE, chunk_length)
+
+
+def explain_multiple(seq_length: int, cp_size: int = 1) -> str:
+    """Return one line on the choice of `aligned_multiple`, for the log and the plan."""
+    multiple = aligned_multiple(seq_length, cp_size)
+    what = f"kernel tiles of {KERNEL_TILE} tokens"
+    if cp_size > 1:
+        what += f" and context-parallel chunks of {seq_length // (2 * cp_size):,}"
+    else:
+        what += f" and rows of {seq_length:,}"
+    return (
+        f"--skyladder-round-to auto is {multiple}, the largest number that divides {what}: windows "
+        f"end where they do, and each is at most {multiple - 1} tokens shorter than scheduled."
+    )
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,32 @@ def test_a_preset_in_flags_of_its_own_gives_the_same_schedule() -> None:
     assert preset.schedule == flags.schedule
 
 
+@pytest.mark.parametrize(("cp_size", "multiple"), [(None, 128), (1, 128), (4, 128), (32, 32)])
+def test_round_to_auto_fits_the_layout_and_says_so(
+    cp_size: int | None, multiple: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    layout = {} if cp_size is None else {"context_parallel_size": cp_size}  # chunks of 2048 / 2 cp
+    with caplog.at_level(logging.INFO):
+        config = configure("--skyladder-round-to auto", **layout)
+    assert config.schedule.round_to == multiple
+    assert f"rounded to {multiple}" in config.fingerprint
+    assert f"auto is {multiple}, the largest number that divides" in caplog.text
+
+
+def test_round_to_auto_leaves_given_windows_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        config = configure("--skyladder-preset shortformer --skyladder-round-to auto")
+    assert config.schedule.round_to is None
+    assert "has no effect" in caplog.text
+    assert "auto is" not in caplog.text
+
+
+def test_round_to_takes_a_number_or_auto(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--skyladder-round-to always")
+    assert "'always' is neither a number nor auto" in capsys.readouterr().err
+
+
 # --- the fingerprint ----------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -11,7 +12,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_skyladder.schedules import FINAL_WINDOW, SCHEDULES, Stage, WindowSchedule, exact
+from megatron_skyladder.schedules import (
+    FINAL_WINDOW,
+    SCHEDULES,
+    Stage,
+    WindowSchedule,
+    aligned_multiple,
+    exact,
+    explain_multiple,
+)
 
 FAR = 10**9
 
@@ -249,6 +258,39 @@ def test_rounded_windows_are_multiples_or_an_end(schedule: WindowSchedule, step:
     window = schedule.window_at(step)
     ends = (schedule.start_window, schedule.final_window)
     assert window % multiple == 0 or window in ends
+
+
+@given(schedules(RATED), STEPS, st.integers(1, 16), st.integers(1, 5000))
+def test_an_aligned_window_is_shorter_by_less_than_the_multiple(
+    schedule: WindowSchedule, step: int, cp_size: int, chunk_length: int
+) -> None:
+    multiple = aligned_multiple(2 * cp_size * chunk_length, cp_size)
+    part = chunk_length if cp_size > 1 else 2 * chunk_length
+    assert part % multiple == 128 % multiple == 0
+    exact_window = replace(schedule, round_to=1).window_at(step)
+    assert 0 <= exact_window - replace(schedule, round_to=multiple).window_at(step) < multiple
+
+
+@pytest.mark.parametrize(
+    ("seq_length", "cp_size", "multiple"),
+    [
+        (8192, 1, 128),
+        (32768, 4, 128),
+        (131072, 16, 128),
+        (512, 4, 64),  # chunks of 64
+        (9024, 3, 32),  # chunks of 1,504 = 47 * 32
+        (9024, 1, 64),  # 141 * 64
+        (12, 2, 1),  # chunks of 3: nothing to align
+    ],
+)
+def test_the_aligned_multiple_divides_tile_and_chunk(
+    seq_length: int, cp_size: int, multiple: int
+) -> None:
+    assert aligned_multiple(seq_length, cp_size) == multiple
+    text = explain_multiple(seq_length, cp_size)
+    assert f"auto is {multiple}," in text
+    assert f"at most {multiple - 1} tokens shorter" in text
+    assert ("context-parallel chunks" in text) == (cp_size > 1)
 
 
 @given(schedules(RATED), STEPS, SHARES, st.integers(1, 2000))
