@@ -229,9 +229,11 @@ def _run(
 
     def forward_step(iterator: Any, chunk: Any) -> tuple[Any, Any]:
         window, host_rows = next(iterator)
-        batch: dict[str, Any] = dict.fromkeys((*BATCH_KEYS, "positions"))
-        if compat.is_first_or_last_pipeline_stage(get_attr_wrapped_model(chunk, "vp_stage")):
-            batch = _share(host_rows, sample.micro_batch_size, options.seq_length)
+        keys = [
+            *(("tokens", "position_ids") if get_attr_wrapped_model(chunk, "pre_process") else ()),
+            *(("labels", "loss_mask") if get_attr_wrapped_model(chunk, "post_process") else ()),
+        ]
+        batch = _share(host_rows, keys, sample.micro_batch_size, options.seq_length)
         with clock.current().override(window):
             output = chunk(
                 batch["tokens"], batch["position_ids"], masks[window], labels=batch["labels"]
@@ -280,13 +282,18 @@ def _blocked_mask(seq_length: int, window_len: int, sample: Sample) -> torch.Ten
 
 
 def _share(
-    host_rows: dict[str, Any] | None, num_rows: int, seq_length: int
-) -> dict[str, torch.Tensor]:
-    """Give tensor-parallel rank 0's rows to its group; cut them for this context-parallel rank."""
+    host_rows: dict[str, Any] | None, keys: list[str], num_rows: int, seq_length: int
+) -> dict[str, Any]:
+    """Give tensor-parallel rank 0's rows to its group; cut them for this context-parallel rank.
+
+    Args:
+        host_rows: on tensor-parallel rank 0, unless there are no keys.
+        keys: what the pipeline stage has a use for; the others of the batch are None.
+    """
     group = mpu.get_tensor_model_parallel_group()
     source = mpu.get_tensor_model_parallel_src_rank()
-    batch = {}
-    for key in BATCH_KEYS:
+    batch: dict[str, Any] = dict.fromkeys(BATCH_KEYS)
+    for key in keys:
         if host_rows is not None:
             tensor = host_rows[key].to("cuda")
         else:

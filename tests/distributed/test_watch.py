@@ -1,0 +1,176 @@
+"""What is reported while a run goes on is true, in every layout, and leaves the run as it was."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+from runs import GLOBAL_BATCH_SIZE, SEQ_LENGTH, Run, Trainer
+
+from megatron_skyladder.runlog import RunLog, Validation, parse
+from megatron_skyladder.testing import ProcessPool, requires_megatron
+
+pytestmark = requires_megatron
+
+LAYOUTS = {
+    "one": (1, ""),
+    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "pp2-vpp2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    "cp2": (2, "--context-parallel-size 2"),
+    "dp2": (2, ""),
+}
+DATA = "--split 50,50,0 --micro-batch-size 2"
+TOLERANCE = 2e-6  # relative; the log has seven digits
+
+
+class _WatchedPool:
+    """Runs watch_bodies.train where a trainer asks for recorded_training.train."""
+
+    def __init__(self, pool: ProcessPool) -> None:
+        self._pool = pool
+
+    def run(self, body: str, **arguments: Any) -> list[int]:
+        """See `ProcessPool.run`."""
+        return self._pool.run(
+            body.replace("recorded_training:train", "watch_bodies:train"), **arguments
+        )
+
+
+@pytest.fixture(scope="module")
+def watched(pool: ProcessPool, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """Starts recorded runs that are watched too."""
+    return Trainer(_WatchedPool(pool), tmp_path_factory.mktemp("watched"))  # type: ignore[arg-type]
+
+
+def log_of(run: Run) -> RunLog:
+    """Return what the last rank printed."""
+    return parse(run.log(len(run.exit_codes) - 1))
+
+
+def seen(run: Run, rank: int = 0) -> list[dict[str, Any]]:
+    """Return what watch_bodies wrote."""
+    return [json.loads(line) for line in (run.folder / f"watch.{rank}.jsonl").open()]
+
+
+# --- losses by length ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def true_losses(watched: Trainer) -> dict[int, float]:
+    """Stock Megatron's validation losses, its attention handed dense masks of blocked windows."""
+
+    @cache
+    def loss(window: int) -> float:
+        run = watched.train(f"--train-samples 8 {DATA} --eval-iters 3", evaluation_window=window)
+        (record,) = log_of(run).validations
+        assert record.loss is not None
+        return record.loss
+
+    return {window: loss(window) for window in (16, SEQ_LENGTH)}
+
+
+def by_length(watched: Trainer, layout: str, flags: str) -> Validation:
+    processes, layout_flags = LAYOUTS[layout]
+    run = watched.train(
+        f"--train-samples 8 {DATA} --eval-iters 4 --skyladder-schedule constant "
+        f"--skyladder-eval-lengths 16 {layout_flags} {flags}",
+        num_processes=processes,
+    )
+    (record,) = log_of(run).validations
+    return record
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_by_length_are_those_of_dense_masks(
+    watched: Trainer, true_losses: dict[int, float], layout: str
+) -> None:
+    record = by_length(watched, layout, "")
+    assert record.by_length == {
+        length: pytest.approx(loss, rel=TOLERANCE) for length, loss in true_losses.items()
+    }
+    early, late = record.by_positions[0, 15], record.by_positions[16, 63]
+    assert (16 * early + 48 * late) / 64 == pytest.approx(true_losses[64], rel=TOLERANCE)
+    assert early != pytest.approx(late, rel=1e-3)
+
+
+def test_windows_are_blocked_under_a_sliding_mask_too(
+    watched: Trainer, true_losses: dict[int, float]
+) -> None:
+    record = by_length(watched, "one", "--skyladder-mask sliding --skyladder-intra-document")
+    assert record.by_length[16] == pytest.approx(true_losses[16], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", ["one", "pp2-vpp2"])
+def test_nothing_but_the_report_changes(watched: Trainer, layout: str) -> None:
+    processes, layout_flags = LAYOUTS[layout]
+    flags = (
+        f"--train-samples 32 {DATA} --eval-iters 4 --eval-interval 2 {layout_flags} "
+        "--skyladder-start-window 8 --skyladder-expand-fraction 0.8"
+    )
+    plain = watched.train(flags, num_processes=processes)
+    watching = watched.train(f"{flags} --skyladder-eval-lengths 8,32", num_processes=processes)
+    assert watching.losses == plain.losses
+    assert watching.tokens == plain.tokens
+    assert watching.windows == plain.windows
+    records = [(log.validations[0], log.validations[1]) for log in map(log_of, (plain, watching))]
+    assert [x.loss for x in records[0]] == [x.loss for x in records[1]]
+    assert not records[0][0].by_length
+    assert list(records[1][0].by_length) == [8, 32, SEQ_LENGTH]
+    for rank in range(processes):
+        before, after = seen(plain, rank), seen(watching, rank)
+        for one, other in zip(before, after, strict=True):
+            rows = one.pop("rows_forward"), other.pop("rows_forward")
+            assert one == other
+            assert rows[1] < 2 * rows[0] or rows == (0, 0)
+            assert (rows[0] > 0) == (rank == processes - 1)  # where labels are: the last stage
+
+
+# --- what is counted ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", ["local", "sliding"])
+@pytest.mark.parametrize("layout", ["one", "dp2", "pp2", "tp2-sp"])
+def test_attention_work_is_counted_under_document_masks(
+    watched: Trainer, layout: str, mask: str
+) -> None:
+    processes, layout_flags = LAYOUTS[layout]
+    run = watched.train(
+        f"--train-samples 32 --micro-batch-size 2 {layout_flags} --skyladder-intra-document "
+        "--skyladder-start-window 8 --skyladder-alpha 14 --skyladder-allow-unfinished "
+        f"--skyladder-mask {mask}",
+        num_processes=processes,
+        count_dense=True,
+    )
+    causal = SEQ_LENGTH * (SEQ_LENGTH + 1) // 2
+    data_ranks = range(2) if layout == "dp2" else range(1)
+    entries = [entry for rank in data_ranks for entry in seen(run, rank)]
+    for record in log_of(run).iterations:
+        begun = record.consumed_samples - GLOBAL_BATCH_SIZE
+        step = [entry for entry in entries if entry["samples"] == begun]
+        rows = sum(entry["rows"] for entry in step)
+        pairs = sum(entry["pairs"] for entry in step)
+        assert rows == GLOBAL_BATCH_SIZE
+        assert record.attention_fraction == pytest.approx(pairs / rows / causal, rel=TOLERANCE)
+        values = record.values
+        assert values["skyladder/visible_context"] == pytest.approx(
+            pairs / rows / SEQ_LENGTH, rel=TOLERANCE
+        )
+        fragments = sum(entry["fragments"] for entry in step) / rows
+        assert values["skyladder/fragments_per_row"] == pytest.approx(fragments, rel=TOLERANCE)
+
+
+def test_the_log_has_windows_rates_and_the_time_left(watched: Trainer) -> None:
+    run = watched.train(
+        "--train-samples 48 --micro-batch-size 2 --log-interval 2 --log-throughput "
+        "--skyladder-start-window 8 --skyladder-alpha 11 --skyladder-allow-unfinished"
+    )
+    records = log_of(run).iterations
+    assert [record.iteration for record in records] == [1, 2, 4, 6]
+    assert [record.window for record in records] == [8, 19, 41, 63]  # the latest, not the mean
+    assert all(record.values["skyladder/tflops_per_gpu"] > 0 for record in records)
+    hours = [record.values["skyladder/hours_left"] for record in records]
+    assert hours[-1] == 0
+    assert all(value > 0 for value in hours[:-1])
