@@ -25,6 +25,7 @@ DEFAULT_START_WINDOW = 32  # the paper's 8K setting
 DEFAULT_EXPAND_FRACTION = Fraction(64, 100)  # its best share under every budget
 MASKS = ("local", "sliding")
 BACKENDS = ("auto", "te", "varlen", "flash", "sdpa")
+ROUND_TO_AUTO = "auto"
 
 logger = logging.getLogger(__name__)
 
