@@ -93,7 +93,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "--append-eod",
         action=argparse.BooleanOptionalAction,
         help="end each document with the tokenizer's end-of-document token, which document "
-        "masking needs. Default: do.",
+        "masking needs. Default: on.",
     )
     group.add_argument(
         "--eod-id",
@@ -137,9 +137,15 @@ def _prepare(args: argparse.Namespace, display: ProgressDisplay) -> list[dict[st
         input_format=args.input_format,
         append_eod=args.append_eod is not False,
         skip_bad_lines=args.on_bad_line == "skip",
-        workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
+        workers=_available_cores() if args.workers is None else args.workers,
     )
     return prepare(request, tokenizers.build_tokenizer(args), display.show)
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # what a scheduler has given this job
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _unpack(args: argparse.Namespace, display: ProgressDisplay) -> list[dict[str, Any]]:

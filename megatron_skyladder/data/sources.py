@@ -208,7 +208,7 @@ def _line_batches(
         while block := stream.read(batch_bytes):
             block += stream.readline()
             first, offset = line, offset + len(block)
-            line += block.count(b"\n") + (not block.endswith(b"\n"))
+            line += block.count(b"\n")
             yield Batch(
                 format=file.format,
                 payload=block,

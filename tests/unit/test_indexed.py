@@ -80,6 +80,8 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, documents: list, c
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexed, "CHUNK", chunk)  # so that the index is written in several pieces
         write(prefix, documents)
+    write(prefix.with_name("in_one"), documents)
+    assert both(prefix) == both(prefix.with_name("in_one"))
     reader = IndexedReader(prefix)
     flat = [[token for sequence in sequences for token in sequence] for sequences in documents]
     assert [reader[i].tolist() for i in range(len(reader))] == flat
