@@ -26,6 +26,7 @@ DEFAULT_EXPAND_FRACTION = Fraction(64, 100)  # its best share under every budget
 MASKS = ("local", "sliding")
 BACKENDS = ("auto", "te", "varlen", "flash", "sdpa")
 ROUND_TO_AUTO = "auto"
+INITS = ("megatron", "reference")
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class SkyLadderConfig:
         attention_backend: a key of the backend table, or ``auto``.
         probe: whether the mask is tried out on the real model at start-up.
         eval_lengths: context lengths at which validation is reported, ascending; empty: not.
+        init: how weights are drawn: Megatron's way, or that of the paper's code.
     """
 
     schedule: WindowSchedule
@@ -56,6 +58,7 @@ class SkyLadderConfig:
     attention_backend: str = "auto"
     probe: bool = True
     eval_lengths: tuple[int, ...] = ()
+    init: str = "megatron"
 
     def window_at_samples(self, consumed_samples: int) -> int:
         """Return the window of the global batch that starts after ``consumed_samples``."""
@@ -171,6 +174,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "windows, and bands of positions, on a part of the validation rows.",
     )
     group.add_argument(
+        "--skyladder-init",
+        metavar="NAME",
+        help="reference: draw weights as the paper's code does, normal with std sqrt(2/(5 hidden)),"
+        " output projections of attention and MLP with std 1/sqrt(hidden)/layers. Default: "
+        "megatron, which is --init-method-std and its like.",
+    )
+    group.add_argument(
         "--skyladder-allow-unfinished",
         action="store_const",
         const=True,
@@ -239,6 +249,7 @@ def config_from_args(args: Any) -> SkyLadderConfig | None:
         ),
         probe=not flags.get("no_probe"),
         eval_lengths=_eval_lengths(flags.get("eval_lengths", ()), seq_length),
+        init=_choice("init", flags.get("init") or "megatron", INITS),
     )
 
 

@@ -19,6 +19,7 @@ class ModelShape:
     num_attention_heads: int
     num_query_groups: int
     vocab_size: int = 32_000
+    norm_epsilon: float = 1e-5
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,22 @@ class PaperRun:
         """Rows in a batch."""
         return self.batch_tokens // self.seq_length
 
+
+@dataclass(frozen=True)
+class PaperTraining:
+    """What all runs of the paper share (Table 12); the seed is that of its published code."""
+
+    lr: float = 4e-4
+    min_lr: float = 4e-5  # at the end of a cosine
+    warmup_steps: int = 2000
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    seed: int = 3407
+
+
+TRAINING = PaperTraining()
 
 MODELS = {
     "120m": ModelShape(12, 768, 2048, 12, 1),
