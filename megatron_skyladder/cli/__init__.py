@@ -12,6 +12,7 @@ COMMANDS = {
     "plan": "what a schedule does to windows, work, time and cost, before you launch",
     "compare": "several schedules side by side, and the rate that fits a budget",
     "prepare": "text (JSON lines, Parquet, plain files) -> Megatron's .bin/.idx",
+    "example": "Megatron's flags for the paper's runs, each with where it comes from",
     "inspect": "what is in a .bin/.idx: documents, lengths, end-of-document tokens, a sample",
     "report": "what runs did, from their logs: one HTML page and pictures",
 }
