@@ -73,9 +73,11 @@ def test_many_kinds_of_input_make_one_output(tmp_path: Path, small_batches: None
 def test_bad_line_stops_and_the_same_command_with_skip_goes_on(
     tmp_path: Path,
     small_batches: None,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(output, "COMMIT_SECONDS", 3600)  # only the bad line commits
     caplog.set_level(logging.INFO)
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     lines = tiny.write_json_lines(good, numbers(60)).read_text().splitlines(keepends=True)
