@@ -88,8 +88,8 @@ def _page(runs: Sequence[Run], pictures: Sequence[tuple[Picture, bytes]]) -> str
         _table(summary(runs), runs),
         *(_section(picture, png) for picture, png in pictures),
         "<h2>Stability in figures</h2>",
-        "<p>After Table 9 of the paper; lower is calmer. Training losses under short windows are "
-        "higher by themselves, so the curves above tell more.</p>",
+        "<p>The four figures of the paper's Table 9, over all log lines of the run; lower is "
+        "calmer. They depend on the log interval and the batch: compare runs with the same.</p>",
         _table(stability_rows(runs), runs),
         *_settings(runs),
         f'<p class="note">Made by skyladder report on {datetime.now():%d %B %Y}. '

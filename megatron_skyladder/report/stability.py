@@ -1,16 +1,15 @@
-"""Four figures for how smoothly a run trained, after the paper's Table 9 (arXiv:2503.15450).
+"""The paper's four figures for how calmly a run trained (arXiv:2503.15450, section 4.6, Table 9).
 
-All are of the training losses l(1), l(2), ... as logged, and of the gradient norms:
+Of the training losses L(1), ..., L(N) and the gradient norms before clipping G(1), ..., G(N):
 
-* volatility: standard deviation of l within windows of `VOLATILITY_RECORDS` consecutive records
-  around their linear trend, averaged over all windows. Falling fast is not volatile;
-* smoothness: mean of |l(t) - l(t-1)|; lower is smoother;
-* mean loss ratio: mean over t > 1 of l(t) / min(l(1), ..., l(t-1)), the instability measure of
-  Li et al. (arXiv:2108.06084): above 1 where the loss has been lower before;
-* mean gradient norm: before clipping.
+* loss volatility: mean over t of the standard deviation of L(t-9), ..., L(t);
+* loss smoothness: mean of |L(t) - L(t-1)|;
+* mean loss ratio: mean over t > 1 of L(t) / min(L(1), ..., L(t-1));
+* mean gradient norm: mean of min(G(t), 1), 1 being where the paper clips.
 
-A longer log interval averages the losses and lowers all of these, and so does a larger batch:
-compare runs with the same of both.
+Lower is calmer in all of them. The paper takes single steps, the first 30,000; here t counts log
+lines, each a mean over its interval, of the whole run. So a longer log interval lowers the figures,
+and only runs with the same interval and batch can be compared.
 """
 
 from __future__ import annotations
@@ -19,12 +18,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-VOLATILITY_RECORDS = 50
+VOLATILITY_WIDTH = 10
+CLIPPED_AT = 1.0
 
 
 @dataclass(frozen=True)
 class Stability:
-    """The four figures; lower is calmer. NaN where a run is too short, or did not log it."""
+    """The four figures; NaN where a run is too short, or did not log what they are made of."""
 
     volatility: float
     smoothness: float
@@ -38,24 +38,23 @@ def stability(losses: np.ndarray, grad_norms: np.ndarray) -> Stability:
     norms = grad_norms[np.isfinite(grad_norms)]
     return Stability(
         volatility=_volatility(losses),
-        smoothness=float(np.abs(np.diff(losses)).mean()) if losses.size > 1 else float("nan"),
-        mean_loss_ratio=float(loss_ratios(losses).mean()) if losses.size > 1 else float("nan"),
-        mean_grad_norm=float(norms.mean()) if norms.size else float("nan"),
+        smoothness=_mean(np.abs(np.diff(losses))),
+        mean_loss_ratio=_mean(loss_ratios(losses)),
+        mean_grad_norm=_mean(np.minimum(norms, CLIPPED_AT)),
     )
 
 
 def loss_ratios(losses: np.ndarray) -> np.ndarray:
-    """Return l(t) / min(l(1), ..., l(t-1)) for t = 2, 3, ..."""
+    """Return L(t) / min(L(1), ..., L(t-1)) for t = 2, 3, ..."""
     return losses[1:] / np.minimum.accumulate(losses)[:-1]
 
 
 def _volatility(losses: np.ndarray) -> float:
-    width = min(VOLATILITY_RECORDS, losses.size)
-    if width < 3:
+    if losses.size < VOLATILITY_WIDTH:
         return float("nan")
-    windows = np.lib.stride_tricks.sliding_window_view(losses, width)
-    centred = windows - windows.mean(axis=1, keepdims=True)
-    steps = np.arange(width) - (width - 1) / 2
-    slopes = centred @ steps / (steps @ steps)
-    residuals = centred - slopes[:, None] * steps
-    return float(np.sqrt((residuals**2).mean(axis=1)).mean())
+    windows = np.lib.stride_tricks.sliding_window_view(losses, VOLATILITY_WIDTH)
+    return _mean(windows.std(axis=1))
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else float("nan")

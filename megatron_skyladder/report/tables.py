@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_skyladder.report.curves import Run
-from megatron_skyladder.report.stability import VOLATILITY_RECORDS, stability
+from megatron_skyladder.report.stability import VOLATILITY_WIDTH, stability
 
 # What a reader wants to know of a run, in this order, besides what differs.
 MAIN_SETTINGS = (
@@ -128,7 +128,7 @@ def stability_rows(runs: Sequence[Run]) -> list[Row]:
         Row(
             "Loss volatility",
             [_figure(values.volatility) for values in found],
-            f"standard deviation around the trend of {VOLATILITY_RECORDS} log lines.{caution}",
+            f"mean standard deviation of {VOLATILITY_WIDTH} log lines in a row.{caution}",
         ),
         Row(
             "Loss smoothness",
@@ -143,7 +143,7 @@ def stability_rows(runs: Sequence[Run]) -> list[Row]:
         Row(
             "Mean gradient norm",
             [_figure(values.mean_grad_norm) for values in found],
-            "before clipping",
+            "before clipping, values above 1 counted as 1",
         ),
     ]
 
