@@ -9,6 +9,7 @@ not against another formula of ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class Case:
             np.array(self.document_ends, np.int32), seq_length=SEQ_LENGTH, window_len=cut
         ).tolist()
         lengths_q, lengths_k = [], []
-        for left, right in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+        for left, right in pairwise(cu_seqlens):
             if left < stop and right > start:
                 lengths_q.append(min(right, stop) - max(left, start))
                 lengths_k.append(min(right, stop) - left)

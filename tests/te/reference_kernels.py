@@ -11,6 +11,7 @@ of one segment.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -18,7 +19,7 @@ from itertools import pairwise
 import torch
 
 CALLS: Counter[str] = Counter()
-_ALLOWED_DTYPES = {torch.float16, torch.bfloat16}
+FLOAT32_VARIABLE = "STAND_INS_TAKE_FLOAT32"  # inherited by the ranks that a test starts
 
 
 def require(condition: bool, message: str) -> None:
@@ -30,11 +31,11 @@ def require(condition: bool, message: str) -> None:
 @contextlib.contextmanager
 def float32_kernels() -> Iterator[None]:
     """Let the attention kernels take float32, which the real ones refuse, for exact numerics."""
-    _ALLOWED_DTYPES.add(torch.float32)
+    os.environ[FLOAT32_VARIABLE] = "1"
     try:
         yield
     finally:
-        _ALLOWED_DTYPES.discard(torch.float32)
+        del os.environ[FLOAT32_VARIABLE]
 
 
 def attention_forward(
@@ -135,7 +136,8 @@ def _checked_segments(
     max_seqlen_k: int,
 ) -> list[tuple[slice, slice]]:
     """Return where each segment lies, after the checks of flash-attn's C++ and some more."""
-    require(q.dtype in _ALLOWED_DTYPES, "only support fp16 and bf16 data type")
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    require(half or FLOAT32_VARIABLE in os.environ, "only support fp16 and bf16 data type")
     require(q.dtype == k.dtype == v.dtype, "query, key and value must have the same dtype")
     require(all(x.dim() == 3 for x in (q, k, v)), "q, k and v must be [tokens, heads, size]")
     require(all(x.stride(-1) == 1 for x in (q, k, v)), "the last dimension must be contiguous")

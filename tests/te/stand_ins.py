@@ -31,7 +31,11 @@ def install() -> None:
         raise RuntimeError("install the stand-ins before transformer_engine is imported")
     os.environ["NVTE_PLUGIN"] = "te_plugin"  # GEMM and RMSNorm, loaded by Transformer Engine
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
-    _stub_flash_attn_kernels()
+    stub_flash_attn_kernels()
+    import transformer_engine.pytorch  # noqa: F401
+
+    # Megatron then takes torch's AdamW and its own gradient norm: those kernels have no stand-in.
+    sys.modules["transformer_engine.pytorch.optimizers"] = None  # type: ignore[assignment]
     from megatron_skyladder import cpu_engine
 
     cpu_engine.install()
@@ -80,7 +84,7 @@ def _window(causal: bool, window_size: list[int] | tuple[int, int] | None) -> tu
 # ---------------------------------------------------------------- flash-attn 2
 
 
-def _stub_flash_attn_kernels() -> None:
+def stub_flash_attn_kernels() -> None:
     """Put a module in the place of flash-attn's compiled one, which its Python imports."""
 
     def varlen_fwd(
@@ -136,18 +140,16 @@ class _IsCuda(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if getattr(func, "__self__", None) is _IS_CUDA:
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller.startswith("transformer_engine"):
+            caller = sys._getframe(1)
+            while caller.f_code.co_name == "__torch_function__" and caller.f_back:  # other modes
+                caller = caller.f_back
+            if caller.f_globals.get("__name__", "").startswith("transformer_engine"):
                 return True
         return func(*args, **(kwargs or {}))
 
 
 def register_transformer_engine() -> None:
     """Register the copies between packed and padded layouts, and answer is_cuda."""
-    import transformer_engine.pytorch  # noqa: F401  (loads te_plugin, defines the ops)
-
     torch.library.register_kernel("te_attention::convert_thd_to_bshd", "cpu", thd_to_bshd)
     torch.library.register_kernel("te_attention::convert_bshd_to_thd", "cpu", bshd_to_thd)
-    # Megatron then takes torch's AdamW and its own gradient norm: those kernels have no stand-in.
-    sys.modules["transformer_engine.pytorch.optimizers"] = None  # type: ignore[assignment]
     _IsCuda().__enter__()

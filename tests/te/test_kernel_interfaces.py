@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import CASES, SEQ_LENGTH, Case, dense_attention
-from reference_kernels import CALLS, float32_kernels
+from reference_kernels import CALLS
 
-pytestmark = pytest.mark.te
+pytestmark = [pytest.mark.te, pytest.mark.usefixtures("exact")]
 
 HEADS, HEAD_DIM = 4, 16
 PARTS = {"whole_row": (0, SEQ_LENGTH), "second_chunk": (24, 48), "last_chunk": (72, 96)}
@@ -61,12 +61,6 @@ INTERFACES = [varlen, flash, transformer_engine]
 COUNTERS = {varlen: "varlen_forward", flash: "flash_forward", transformer_engine: "thd_to_bshd"}
 
 
-@pytest.fixture(autouse=True)
-def _exact():
-    with float32_kernels():
-        yield
-
-
 def make_qkv(kv_heads: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [
@@ -88,9 +82,7 @@ def run(
         cu_q = cu_k = torch.cat([cu_q, cu_q[-1:].expand(pad)])
     else:
         cu_q, cu_k = (torch.cat([cu, cu[-1:].expand(pad)]) for cu in (cu_q, cu_k))
-    weights = torch.randn(
-        stop - start, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(2)
-    )
+    weights = torch.randn(stop - start, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(2))
     results = []
     for oracle in (False, True):
         qkv = make_qkv(kv_heads)
@@ -112,7 +104,9 @@ def test_equals_the_dense_oracle(attend, case, part):
     for kv_heads, pad in ((HEADS, 0), (2, 5)):
         got, expected = run(attend, case, part, kv_heads, pad)
         for name, x, y in zip(("out", "q", "k", "v"), got, expected, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=5e-6, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(
+                x, y, rtol=1e-5, atol=5e-6, msg=lambda m, name=name: f"{name}: {m}"
+            )
     assert CALLS[COUNTERS[attend]] >= 2
 
 

@@ -7,10 +7,10 @@ import types
 import pytest
 import torch
 from cases import CASES, SEQ_LENGTH, dense_attention
-from reference_kernels import CALLS, float32_kernels
+from reference_kernels import CALLS
 from test_kernel_interfaces import HEAD_DIM, HEADS, make_qkv
 
-pytestmark = pytest.mark.te
+pytestmark = [pytest.mark.te, pytest.mark.usefixtures("exact")]
 
 WINDOW = CASES[1]
 KV_HEADS = 2
@@ -190,9 +190,3 @@ def test_flash_attention_under_transformer_engine(case):
     assert CALLS["flash_forward"] == 1 and CALLS["flash_backward"] == 1
     expected = dense_attention(*(x.float() for x in (q, k, v)), case.dense()[start:stop, keys])
     torch.testing.assert_close(out.float(), expected.flatten(1), rtol=2e-2, atol=2e-2)
-
-
-@pytest.fixture(autouse=True)
-def _exact():
-    with float32_kernels():
-        yield
