@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_skyladder import clock, cp_attention, sdpa
+from megatron_skyladder.attention_stats import LayerStatistics, recording
 from megatron_skyladder.backends import SdpaBackend, from_thd, make_backend, to_thd
 from megatron_skyladder.segments import (
     MaskCache,
@@ -66,6 +67,10 @@ class SkyLadderAttention(MegatronModule):
             pg_collection=pg_collection,
             **backend_arguments,
         )
+        interval = self._clock.config.attention_stats_interval
+        self._statistics = (
+            LayerStatistics(layer_number, interval, self.softmax_scale) if interval else None
+        )
 
     def forward(
         self,
@@ -104,13 +109,19 @@ class SkyLadderAttention(MegatronModule):
                 "trains and evaluates whole rows; for generation build the model without it."
             )
         segments = self._segments(query, attention_mask)
+        backend, record = self.backend, None
+        if self._statistics is not None and self.training:
+            record = self._statistics.recorder(query.device)
         if isinstance(segments, ParallelSegments):
             tokens = to_thd(query), to_thd(key), to_thd(value)
-            out = cp_attention.attend(self.backend, *tokens, segments, self._cp_group)
+            measured = backend if record is None else recording(backend, record)
+            out = cp_attention.attend(measured, *tokens, segments, self._cp_group)
             return from_thd(out, query.shape[1])
-        if segments.grid is not None and isinstance(self.backend, SdpaBackend):
+        if record is not None:
+            record(to_thd(query), to_thd(key), segments)
+        if segments.grid is not None and isinstance(backend, SdpaBackend):
             return sdpa.attend_grid(query, key, value, segments.grid, self.softmax_scale)
-        out = self.backend(to_thd(query), to_thd(key), to_thd(value), segments)
+        out = backend(to_thd(query), to_thd(key), to_thd(value), segments)
         return from_thd(out, query.shape[1])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

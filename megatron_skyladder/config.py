@@ -46,6 +46,7 @@ class SkyLadderConfig:
         attention_backend: a key of the backend table, or ``auto``.
         probe: whether the mask is tried out on the real model at start-up.
         eval_lengths: context lengths at which validation is reported, ascending; empty: not.
+        attention_stats_interval: iterations between measurements of attention; 0: none.
         init: how weights are drawn: Megatron's way, or that of the paper's code.
     """
 
@@ -58,6 +59,7 @@ class SkyLadderConfig:
     attention_backend: str = "auto"
     probe: bool = True
     eval_lengths: tuple[int, ...] = ()
+    attention_stats_interval: int = 0
     init: str = "megatron"
 
     def window_at_samples(self, consumed_samples: int) -> int:
@@ -181,6 +183,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "megatron, which is --init-method-std and its like.",
     )
     group.add_argument(
+        "--skyladder-attention-stats-interval",
+        type=int,
+        metavar="ITERATIONS",
+        help="every so many iterations log the largest attention logit, the entropy of attention "
+        "and the share of heads that attend to the first token, layer by layer. Default: never.",
+    )
+    group.add_argument(
         "--skyladder-allow-unfinished",
         action="store_const",
         const=True,
@@ -249,6 +258,7 @@ def config_from_args(args: Any) -> SkyLadderConfig | None:
         ),
         probe=not flags.get("no_probe"),
         eval_lengths=_eval_lengths(flags.get("eval_lengths", ()), seq_length),
+        attention_stats_interval=_stats_interval(flags.get("attention_stats_interval"), args),
         init=_choice("init", flags.get("init") or "megatron", INITS),
     )
 
@@ -376,6 +386,19 @@ def _eval_lengths(given: tuple[int, ...], seq_length: int) -> tuple[int, ...]:
             f"reports already. Give shorter lengths, such as {max(1, seq_length // 4)}."
         )
     return lengths
+
+
+def _stats_interval(given: int | None, args: Any) -> int:
+    if given is None:
+        return 0
+    log_interval = getattr(args, "log_interval", None) or 1
+    if given < 1 or given % log_interval:
+        raise ValueError(
+            f"--skyladder-attention-stats-interval={given} has to be a multiple of "
+            f"--log-interval={log_interval}, at least 1 of them: what is measured goes into the "
+            "log line."
+        )
+    return given
 
 
 def _choice(flag: str, value: str, choices: tuple[str, ...]) -> str:

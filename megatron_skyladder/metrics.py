@@ -9,6 +9,8 @@
 | skyladder/tflops_per_gpu     | of the work really done, by Megatron's own count                 |
 | skyladder/hours_left         | training time to the end of the run, with the windows still ahead|
 
+and at every --skyladder-attention-stats-interval what `attention_stats` measures.
+
 The first four are those of the latest step; with documents masked they are counted in its rows. The
 rate is the mean over the log interval. The time left has no evaluation and no checkpoints in it;
 where documents are masked too, their share of the work is taken to stay what it is, which is a
@@ -30,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_skyladder import clock, compat
+from megatron_skyladder import attention_stats, clock, compat
 from megatron_skyladder.config import SkyLadderConfig
 from megatron_skyladder.costs import ATTENTION_COST, StepTime, grid_pairs, window_runs
 from megatron_skyladder.fragments import visible_pairs
@@ -199,6 +201,7 @@ def logging_metrics(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*given.args, **given.kwargs)
         active.in_log = True
         metrics = _metrics(latest, log["total_loss_dict"], options, outlooks[0])
+        metrics |= _attention(active.config, log["iteration"], options)
         if log["loss_dict"]:  # only the last pipeline stage has losses, and logs them
             log["loss_dict"] = _with_metrics(
                 log["loss_dict"], log["total_loss_dict"], metrics, skipped=bool(log["skipped_iter"])
@@ -248,6 +251,16 @@ def _metrics(
     }
 
 
+def _attention(config: SkyLadderConfig, iteration: int, options: Any) -> dict[str, float]:
+    """Return how attention behaved, where this iteration measured it; for all ranks to call."""
+    interval = config.attention_stats_interval
+    if not interval or iteration % interval:
+        return {}
+    layers = attention_stats.by_layer(options.num_layers)
+    attention_stats.write_layers(layers, iteration)
+    return attention_stats.summary(layers)
+
+
 def _over_data_parallel(*works: Work) -> tuple[Work, ...]:
     from megatron.core import mpu
 
@@ -268,6 +281,8 @@ def _with_metrics(
     Megatron prints means over the log interval. A mean window would be one that no step had, so
     the running total is set to make the mean come out at the latest value.
     """
+    for name in [name for name in total_loss_dict if name.startswith("skyladder/")]:
+        del total_loss_dict[name]  # some are measured less often; Megatron would print a 0
     for name, loss in loss_dict.items():  # before ours: telemetry takes the first to be the loss
         total_loss_dict.setdefault(name, torch.zeros_like(loss))
     steps_before = total_loss_dict.get("advanced iterations", 0)
