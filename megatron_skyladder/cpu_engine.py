@@ -109,6 +109,7 @@ def install() -> None:
     _replace_torch_cuda()
     torch.compile = _compile_nothing
     _Remap().__enter__()
+    _remap_in_backward()
     _installed = True
     _prepare_megatron()
 
@@ -168,6 +169,22 @@ class _Remap(TorchFunctionMode):
             # Megatron's DDP asserts on the names of CUDA tensor types
             return func(args[0]).replace("torch.", "torch.cuda.", 1)
         return func(*args, **(kwargs or {}))
+
+
+def _remap_in_backward() -> None:
+    """Remap in the backward passes that ``torch.autograd.backward`` runs, too.
+
+    torch takes a function mode away while that mode handles a function, and this one runs Python:
+    recomputed forwards, and collectives that allocate where Megatron says.
+    """
+    autograd: Any = torch.autograd
+    original = autograd._engine_run_backward
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        with _Remap():
+            return original(*args, **kwargs)
+
+    autograd._engine_run_backward = run_backward
 
 
 class _Stream:

@@ -104,3 +104,41 @@ assert torch.compile(dynamic=True)(lambda x: x + 1)(1) == 2
 """
     result = run(code, SKYLADDER_DEVICE="cpu")
     assert result.returncode == 0, result.stderr
+
+
+def test_cuda_calls_land_on_the_cpu_in_nested_backward_passes():
+    """As in sequence parallelism under full recompute: a backward inside a backward allocates."""
+    code = """
+import torch
+from megatron_skyladder import cpu_engine
+cpu_engine.install()
+
+class Inner(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad + torch.ones(2, device=torch.cuda.current_device())
+
+class Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = Inner.apply(x)
+        torch.autograd.backward((y,), (grad,))
+        return x.grad
+
+x = torch.zeros(2, requires_grad=True)
+Recompute.apply(x).sum().backward()
+assert x.grad.tolist() == [2, 2]
+"""
+    result = run(code, SKYLADDER_DEVICE="cpu")
+    assert result.returncode == 0, result.stderr
