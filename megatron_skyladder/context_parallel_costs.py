@@ -5,84 +5,94 @@ Pure arithmetic on the fragments of whole rows, as in `context_parallel`; needs 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from megatron_skyladder.context_parallel import (
     chunk_length_of,
     chunk_owner,
     first_visible,
+    held_runs,
+    needed_tails,
 )
 
+# How often keys and values, or their gradients (of the same size), travel in a forward and a
+# backward pass, in units of what a forward pass receives.
+OUR_PASSES = 2  # fetched once; the gradients go back the same way
+ALL_GATHER_PASSES = 2  # all-gather; reduce-scatter of the gradients
+RING_PASSES = 3  # forward; in the backward pass keys and values again, and their gradients
 
-def chunk_pairs(
-    cu_seqlens: np.ndarray, *, cp_size: int, seq_length: int, sliding_window: int | None = None
-) -> np.ndarray:
-    """Count the (query, key) pairs of the queries of each chunk, over all rows.
+
+@dataclass(frozen=True, eq=False)
+class RankCosts:
+    """What each rank of a group does for one micro-batch in one layer, forward.
 
     Args:
-        cu_seqlens: int [num_fragments + 1], over all rows.
+        pairs: int64 [cp_size], (query, key) pairs that it computes.
+        waiting_pairs: int64 [cp_size], those of them whose query sees a key of another rank: the
+            rest is computed while keys travel.
+        received: int64 [cp_size], tokens whose keys and values it receives.
+        sent: int64 [cp_size], tokens whose keys and values it sends, once for each receiver.
+    """
+
+    pairs: np.ndarray
+    waiting_pairs: np.ndarray
+    received: np.ndarray
+    sent: np.ndarray
+
+    @property
+    def imbalance(self) -> float:
+        """The busiest rank's work over the mean: 1.0 is balanced; the others wait for it."""
+        return float(self.pairs.max() / self.pairs.mean())
+
+
+def rank_costs(
+    cu_seqlens: np.ndarray, *, cp_size: int, seq_length: int, sliding_window: int | None = None
+) -> RankCosts:
+    """Count the work and the traffic of each rank.
+
+    Args:
+        cu_seqlens: int [num_fragments + 1], over all whole rows of the micro-batch.
         cp_size: ranks of the group.
         seq_length: tokens in a row.
         sliding_window: tokens a query sees at most, itself included; None: all of its fragment.
-
-    Returns:
-        int64 [2 * cp_size].
 
     Raises:
         ValueError: the row does not divide into 2 * cp_size chunks.
     """
     chunk_length = chunk_length_of(cp_size, seq_length)
+    owners = np.array([chunk_owner(chunk, cp_size) for chunk in range(2 * cp_size)])
+    run_starts = np.empty(2 * cp_size, dtype=np.int64)
+    for rank in range(cp_size):
+        for chunk, stop in held_runs(cp_size, rank):
+            run_starts[chunk:stop] = chunk * chunk_length
     positions = np.arange(int(cu_seqlens[-1]), dtype=np.int64)
-    visible = positions - first_visible(cu_seqlens, positions, sliding_window) + 1
-    return visible.reshape(-1, 2 * cp_size, chunk_length).sum(axis=(0, 2))
-
-
-def rank_pairs(
-    cu_seqlens: np.ndarray, *, cp_size: int, seq_length: int, sliding_window: int | None = None
-) -> np.ndarray:
-    """Count the (query, key) pairs that each rank computes, int64 [cp_size]; see `chunk_pairs`."""
-    pairs = chunk_pairs(
+    first = first_visible(cu_seqlens, positions, sliding_window)
+    pairs = (positions - first + 1).reshape(-1, 2 * cp_size, chunk_length)
+    row_starts = positions[::seq_length, None, None]
+    waits = first.reshape(pairs.shape) < row_starts + run_starts[:, None]
+    tails = needed_tails(
         cu_seqlens, cp_size=cp_size, seq_length=seq_length, sliding_window=sliding_window
     )
-    return pairs[:cp_size] + pairs[cp_size:][::-1]
+
+    def of_ranks(per_chunk: np.ndarray) -> np.ndarray:
+        return np.bincount(owners, per_chunk, cp_size).astype(np.int64)
+
+    return RankCosts(
+        pairs=of_ranks(pairs.sum(axis=(0, 2))),
+        waiting_pairs=of_ranks((pairs * waits).sum(axis=(0, 2))),
+        received=tails.sum(axis=(1, 2)),
+        sent=of_ranks(tails.sum(axis=(0, 1))),
+    )
 
 
-def imbalance(work: np.ndarray) -> float:
-    """Return the busiest rank's work over the mean: 1.0 is balanced, all wait for that rank."""
-    return float(work.max() / work.mean())
-
-
-def received_tokens(tails: np.ndarray) -> np.ndarray:
-    """Return how many tokens' keys and values each rank receives in a forward pass, [cp_size].
-
-    Args:
-        tails: of `context_parallel.needed_tails`.
-    """
-    return tails.sum(axis=(1, 2))
-
-
-def sent_tokens(tails: np.ndarray) -> np.ndarray:
-    """Return how many tokens' keys and values each rank sends in a forward pass, [cp_size]."""
-    cp_size = tails.shape[0]
-    sent = np.zeros(cp_size, dtype=np.int64)
-    for chunk, tokens in enumerate(tails.sum(axis=(0, 1))):
-        sent[chunk_owner(chunk, cp_size)] += tokens
-    return sent
-
-
-def all_gather_tokens(cp_size: int, seq_length: int) -> int:
-    """Return what a rank receives in a forward pass where all keys of a row are gathered."""
+def gathered_tokens(cp_size: int, seq_length: int) -> int:
+    """Return what a rank receives per row in a forward pass where every rank gets all keys."""
     return seq_length - seq_length // cp_size
 
 
-# How often a token's keys and values (or their gradients, of the same size) travel in a forward and
-# a backward pass, in units of what a forward pass receives.
-OUR_PASSES = 2  # fetched once; the gradients go back the same way
-ALL_GATHER_PASSES = 2  # all-gather, and reduce-scatter of the gradients
-RING_PASSES = 3  # forward; backward turns keys and values round again, and their gradients
-
-
-def key_value_bytes(num_tokens: int, *, num_groups: int, head_dim: int, num_bytes: int) -> int:
+def key_value_bytes(num_tokens: float, *, num_groups: int, head_dim: int, num_bytes: int) -> float:
     """Return the size of the keys and values of some tokens in one layer.
 
     Args:

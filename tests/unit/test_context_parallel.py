@@ -21,13 +21,9 @@ from megatron_skyladder.context_parallel import (
     needed_tails,
 )
 from megatron_skyladder.context_parallel_costs import (
-    all_gather_tokens,
-    chunk_pairs,
-    imbalance,
+    gathered_tokens,
     key_value_bytes,
-    rank_pairs,
-    received_tokens,
-    sent_tokens,
+    rank_costs,
 )
 from megatron_skyladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens
 
@@ -217,38 +213,40 @@ def test_costs_are_those_of_the_dense_mask(
         first_visible(cu_seqlens, positions, sliding_window).tolist()
         == mask.argmax(axis=1).tolist()
     )
-    pairs = rank_pairs(cu_seqlens, **flags)
+    costs = rank_costs(cu_seqlens, **flags)
     for rank in range(cp_size):
-        assert pairs[rank] == mask[own_positions(cp_size, rank, seq_length, len(mask))].sum()
-    tails = needed_tails(cu_seqlens, **flags)
-    plans = [exchange_plan(cu_seqlens, rank=rank, **flags) for rank in range(cp_size)]
-    assert received_tokens(tails).tolist() == [sum(plan.receives) for plan in plans]
-    assert sent_tokens(tails).tolist() == [
-        sum(stop - start for spans in plan.sends for start, stop in spans) for plan in plans
-    ]
+        plan = exchange_plan(cu_seqlens, rank=rank, **flags)
+        own = own_positions(cp_size, rank, seq_length, len(mask))
+        assert costs.pairs[rank] == mask[own].sum()
+        waiting = [] if plan.joined is None else plan.joined.queries
+        assert costs.waiting_pairs[rank] == sum(mask[own[slice(*span)]].sum() for span in waiting)
+        assert costs.received[rank] == sum(plan.receives)
+        assert costs.sent[rank] == sum(
+            stop - start for spans in plan.sends for start, stop in spans
+        )
 
 
-def test_zigzag_balances_the_full_window_and_not_others() -> None:
-    full = rank_pairs(offsets(16), cp_size=2, seq_length=16)
-    assert full.tolist() == [68, 68]
-    assert imbalance(full) == 1.0
+def test_zigzag_balances_the_full_window_and_not_documents() -> None:
+    full = rank_costs(offsets(16), cp_size=2, seq_length=16)
+    assert full.pairs.tolist() == [68, 68]
+    assert full.imbalance == 1.0
+    # rank 0 computes chunk 0 (10 pairs) meanwhile; rank 1's chunks both need keys of chunk 0
+    assert full.waiting_pairs.tolist() == [58, 68]
     # documents of 12 and 4 tokens: chunks of 4 tokens with 1 + 2 + 3 + 4 = 10, 26, 42 and 10 pairs
-    cu_seqlens = offsets(16, (12,))
-    assert chunk_pairs(cu_seqlens, cp_size=2, seq_length=16).tolist() == [10, 26, 42, 10]
-    assert rank_pairs(cu_seqlens, cp_size=2, seq_length=16).tolist() == [20, 68]
-    assert imbalance(np.array([20, 68])) == pytest.approx(68 / 44)
+    documents = rank_costs(offsets(16, (12,)), cp_size=2, seq_length=16)
+    assert documents.pairs.tolist() == [20, 68]
+    assert documents.imbalance == pytest.approx(68 / 44)
 
 
 @pytest.mark.parametrize("cp_size", [2, 4])
 def test_the_full_window_fetches_what_lies_before_the_last_chunk(cp_size: int) -> None:
     """Less than an all-gather, which also brings keys that come after every query."""
-    length = 16 * cp_size
-    tails = needed_tails(offsets(length, (), length), cp_size=cp_size, seq_length=length)
-    received = received_tokens(tails)
-    for rank in range(cp_size):
-        before_last_run = length - (rank + 1) * 8 if rank < cp_size - 1 else (cp_size - 1) * 8
-        held = 8 if rank < cp_size - 1 else 0
-        assert received[rank] == before_last_run - held <= all_gather_tokens(cp_size, length)
+    length = 16 * cp_size  # chunks of 8
+    costs = rank_costs(offsets(length, (), length), cp_size=cp_size, seq_length=length)
+    for rank in range(cp_size - 1):  # all before the last chunk, but for the rank's first one
+        assert costs.received[rank] == length - (rank + 1) * 8 - 8
+    assert costs.received[-1] == (cp_size - 1) * 8
+    assert max(costs.received) <= gathered_tokens(cp_size, length) == length - 16
 
 
 def test_bytes_of_keys_and_values() -> None:
