@@ -8,6 +8,7 @@ import textwrap
 from typing import Any
 
 from megatron_skyladder.cli import planning, run_flags
+from megatron_skyladder.cli.context_parallel_plan import mean_max_over_mean, parallel_costs
 from megatron_skyladder.cli.plan_text import to_text
 from megatron_skyladder.cli.planning import Plan
 
@@ -84,7 +85,27 @@ def to_json(plan: Plan, steps: list[int]) -> dict[str, Any]:
         result["documents"] = _documents_json(plan)
     if plan.time:
         result["time"] = _time_json(plan)
+    if plan.context_parallel_size > 1:
+        result["context_parallel"] = _context_parallel_json(plan, steps)
     return result
+
+
+def _context_parallel_json(plan: Plan, steps: list[int]) -> dict[str, Any]:
+    stages = {}
+    for step in steps:
+        stage = parallel_costs(plan, plan.window(step))
+        stages[str(step)] = {
+            "work_of_ranks": stage.work,
+            "work_max_over_mean": stage.max_over_mean,
+            "waiting_share": stage.waiting_share,
+            "received_bytes_per_layer_and_row": stage.received_bytes,
+            "share_of_all_gather": stage.gather_share,
+        }
+    return {
+        "size": plan.context_parallel_size,
+        "work_max_over_mean": mean_max_over_mean(plan),
+        "stages": stages,
+    }
 
 
 def _documents_json(plan: Plan) -> dict[str, Any]:

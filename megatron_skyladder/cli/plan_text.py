@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from megatron_skyladder.cli import planning
+from megatron_skyladder.cli.context_parallel_plan import mean_max_over_mean, parallel_costs
 from megatron_skyladder.cli.planning import Plan
 
 WIDTH = 88
@@ -15,6 +16,8 @@ def to_text(plan: Plan, steps: list[int]) -> str:
     parts = [_head(plan), _stage_table(plan, steps), _work(plan)]
     if plan.documents:
         parts.append(_documents(plan))
+    if plan.context_parallel_size > 1:
+        parts.append(_context_parallel(plan, steps))
     parts.append(_time(plan))
     parts.append(_advice(plan))
     parts += [wrap("Note", note) for note in plan.notes]
@@ -149,6 +152,34 @@ def _documents(plan: Plan) -> str:
     )
 
 
+def _context_parallel(plan: Plan, steps: list[int]) -> str:
+    rows = [["step", "window", "max / mean work", "waits", "MB per layer and row", "of gather"]]
+    for step in steps:
+        window = plan.window(step)
+        costs = parallel_costs(plan, window)
+        rows.append(
+            [
+                f"{step:,}",
+                f"{window:,}",
+                f"{costs.max_over_mean:.3f}",
+                f"{costs.waiting_share:.1%}",
+                f"{costs.received_bytes / 1e6:,.3f}",
+                f"{costs.gather_share:.2%}",
+            ]
+        )
+    legend = (
+        "max / mean work: attention work of the busiest rank over the mean; waits: share of the "
+        "work that sees keys of another rank, the rest is done while they travel; MB: keys, values "
+        "and gradients that a rank receives in bf16; of gather: relative to gathering all keys"
+    )
+    head = wrap(
+        "CP",
+        f"{plan.context_parallel_size} ranks share a row, in Megatron's zigzag; over the run the "
+        f"busiest has {mean_max_over_mean(plan) - 1:.1%} more attention work than the mean",
+    )
+    return "\n".join([head, table(rows), textwrap.fill(legend, WIDTH)])
+
+
 def _time(plan: Plan) -> str:
     time = plan.time
     if time is None:
@@ -191,7 +222,7 @@ def _paper_comparison(plan: Plan, saved: float) -> list[str]:
             "alone overstate the saving, as causal kernels skip half of each window; attention "
             "runs below the rate of matrix products, which works the other way. One relative "
             "cost of attention cannot give both of the paper's runs (1b-8k 13.1 %, 1b-32k "
-            "22.2 %): the model takes the best one, the range what either would need.",
+            "22.2 %): the model is fitted to both, and its range is what either would need.",
         )
     ]
 

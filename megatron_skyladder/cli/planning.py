@@ -12,11 +12,16 @@ from functools import cached_property
 from megatron_skyladder import costs
 from megatron_skyladder.cli import run_flags
 from megatron_skyladder.cli.time_model import TimeModel, time_model
-from megatron_skyladder.config import DEFAULT_SCHEDULE, SkyLadderConfig, config_from_args
+from megatron_skyladder.config import (
+    DEFAULT_SCHEDULE,
+    ROUND_TO_AUTO,
+    SkyLadderConfig,
+    config_from_args,
+)
 from megatron_skyladder.costs import DecoderShape
 from megatron_skyladder.fragments import window_pairs
 from megatron_skyladder.presets import PAPER_RUNS
-from megatron_skyladder.schedules import WindowSchedule
+from megatron_skyladder.schedules import WindowSchedule, explain_multiple
 from megatron_skyladder.visible_context import Documents, measure
 
 RECOMMENDED_SHARES = (Fraction(60, 100), Fraction(64, 100))  # arXiv:2503.15450
@@ -36,6 +41,8 @@ class Plan:
         documents: what was measured in the data, or None.
         time: the time model, or None where no device and no log was given.
         notes: what the reader has to know about the figures.
+        context_parallel_size: ranks that share a row.
+        tensor_parallel_size: ranks that share the heads.
     """
 
     name: str
@@ -45,6 +52,8 @@ class Plan:
     documents: Documents | None
     time: TimeModel | None
     notes: list[str] = field(default_factory=list)
+    context_parallel_size: int = 1
+    tensor_parallel_size: int = 1
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
@@ -177,7 +186,18 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
     documents = _documents(flags, config, notes)
     time = time_model(flags, shape, notes)
     total_steps = run_flags.total_steps(flags)
-    return Plan(name, config, shape, total_steps, documents, time, notes)
+    _note_layout(flags, notes)
+    return Plan(
+        name,
+        config,
+        shape,
+        total_steps,
+        documents,
+        time,
+        notes,
+        flags.context_parallel_size,
+        flags.tensor_model_parallel_size,
+    )
 
 
 def _notes_on_flags(args: argparse.Namespace) -> list[str]:
@@ -185,6 +205,16 @@ def _notes_on_flags(args: argparse.Namespace) -> list[str]:
         return []
     names = ", ".join(dict.fromkeys(args.ignored))
     return [f"Left out, as they change nothing here: {names}."]
+
+
+def _note_layout(flags: argparse.Namespace, notes: list[str]) -> None:
+    if flags.skyladder_round_to == ROUND_TO_AUTO:
+        notes.append(explain_multiple(flags.seq_length, flags.context_parallel_size))
+    if flags.context_parallel_size > 1:
+        notes.append(
+            "Times count the attention work of the average context-parallel rank; the busiest one "
+            "has more, as the table says, and the others wait for it."
+        )
 
 
 def _documents(

@@ -1,0 +1,105 @@
+"""``skyladder plan`` under context parallelism: balance and traffic at each stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_skyladder.cli import main
+from megatron_skyladder.data.indexed import IndexedWriter
+
+# 100 steps of 4 rows of 64 tokens; windows of 8 at step 0, 16 at step 8, 24 at step 16, ...
+LAUNCH = (
+    "plan --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64 "
+    "--group-query-attention --num-query-groups 2 --position-embedding-type rope --vocab-size 512 "
+    "--global-batch-size 4 --train-iters 100 --skyladder-start-window 8 --skyladder-alpha 1"
+)
+
+
+def call(capsys: pytest.CaptureFixture[str], flags: str) -> str:
+    assert main(f"{LAUNCH} {flags}".split()) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], flags: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(call(capsys, f"--json {flags}"))
+    return result
+
+
+def test_balance_and_traffic_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    """Chunks of 16 on 2 ranks: rank 0 has 0..15 and 48..63, rank 1 has 16..47."""
+    plan = plan_json(capsys, "--context-parallel-size 2 --at 0,16,99")["context_parallel"]
+    assert plan["size"] == 2
+    # windows of 8: two in a chunk, 36 pairs each
+    assert plan["stages"]["0"] == {
+        "work_of_ranks": [144, 144],
+        "work_max_over_mean": 1.0,
+        "waiting_share": 0.0,
+        "received_bytes_per_layer_and_row": 0.0,
+        "share_of_all_gather": 0.0,
+    }
+    # windows of 24 (0..23, 24..47, 48..63): rank 0 has 136 + 136 pairs; rank 1 the other 300 - 136
+    # of the first window and all 300 of the second. It needs 0..15: 16 of the 2 * 32 tokens that an
+    # all-gather would bring; 8 tokens per rank, 2 groups of 8 numbers, K and V, 2 bytes, both ways
+    stage = plan["stages"]["16"]
+    assert stage["work_of_ranks"] == [272, 464]
+    assert stage["work_max_over_mean"] == pytest.approx(464 / 368)
+    assert stage["waiting_share"] == pytest.approx(164 / 736)
+    assert stage["share_of_all_gather"] == 16 / 64
+    assert stage["received_bytes_per_layer_and_row"] == 8 * 2 * 8 * 2 * 2 * 2
+    # the whole row: zigzag balances it
+    assert plan["stages"]["99"]["work_max_over_mean"] == 1.0
+    assert 1.0 < plan["work_max_over_mean"] < 464 / 368
+
+
+def test_tensor_parallel_ranks_share_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [
+        plan_json(capsys, f"--context-parallel-size 2 --tensor-model-parallel-size {tp} --at 99")[
+            "context_parallel"
+        ]["stages"]["99"]["received_bytes_per_layer_and_row"]
+        for tp in (1, 2, 4)
+    ]
+    assert sizes[0] == 2 * sizes[1] == 2 * sizes[2]  # with 4 ranks each has one of the 2 groups
+
+
+def test_documents_are_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Documents of 16 tokens end with the chunks: nothing to fetch at any window."""
+    with IndexedWriter(tmp_path / "data", "<u2") as writer:
+        for _ in range(100):
+            writer.add_document(np.arange(16))
+    flags = f"--context-parallel-size 2 --at 99 --data-path {tmp_path / 'data'}"
+    masked = plan_json(capsys, f"{flags} --skyladder-intra-document")["context_parallel"]
+    assert masked["stages"]["99"]["work_of_ranks"] == [272, 272]
+    assert masked["stages"]["99"]["share_of_all_gather"] == 0
+    joined = plan_json(capsys, flags)["context_parallel"]
+    assert joined["stages"]["99"]["share_of_all_gather"] > 0
+
+
+def test_the_sliding_window_fetches_less_than_a_window(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_json(capsys, "--context-parallel-size 2 --skyladder-mask sliding --at 0")
+    stage = plan["context_parallel"]["stages"]["0"]
+    # 7 tokens before 16 and before 48
+    assert stage["share_of_all_gather"] == 14 / 64
+
+
+def test_the_text_has_a_table_and_explains_rounding(capsys: pytest.CaptureFixture[str]) -> None:
+    text = call(capsys, "--context-parallel-size 2 --at 16 --skyladder-round-to auto")
+    assert "2 ranks share a row, in Megatron's zigzag" in text
+    assert "max / mean work" in text
+    assert " 16      16            1.000   0.0%" in text  # 24 rounded down to 16
+    words = " ".join(text.split())
+    assert "--skyladder-round-to auto is 16, the largest number that divides" in words
+    assert "Times count the attention work of the average context-parallel rank" in words
+    alone = call(capsys, "--at 16")
+    assert "max / mean work" not in alone and "zigzag" not in alone
+
+
+def test_rows_that_do_not_divide_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(f"{LAUNCH} --context-parallel-size 3".split())
+    assert "--seq-length=64 does not divide into 6 chunks" in " ".join(
+        capsys.readouterr().err.split()
+    )
