@@ -12,6 +12,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def train(
         flags: the command line.
         gradients: whether to write the first step's gradients.
         dense: hand stock Megatron a dense mask, see `_hand_over_dense_masks`.
-        kill: end this process with SIGKILL, see `_Killer`.
+        kill: send this process a signal, see `_Killer`.
         script: run this ``pretrain_gpt.py`` of a Megatron checkout instead of ours.
         prefetch: batches that each worker of the data loader reads ahead.
         broken: a function of `breakages` to call: a bug that a test has to notice.
@@ -65,21 +66,36 @@ def train(
 
 
 class _Killer:
-    """Ends the process at a moment: ``when`` the training of the batch after ``samples`` begins.
+    """Sends this process a signal at one moment of the batch that begins after ``samples``.
 
     Args:
         samples: consumed samples before the batch.
         when: ``forward`` (of ``micro_batch``), ``step`` (before the optimizer's), ``stepped``
             (after it), ``saving`` (a checkpoint begins) or ``saved`` (it is complete).
         micro_batch: which forward.
+        delay_seconds: wait that long while training goes on.
+        name: of the signal.
     """
 
-    def __init__(self, samples: int, when: str, micro_batch: int = 0) -> None:
+    def __init__(
+        self,
+        samples: int,
+        when: str,
+        micro_batch: int = 0,
+        delay_seconds: float = 0,
+        name: str = "SIGKILL",
+    ) -> None:
         self.moment = (samples, when, micro_batch)
+        self.delay_seconds = delay_seconds
+        self.signal = signal.Signals[name]
 
     def reached(self, samples: int, when: str, micro_batch: int = 0) -> None:
-        if (samples, when, micro_batch) == self.moment:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if (samples, when, micro_batch) != self.moment:
+            return
+        if self.delay_seconds:
+            threading.Timer(self.delay_seconds, os.kill, (os.getpid(), self.signal)).start()
+        else:
+            os.kill(os.getpid(), self.signal)
 
 
 class _Recorder:

@@ -167,6 +167,11 @@ class Trainer:
             self._checkpoints[architecture] = folder
         return self._checkpoints[architecture]
 
+    def new_folder(self, name: str) -> Path:
+        """Return a folder that nothing has used."""
+        self._count += 1
+        return self.folder / f"{name}{self._count}"
+
     def train(
         self,
         flags: str,
@@ -194,8 +199,7 @@ class Trainer:
             start = f"--load {self.initial_weights(architecture)} --finetune"
         data = f"--data-path {self.documents} --data-cache-path {self.folder / 'cache'}"
         words = f"{BASE_FLAGS} {ARCHITECTURES[architecture]} {data} {start} {flags}".split()
-        self._count += 1
-        run = Run(self.folder / f"run{self._count}")
+        run = Run(self.new_folder("run"))
         run.exit_codes = self.pool.run(
             "recorded_training:train",
             num_processes=num_processes,

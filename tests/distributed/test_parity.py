@@ -151,12 +151,12 @@ def reference(trainer: Trainer):
     return run
 
 
-def train(trainer: Trainer, case: Case, **options: object) -> Run:
+def train(trainer: Trainer, case: Case, more_flags: str = "", **options: object) -> Run:
     """Run a case."""
     num_processes, layout = LAYOUTS[case.layout]
     flags = (
         f"{SAMPLES} --micro-batch-size {case.micro_batch_size} {layout} "
-        f"{RECOMPUTE[case.recompute]} {MASKS[case.mask].flags}"
+        f"{RECOMPUTE[case.recompute]} {MASKS[case.mask].flags} {more_flags}"
     )
     return trainer.train(
         flags, num_processes=num_processes, architecture=case.architecture, **options
@@ -226,10 +226,16 @@ def test_parity_sees_masks_that_are_looked_up(trainer: Trainer, reference) -> No
     recomputed ones take the mask of a later micro-batch.
     """
     case = Case("pp4", 2, "uniform", "llama", "ragged+documents")
-    run = train(trainer, case, gradients=True, broken="look_up_documents")
+    run = train(trainer, case, "--skyladder-no-probe", gradients=True, broken="look_up_documents")
     expected = reference(case.mask, case.architecture)
     assert loss_errors(run, expected)[0] < LOSS_TOLERANCE
     assert max(gradient_errors(run, expected).values()) > 1e3 * GRADIENT_TOLERANCE
+
+
+def test_the_probe_sees_a_mask_that_does_not_come_along(trainer: Trainer) -> None:
+    case = Case("one", 2, "none", "llama", "documents")
+    run = train(trainer, case, broken="look_up_documents", exit_codes=(1,))
+    assert "the attention mask is not applied as the schedule says" in run.log()
 
 
 @pytest.mark.parametrize("mask", ["ragged", "documents"])
