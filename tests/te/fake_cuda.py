@@ -93,12 +93,29 @@ def check(backend: str, mask: str, num_rows: int, documents: bool) -> None:
     assert out.device.type == "cuda" and out.dtype == torch.bfloat16, (out.device, out.dtype)
 
 
+def check_the_fake_device() -> None:
+    """See that it refuses what it is here to refuse."""
+    on_device, host = torch.zeros(4, device="cuda"), torch.zeros(4)
+    for mistake in (
+        on_device.sum().item,
+        on_device.cpu,
+        on_device.tolist,
+        lambda: on_device + host,
+    ):
+        try:
+            mistake()
+        except (RuntimeError, AssertionError, NotImplementedError):
+            continue
+        raise AssertionError(f"{mistake} went through")
+
+
 def main(backends: list[str]) -> None:
     """Check every combination; the first mistake ends the process with its traceback."""
     stand_ins.stub_flash_attn_kernels()
     torch.cuda.get_device_capability = lambda *_: (8, 0)  # type: ignore[assignment]
     torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[assignment,method-assign]
     with FakeDevice(allow_non_fake_inputs=True):
+        check_the_fake_device()
         for case in itertools.product(backends, ("local", "sliding"), (1, 2), (False, True)):
             check(*case)
             logger.info("%s: mask %s, %d rows, documents %s", *case)
