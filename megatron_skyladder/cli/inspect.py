@@ -7,10 +7,11 @@ import json
 import sys
 from typing import Any
 
-from megatron_skyladder.data import tokenizers
+from megatron_skyladder.data import tokenizer_flags
 from megatron_skyladder.data.indexed import IndexedReader
 from megatron_skyladder.data.output import read_record
 from megatron_skyladder.data.summary import summarize
+from megatron_skyladder.data.tokenizers import Tokenizer
 
 DESCRIPTION = """\
 Show what is in PREFIX.bin and PREFIX.idx: how many documents and tokens, how long documents are,
@@ -63,14 +64,14 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         help="which document to show a sample of. Default: 0.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead.")
-    tokenizers.add_arguments(parser)
+    tokenizer_flags.add_arguments(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return the exit code."""
     reader = IndexedReader(args.prefix.removesuffix(".bin").removesuffix(".idx"))
-    tokenizer = tokenizers.build_tokenizer(args) if args.tokenizer_type else None
+    tokenizer = tokenizer_flags.build_tokenizer(args) if args.tokenizer_type else None
     eod, source = _eod(args, reader, tokenizer)
     report = _show_share if sys.stderr.isatty() else lambda share: None
     summary = summarize(reader, eod=eod, seq_length=args.seq_length, report=report)
@@ -89,7 +90,7 @@ def _show_share(share: float) -> None:
 
 
 def _eod(
-    args: argparse.Namespace, reader: IndexedReader, tokenizer: tokenizers.Tokenizer | None
+    args: argparse.Namespace, reader: IndexedReader, tokenizer: Tokenizer | None
 ) -> tuple[int | None, str]:
     """Return the end-of-document token and where it is known from."""
     if args.eod_id is not None:
@@ -103,7 +104,7 @@ def _eod(
 
 
 def _sample(
-    reader: IndexedReader, document: int, tokenizer: tokenizers.Tokenizer | None
+    reader: IndexedReader, document: int, tokenizer: Tokenizer | None
 ) -> dict[str, Any] | None:
     if not len(reader):
         return None

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from megatron_skyladder.data import packed, tokenizers
+from megatron_skyladder.data import packed, tokenizer_flags
 from megatron_skyladder.data.prepare import Request, prepare
 from megatron_skyladder.data.progress import Progress
 from megatron_skyladder.data.sources import FORMATS
@@ -105,7 +105,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     group.add_argument(
         "--workers", type=int, metavar="N", help="encoding processes. Default: one for each core."
     )
-    tokenizers.add_arguments(parser)
+    tokenizer_flags.add_arguments(parser)
     return parser
 
 
@@ -139,7 +139,7 @@ def _prepare(args: argparse.Namespace, display: ProgressDisplay) -> list[dict[st
         skip_bad_lines=args.on_bad_line == "skip",
         workers=_available_cores() if args.workers is None else args.workers,
     )
-    return prepare(request, tokenizers.build_tokenizer(args), display.show)
+    return prepare(request, tokenizer_flags.build_tokenizer(args), display.show)
 
 
 def _available_cores() -> int:
@@ -159,7 +159,7 @@ def _unpack(args: argparse.Namespace, display: ProgressDisplay) -> list[dict[str
     if args.eod_id is not None:
         eod = args.eod_id
     elif args.tokenizer_type:
-        eod = tokenizers.build_tokenizer(args).eod
+        eod = tokenizer_flags.build_tokenizer(args).eod
     else:
         raise ValueError(
             "--from-packed needs the token that ends a document, which the files do not name. "

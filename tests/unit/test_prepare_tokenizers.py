@@ -12,13 +12,12 @@ from typing import Any
 import prepare_inputs as tiny
 import pytest
 
-from megatron_skyladder.data import tokenizers as module
+from megatron_skyladder.data import tokenizer_flags
+from megatron_skyladder.data.tokenizer_flags import add_arguments, build_tokenizer
 from megatron_skyladder.data.tokenizers import (
     FastTokenizer,
     SlowTokenizer,
     Tokenizer,
-    add_arguments,
-    build_tokenizer,
     fingerprint,
 )
 
@@ -181,7 +180,9 @@ def test_fingerprints_differ_where_ids_do(tmp_path: Path) -> None:
 def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        module.importlib.util, "find_spec", lambda name: None if name in names else real(name)
+        tokenizer_flags.importlib.util,
+        "find_spec",
+        lambda name: None if name in names else real(name),
     )
 
 
