@@ -118,17 +118,16 @@ def _with_skyladder_attention(original: Callable[..., Any]) -> Callable[..., Any
     return __init__
 
 
-def _probe_after_setup(original: Callable[..., Any]) -> Callable[..., Any]:
-    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
+def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
+    def train(forward_step_func: Any, model: list[Any], *args: Any, **kwargs: Any) -> Any:
         active = clock.current()
         if active.config.probe:
             from megatron_skyladder.probe import probe_mask
 
-            probe_mask(result[0], active)
-        return result
+            probe_mask(model, active)
+        return original(forward_step_func, model, *args, **kwargs)
 
-    return setup_model_and_optimizer
+    return train
 
 
 def _evaluate_by_length(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -182,8 +181,8 @@ HOOKS = (
     ),
     Hook(
         "megatron.training.training",
-        "setup_model_and_optimizer",
-        _probe_after_setup,
+        "train",
+        _probe_before_training,
         "to try the mask on the real model before training",
     ),
     Hook(

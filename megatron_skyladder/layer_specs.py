@@ -2,6 +2,9 @@
 
 A layer spec is a tree of dataclasses that names the class of every part. `with_skyladder` returns a
 copy in which each self-attention's ``core_attention`` is ours and everything else is as it was.
+
+Megatron's ``--spec megatron_skyladder.layer_specs skyladder`` takes the spec from here, in any
+script that has the flag; see `from_environment` for the settings.
 """
 
 from __future__ import annotations
@@ -13,6 +16,19 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_skyladder.attention import SkyLadderAttention
+
+SPEC_NAME = "skyladder"
+# Megatron's import_module looks into vars() of this module and calls no __getattr__; but where a
+# module has a __path__, Python's own import of a name from it does so first.
+__path__: list[str] = []
+
+
+def __getattr__(name: str) -> Any:
+    """Make the spec for ``--spec`` when Megatron asks for it: then its arguments are known."""
+    if name != SPEC_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    spec = globals()[SPEC_NAME] = _spec_from_environment()
+    return spec
 
 
 def with_skyladder(spec: Any) -> Any:
@@ -66,15 +82,40 @@ def gpt_layer_spec(options: Any, config: Any, vp_stage: int | None = None) -> An
                 f"--{flag.replace('_', '-')} is not built by SkyLadder's entry point on this "
                 "release of Megatron. Patch your checkout instead (skyladder patch apply)."
             )
-    chosen = {
-        "use_transformer_engine": options.transformer_impl == "transformer_engine",
-        "normalization": options.normalization,
-        "qk_l2_norm": options.qk_l2_norm,
-        "vp_stage": vp_stage,
-    }
+    build = gpt_layer_specs.get_gpt_decoder_layer_specs
     if options.num_experts:
-        return gpt_layer_specs.get_gpt_decoder_block_spec(config, **chosen)
-    return gpt_layer_specs.get_gpt_decoder_layer_specs(config, **chosen)[0]
+        build = gpt_layer_specs.get_gpt_decoder_block_spec
+    spec = build(
+        config,
+        use_transformer_engine=options.transformer_impl == "transformer_engine",
+        normalization=options.normalization,
+        qk_l2_norm=options.qk_l2_norm,
+        vp_stage=vp_stage,
+    )
+    return spec if options.num_experts else spec[0]
+
+
+def _spec_from_environment() -> Any:
+    """Return the spec for ``--spec``, and switch SkyLadder on.
+
+    Raises:
+        ValueError: what the environment says, or a model whose layers differ from each other.
+    """
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    from megatron_skyladder import from_environment
+
+    options = get_args()
+    if options.num_experts:  # Megatron wants one stage's block here, and does not say which
+        raise ValueError(
+            "--spec megatron_skyladder.layer_specs builds dense models, not --num-experts="
+            f"{options.num_experts}. Patch the checkout instead (skyladder patch apply DIR)."
+        )
+    from_environment.switch_on(options)
+    dense = copy.copy(options)
+    dense.spec = None
+    return gpt_layer_spec(dense, core_transformer_config_from_args(options))
 
 
 def _replace(node: Any) -> tuple[Any, int]:
