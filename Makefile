@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 EXTRAS := training,data,plot,dev
 
-.PHONY: help install demo test bench check format lint types clean
+.PHONY: help install demo test test-te test-slurm bench check format lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ demo: $(READY)  ## pretrain a small model twice, constant window and SkyLadder; 
 test: $(READY)  ## the whole suite
 	$(PYTEST)
 
+test-te: $(READY)  ## Transformer Engine, flash-attn and varlen with CPU stand-ins (builds TE once)
+	$(BIN)/python tests/te/build_te.py --python $(BIN)/python --venv .venv-te
+	PYTHONPATH=. .venv-te/bin/python -m pytest tests/te
+
 bench: $(READY)  ## what SkyLadder costs and saves beside stock Megatron, as ratios
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/overhead.py
 
@@ -45,4 +49,4 @@ types: $(READY)  ## mypy
 	$(BIN)/mypy
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) .venv-te demo build *.egg-info
