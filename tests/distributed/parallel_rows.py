@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from megatron_skyladder import clock
@@ -238,6 +239,19 @@ class _Recorder:
         backend.forward = recorded
 
 
+class _NoLookAtTheDevice(TorchFunctionMode):
+    """Fails where a tensor's value is asked for: on a GPU the host would wait for it."""
+
+    NAMES = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__index__")
+    FORBIDDEN = frozenset(getattr(torch.Tensor, name) for name in NAMES)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        assert func not in self.FORBIDDEN, f"{func.__name__} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
 def order_of_calls() -> None:
     """Messages are under way before own work begins, forward and backward, and are counted."""
     both = "send own wait joined", "joined backward send own backward wait"
@@ -258,7 +272,8 @@ def order_of_calls() -> None:
             with attention_module(case, group) as attention:
                 names = [name for name in ("own", "joined") if name in forward.split()]
                 recorder.wrap(attention.backend, names)
-                with_gradients(lambda *x, call=attention: call(*x, None), qkv, direction)
+                with _NoLookAtTheDevice():
+                    with_gradients(lambda *x, call=attention: call(*x, None), qkv, direction)
             assert " ".join(recorder.calls) == f"{forward} {backward}".strip(), window
             costs = rank_costs(case.cu_seqlens(), cp_size=4, seq_length=64)
             counted = [costs.received[group.rank()], costs.sent[group.rank()]]

@@ -29,6 +29,7 @@ def test_random_rows_in_groups_of_any_start(pool: ProcessPool, tmp_path: Path) -
 
 
 def test_messages_are_sent_before_own_work_begins(pool: ProcessPool, tmp_path: Path) -> None:
+    """Forward and backward, and no host waits for its device."""
     pool.run("parallel_rows:order_of_calls", num_processes=4, folder=tmp_path)
 
 
