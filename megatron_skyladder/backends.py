@@ -165,7 +165,7 @@ BACKENDS: dict[str, type[torch.nn.Module]] = {
 
 
 def make_backend(name: str, **arguments: Any) -> torch.nn.Module:
-    """Build the backend of one layer; ``auto`` is resolved by what is installed.
+    """Build the backend of one layer.
 
     Args:
         name: a key of ``BACKENDS`` or ``auto``.
@@ -174,25 +174,33 @@ def make_backend(name: str, **arguments: Any) -> torch.nn.Module:
     Raises:
         ValueError: what the backend needs is not installed.
     """
-    if name == "auto":
-        name, reason = pick_backend()
-    else:
-        reason = "as --skyladder-attention-backend says"
-        missing = _missing(name)
-        if missing:
-            raise ValueError(
-                f"--skyladder-attention-backend={name} needs {missing}. Install it, or use auto, "
-                "which takes the best of what is there."
-            )
+    name, reason = choose_backend(name)
     if arguments["layer_number"] == 1:
         logger.info("attention backend %s: %s", name, reason)
     return BACKENDS[name](**arguments)
 
 
+def choose_backend(name: str) -> tuple[str, str]:
+    """Return the backend that a name stands for here, and why; ``auto`` takes the best there is.
+
+    Raises:
+        ValueError: what the backend needs is not installed.
+    """
+    if name == "auto":
+        return pick_backend()
+    missing = _missing(name)
+    if missing:
+        raise ValueError(
+            f"--skyladder-attention-backend={name} needs {missing}. Install it, or use auto, "
+            "which takes the best of what is there."
+        )
+    return name, "as --skyladder-attention-backend says"
+
+
 @lru_cache(maxsize=1)
 def pick_backend() -> tuple[str, str]:
     """Return the best backend for this machine and why."""
-    if cpu_engine.is_installed():
+    if cpu_engine.is_installed() or cpu_engine.is_requested():
         return "sdpa", "the CPU engine runs, the others need a GPU"
     passed_over: list[str] = []
     for name in ("te", "flash", "varlen"):

@@ -13,7 +13,10 @@ COMMANDS = {
     "compare": "several schedules side by side, and the rate that fits a budget",
     "prepare": "text (JSON lines, Parquet, plain files) -> Megatron's .bin/.idx",
     "example": "Megatron's flags for the paper's runs, each with where it comes from",
+    "slurm": "print or submit a run as SLURM jobs that survive time limits and preemption",
     "inspect": "what is in a .bin/.idx: documents, lengths, end-of-document tokens, a sample",
+    "doctor": "what is installed, how SkyLadder would enter, what does not fit and what to do",
+    "patch": "put SkyLadder into a Megatron-LM checkout, by lines that are only inserted",
     "report": "what runs did, from their logs: one HTML page and pictures",
 }
 
