@@ -54,7 +54,7 @@ def insert(source: str, places: Iterable[Place]) -> tuple[str, list[PatchError]]
             insertions.append(find(source, place))
         except PatchError as error:
             errors.append(error)
-    for insertion in sorted(insertions, key=lambda each: each.index, reverse=True):
+    for insertion in reversed(sorted(insertions, key=lambda each: each.index)):
         lines[insertion.index : insertion.index] = insertion.lines
     return "".join(lines), errors
 
@@ -140,8 +140,8 @@ def _statement(function: Function, place: Place) -> ast.stmt:
 
 
 def _simple_statements(function: Function) -> Iterator[ast.stmt]:
-    """Yield the statements that hold no others, in the function but not in those within it."""
-    pending: list[ast.AST] = list(function.body)
+    """Yield the statements that hold no others, in order; not those of functions within."""
+    pending: list[ast.AST] = list(reversed(function.body))
     while pending:
         node = pending.pop()
         if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
@@ -149,7 +149,7 @@ def _simple_statements(function: Function) -> Iterator[ast.stmt]:
         if isinstance(node, ast.stmt) and not hasattr(node, "body") and not hasattr(node, "cases"):
             yield node
         else:
-            pending.extend(ast.iter_child_nodes(node))
+            pending.extend(reversed(list(ast.iter_child_nodes(node))))
 
 
 def _listed(candidates: Iterable[tuple[str, int]]) -> str:
