@@ -54,7 +54,8 @@ def insert(source: str, places: Iterable[Place]) -> tuple[str, list[PatchError]]
             insertions.append(find(source, place))
         except PatchError as error:
             errors.append(error)
-    for insertion in reversed(sorted(insertions, key=lambda each: each.index)):
+    insertions.sort(key=lambda insertion: insertion.index)
+    for insertion in reversed(insertions):
         lines[insertion.index : insertion.index] = insertion.lines
     return "".join(lines), errors
 
