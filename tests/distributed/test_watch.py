@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from typing import Any
 
@@ -174,3 +175,92 @@ def test_the_log_has_windows_rates_and_the_time_left(watched: Trainer) -> None:
     hours = [record.values["skyladder/hours_left"] for record in records]
     assert hours[-1] == 0
     assert all(value > 0 for value in hours[:-1])
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+STATISTICS = (
+    "--train-samples 32 --skyladder-start-window 20 --skyladder-alpha 22 "
+    "--skyladder-allow-unfinished --skyladder-attention-stats-interval 2"
+)
+ATTENTION = ("max_attention_logit", "attention_entropy", "attention_sink")
+
+
+def attention_of(log: RunLog) -> list[tuple[float, ...]]:
+    """Return the three measures of each iteration, NaN where there is none."""
+    return [
+        tuple(record.values.get(f"skyladder/{name}", math.nan) for name in ATTENTION)
+        for record in log.iterations
+    ]
+
+
+@pytest.fixture(scope="module")
+def measured_by_one(watched: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of one process that measures its attention, with TensorBoard."""
+    folder = tmp_path_factory.mktemp("tensorboard")
+    run = watched.train(
+        f"{STATISTICS} --micro-batch-size 4 --tensorboard-dir {folder} "
+        f"{DATA.split(' --')[0]} --eval-iters 2 --eval-interval 2 --skyladder-eval-lengths 16"
+    )
+    run.tensorboard = folder  # type: ignore[attr-defined]
+    return run
+
+
+def test_attention_is_measured_where_asked_and_changes_nothing(
+    watched: Trainer, measured_by_one: Run
+) -> None:
+    without = watched.train(
+        f"{STATISTICS.replace('--skyladder-attention-stats-interval 2', '')} --micro-batch-size 4 "
+        f"{DATA.split(' --')[0]} --eval-iters 2 --eval-interval 2"
+    )
+    assert measured_by_one.losses == without.losses
+    one, two, three, four = attention_of(log_of(measured_by_one))
+    assert all(map(math.isnan, one + three))
+    assert math.isnan(two[2])  # windows of 42: no fragment has 64 tokens
+    assert 0 <= four[2] <= 1  # the window is the row of 64
+    assert four[0] > 0
+    # a query at place i, from 0, has at most ln(i + 1) nats
+    assert 0 < two[1] < four[1] < 3.3
+
+
+@pytest.mark.parametrize(
+    ("layout", "flags"),
+    [
+        (
+            "one",
+            "--micro-batch-size 4 --recompute-granularity full --recompute-method uniform "
+            "--recompute-num-layers 1",
+        ),
+        ("tp2-sp", "--micro-batch-size 4"),
+        ("pp2-vpp2", "--micro-batch-size 4"),
+        ("dp2", "--micro-batch-size 2"),  # two rows on each rank are the same four
+        ("cp2", "--micro-batch-size 4"),
+    ],
+    ids=["recompute", "tp2-sp", "pp2-vpp2", "dp2", "cp2"],
+)
+def test_attention_is_the_same_in_every_layout(
+    watched: Trainer, measured_by_one: Run, layout: str, flags: str
+) -> None:
+    processes, layout_flags = LAYOUTS[layout]
+    run = watched.train(
+        f"{STATISTICS} {flags} {layout_flags} {DATA.split(' --')[0]} --eval-iters 0",
+        num_processes=processes,
+    )
+    wanted = attention_of(log_of(measured_by_one))
+    for found, true in zip(attention_of(log_of(run)), wanted, strict=True):
+        measures = slice(0, 2) if layout == "cp2" else slice(0, 3)  # 64 tokens lie on both ranks
+        assert found[measures] == pytest.approx(true[measures], rel=1e-4, nan_ok=True)
+
+
+def test_tensorboard_has_every_layer_and_length(measured_by_one: Run) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulators.EventAccumulator(str(measured_by_one.tensorboard))  # type: ignore[attr-defined]
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {
+        f"skyladder/{name}/layer_{layer}" for name in ATTENTION for layer in range(1, 5)
+    } <= tags
+    assert {"skyladder/window", "skyladder/attention_fraction", "skyladder/hours_left"} <= tags
+    assert "skyladder/loss_at_16 validation" in tags
+    windows = [(event.step, event.value) for event in events.Scalars("skyladder/window")]
+    assert windows == [(1, 20.0), (2, 42.0), (3, 64.0), (4, 64.0)]
