@@ -22,8 +22,8 @@ setup(
         "training": ["megatron-core[training]==0.19.2", "tensorboard"],
         # Kernels for the backends te and flash; both need a CUDA toolkit. apex is not on the index.
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
-        # Reading text and drawing plots: prepare, plan --plot, report, the demo.
-        "data": ["tokenizers", "zstandard", "pyarrow", "tqdm"],
+        # Reading text: prepare, inspect, the demo. Drawing: plan --plot, report, the demo.
+        "data": ["tokenizers>=0.20", "sentencepiece", "pyarrow"],
         "plot": ["matplotlib"],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"],
     },
