@@ -58,7 +58,7 @@ RELEASES = {
         Release("0.17", Trainer.PARSES_ARGUMENTS, "0.17.1", "core_v0.17.1"),
         Release("0.18", Trainer.TAKES_PROVIDER, "0.18.2", "core_v0.18.2"),
         Release("0.19", Trainer.TAKES_MODEL_CONFIG, "0.19.2", "core_v0.19.0"),
-        Release("0.20", Trainer.TAKES_MODEL_CONFIG, None, "main of August 2026 (d98e8a6)"),
+        Release("0.20", Trainer.TAKES_MODEL_CONFIG, None, "main (d98e8a6, August 2026)"),
     )
 }
 
