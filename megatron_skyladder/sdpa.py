@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_skyladder.segments import Segments
+from megatron_skyladder.segments import Segments, to_device
 
 _SMALLEST_BUCKET = 16  # tokens; below it a call costs more than the padding
 _MIN_BLOCK, _MAX_BLOCK = 128, 512  # queries that share one mask in a band
@@ -218,7 +218,7 @@ def _make_layout(segments: Segments) -> _Layout:
 
     def index_tensor(parts: list[np.ndarray]) -> torch.Tensor:
         joined = np.concatenate(parts) if parts else np.empty(0)
-        return torch.from_numpy(joined.astype(np.int64)).to(segments.device)
+        return to_device(joined.astype(np.int64), segments.device)
 
     return _Layout(
         shapes, index_tensor(gather_q), index_tensor(gather_k), bands, index_tensor([restore])

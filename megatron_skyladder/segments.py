@@ -51,14 +51,14 @@ class Segments:
     @cached_property
     def cu_seqlens_q_device(self) -> torch.Tensor:
         """int32 [padded N + 1]: trailing empty segments make the count one of a few sizes."""
-        return _to_device(_pad_count(self.cu_seqlens_q), self.device)
+        return to_device(_pad_count(self.cu_seqlens_q), self.device)
 
     @cached_property
     def cu_seqlens_k_device(self) -> torch.Tensor:
         """int32 [padded N + 1]; the very same tensor as for queries where the offsets are."""
         if self.cu_seqlens_k is self.cu_seqlens_q:
             return self.cu_seqlens_q_device
-        return _to_device(_pad_count(self.cu_seqlens_k), self.device)
+        return to_device(_pad_count(self.cu_seqlens_k), self.device)
 
     @cached_property
     def lengths_q(self) -> np.ndarray:
@@ -205,7 +205,8 @@ def _pad_count(cu_seqlens: np.ndarray) -> np.ndarray:
     return np.pad(cu_seqlens, (0, padded + 1 - len(cu_seqlens)), mode="edge")
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Return a device tensor of a host array, without waiting for the device."""
     host = torch.from_numpy(array)
     if device.type != "cuda":
         return host

@@ -354,18 +354,6 @@ def _read_ahead(depth: int) -> None:
 
 def _run_script(script: str, flags: list[str]) -> None:
     """Run a checkout's ``pretrain_gpt.py`` with the Megatron that is installed."""
-    from megatron.training import arguments
-
-    from megatron_skyladder import cpu_engine
-
-    original = arguments.add_megatron_arguments
-
-    def add_megatron_arguments(parser: Any) -> Any:
-        parser = original(parser)
-        cpu_engine.set_argument_defaults(parser)
-        return parser
-
-    arguments.add_megatron_arguments = add_megatron_arguments
     sys.argv = [script, *flags]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")

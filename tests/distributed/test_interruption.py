@@ -52,11 +52,12 @@ class History:
     def __init__(self, trainer: Trainer, flags: str, num_processes: int = 1) -> None:
         self.trainer = trainer
         self.folder = trainer.new_folder("checkpoints")
-        self.flags = f"{BASE} {flags} --save {self.folder} --load {self.folder}"
+        self.flags = f"{BASE} {flags} --save {self.folder} --load {self.folder} "
+        self.flags += "--save-interval 3"
         self.num_processes = num_processes
         self.attempts: list[Run] = []
 
-    def go_on(self, flags: str = "--save-interval 3", **options: object) -> Run:
+    def go_on(self, flags: str = "", **options: object) -> Run:
         """Start, or resume from the latest checkpoint."""
         options.setdefault("num_processes", self.num_processes)
         run = self.trainer.train(f"{self.flags} {flags}", load=False, **options)
