@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path
 
 from megatron_skyladder.report.curves import Run
-from megatron_skyladder.report.pictures import PICTURES, Picture, colour_of
+from megatron_skyladder.report.drawing import colour_of
+from megatron_skyladder.report.pictures import PICTURES, Picture
 from megatron_skyladder.report.tables import (
     Row,
     all_settings,

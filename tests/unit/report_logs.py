@@ -66,13 +66,21 @@ def write_log(
         seconds = 5.2 + 2.1 * fraction
         work = (5.2 + 1.6 * fraction) * 130 / seconds
         norm = 0.2 + 1.5 / math.sqrt(step) + abs(noise.normal(0, 0.02 + 0.05 * fraction))
+        health = ""
+        if step % (10 * interval) == 0:
+            sink = f" skyladder/attention_sink: {0.25 * done:.6E} |" if window >= 64 else ""
+            health = (
+                f" skyladder/max_attention_logit: {5 + 20 * done:.6E} |"
+                f" skyladder/attention_entropy: {0.4 * math.log(window):.6E} |{sink}"
+            )
         lines.append(
             f" [2026-11-23 06:34:47.068902] iteration {step:8d}/{STEPS:8d} |"
             f" consumed samples: {step * BATCH:12d} |"
             f" elapsed time per iteration (ms): {1000 * seconds + noise.normal(0, 20):.1f} |"
             f" learning rate: 4.000000E-04 | global batch size: {BATCH:5d} | lm loss: {loss:.6E} |"
             f" skyladder/window: {window:.6E} | skyladder/attention_fraction: {fraction:.6E} |"
-            f" skyladder/tflops_per_gpu: {work:.6E} | loss scale: 1.0 | grad norm: {norm:.3f} |"
+            f" skyladder/tflops_per_gpu: {work:.6E} |{health}"
+            f" loss scale: 1.0 | grad norm: {norm:.3f} |"
             " number of skipped iterations:   0 | number of nan iterations:   0 |"
         )
         if step % (10 * interval) == 0:

@@ -9,7 +9,8 @@ from report_logs import BATCH, GPUS, SEQ_LENGTH, STEPS, write_log
 
 from megatron_skyladder.cli import main
 from megatron_skyladder.report.curves import Run, axes_of, load_runs
-from megatron_skyladder.report.pictures import PICTURES, Picture, smoothed
+from megatron_skyladder.report.drawing import smoothed
+from megatron_skyladder.report.pictures import PICTURES, Picture
 from megatron_skyladder.report.stability import loss_ratios, stability
 from megatron_skyladder.report.tables import differing_settings, summary
 from megatron_skyladder.runlog import parse
@@ -164,9 +165,9 @@ def test_the_command_writes_one_page_that_needs_no_other_file(
 ) -> None:
     logs = [str(run.log.path) for run in runs]
     assert main(["report", *logs[:1], f"<b>={logs[1]}", "--output", str(tmp_path / "out")]) == 0
-    assert "report.html (7 pictures beside it)" in capsys.readouterr().out
+    assert "report.html (8 pictures beside it)" in capsys.readouterr().out
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 7
+    assert page.count("data:image/png;base64,") == 8
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
