@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from megatron_skyladder.batch_sizes import batch_sizes
 from megatron_skyladder.presets import SCHEDULE_PRESETS
 from megatron_skyladder.schedules import (
     DEFAULT_NUM_CYCLES,
@@ -222,7 +223,8 @@ def config_from_args(args: Any) -> SkyLadderConfig | None:
 
     Args:
         args: a namespace with ``skyladder_*`` and Megatron's ``seq_length``,
-            ``global_batch_size`` and ``train_samples`` or ``train_iters``.
+            ``global_batch_size`` (or ``step_batch_size_schedule``) and ``train_samples`` or
+            ``train_iters``.
 
     Returns:
         The configuration, or None where no ``--skyladder-*`` flag was given.
@@ -249,7 +251,7 @@ def config_from_args(args: Any) -> SkyLadderConfig | None:
     return SkyLadderConfig(
         schedule=schedule,
         seq_length=seq_length,
-        step_samples=args.global_batch_size,
+        step_samples=batch_sizes(args).final,
         begin_samples=begin,
         intra_document=bool(flags.get("intra_document")),
         mask=_choice("mask", flags.get("mask") or "local", MASKS),
@@ -287,7 +289,7 @@ def _schedule(flags: dict[str, Any], args: Any) -> WindowSchedule:
     final_window = flags.get("final_window")
     if final_window is None:
         final_window = args.seq_length
-    total_steps = _total_samples(args, flags.get("begin_samples") or 0) // args.global_batch_size
+    total_steps = _total_steps(args, flags.get("begin_samples") or 0)
     _warn_unused(name, args)
     if name == "constant":
         return WindowSchedule(schedule=name, start_window=final_window, final_window=final_window)
@@ -341,8 +343,12 @@ def _warn_unused(schedule: str, args: Any) -> None:
 def _total_samples(args: Any, begin_samples: int) -> int:
     train_samples = getattr(args, "train_samples", None)
     if train_samples is None:
-        train_samples = (args.train_iters or 0) * args.global_batch_size
+        train_samples = batch_sizes(args).samples_in(args.train_iters or 0)
     return max(0, train_samples - begin_samples)
+
+
+def _total_steps(args: Any, begin_samples: int) -> int:
+    return _total_samples(args, begin_samples) // batch_sizes(args).final
 
 
 def _check_begin(begin_samples: int, args: Any) -> None:
@@ -361,7 +367,7 @@ def _check_begin(begin_samples: int, args: Any) -> None:
 
 def _check_ends(schedule: WindowSchedule, args: Any, begin_samples: int) -> None:
     """Refuse a run whose window never gets to the end; an evaluation has no end to get to."""
-    total_steps = _total_samples(args, begin_samples) // args.global_batch_size
+    total_steps = _total_steps(args, begin_samples)
     unfinished = schedule.ramp_steps > total_steps
     if unfinished and total_steps and not getattr(args, "skyladder_allow_unfinished", None):
         raise ValueError(

@@ -6,8 +6,8 @@ gloo. ``install()`` has to run before Megatron is imported; it works in three pl
 * tensors: a torch function mode turns CUDA devices in calls into the CPU (``device="cuda"``,
   ``.cuda()``, ``.to("cuda")``, ``pin_memory``);
 * ``torch.cuda``: streams, events, RNG state, memory statistics and device queries get CPU answers;
-* Megatron: defaults of flags that need a GPU, and the two things it refuses on a CPU for no
-  reason that holds there (see ``_prepare_megatron``).
+* Megatron: defaults of flags that need a GPU, and what it refuses or gets wrong on a CPU for no
+  reason that holds there (see `cpu_megatron`).
 
 ``python -m megatron_skyladder.cpu_engine pretrain_gpt.py ...`` does the same in front of a script,
 such as a checkout's own, under torchrun as well.
@@ -111,7 +111,9 @@ def install() -> None:
     _Remap().__enter__()
     _remap_in_backward()
     _installed = True
-    _prepare_megatron()
+    from megatron_skyladder import cpu_megatron
+
+    cpu_megatron.prepare()
 
 
 def run_script(arguments: list[str]) -> None:
@@ -305,44 +307,6 @@ def _replace_torch_cuda() -> None:
     module.cuda = lambda self, *_, **__: self
     optimizer: Any = torch.optim.Optimizer
     optimizer._accelerator_graph_capture_health_check = _nothing
-
-
-def _prepare_megatron() -> None:
-    """Set the flags' defaults; lift what it refuses: building C++ helpers, and norms under SP."""
-    from megatron.core.datasets import utils as dataset_utils
-    from megatron.core.transformer import torch_norm
-    from megatron.training import arguments
-
-    add_stock_arguments = arguments.add_megatron_arguments
-
-    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = add_stock_arguments(parser)
-        set_argument_defaults(parser)
-        return parser
-
-    arguments.add_megatron_arguments = add_megatron_arguments
-
-    # The wheel carries the compiled helpers but no Makefile, and make's failure ends the process.
-    folder = os.path.dirname(dataset_utils.__file__)
-    if not os.path.exists(os.path.join(folder, "Makefile")):
-        dataset_utils.compile_helpers = _nothing
-
-    make_norm = torch_norm.WrappedTorchNorm.__new__
-
-    def make_norm_under_sequence_parallel(
-        cls: Any, config: Any, *args: Any, **kwargs: Any
-    ) -> torch.nn.Module:
-        sequence_parallel = config.sequence_parallel
-        config.sequence_parallel = False  # the only thing the original looks at it for is to refuse
-        try:
-            norm = make_norm(cls, config, *args, **kwargs)
-        finally:
-            config.sequence_parallel = sequence_parallel
-        for parameter in norm.parameters():  # so that Megatron sums its gradient over the TP ranks
-            parameter.sequence_parallel = sequence_parallel
-        return norm
-
-    torch_norm.WrappedTorchNorm.__new__ = make_norm_under_sequence_parallel
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What each rank runs for test_context_parallel_runs.py: attention on random rows, against dense rows.
+"""What each rank runs for test_context_parallel_runs.py: random rows against dense rows.
 
 Every rank makes the same random rows and computes both the dense answer for whole rows and its own
 part through `SkyLadderAttention`, so the only messages are those under test.

@@ -1,0 +1,81 @@
+"""Samples in each global batch, from Megatron's flags; pure arithmetic on the standard library.
+
+Where the batch grows (``--step-batch-size-schedule``), Megatron's own ``args.global_batch_size`` is
+only micro-batch size x data-parallel size: it depends on the layout and is no batch of the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """The size of a global batch as a function of the samples consumed before it.
+
+    Args:
+        stages: (consumed samples, samples per batch from there on), ascending from 0 samples.
+    """
+
+    stages: tuple[tuple[int, int], ...]
+
+    @property
+    def final(self) -> int:
+        """Samples in a batch once it has grown: one step of the window's schedule."""
+        return self.stages[-1][1]
+
+    def samples_in(self, num_batches: int) -> int:
+        """Return the samples that a run of so many batches consumes.
+
+        Example, 4 samples a batch, 8 from sample 10 on: four batches are 4 + 4 + 4 + 8 = 20.
+        """
+        consumed = 0
+        ends = [start for start, _ in self.stages[1:]]
+        for (_, size), end in zip(self.stages, [*ends, None], strict=True):
+            if end is None:
+                return consumed + num_batches * size
+            batches = min(num_batches, max(0, -(-(end - consumed) // size)))
+            consumed += batches * size
+            num_batches -= batches
+        raise AssertionError("the last stage has no end")
+
+
+def batch_sizes(args: Any) -> BatchSizes:
+    """Return the batch sizes of a run.
+
+    Args:
+        args: a namespace with Megatron's ``global_batch_size``, ``seq_length`` and, where there is
+            one, ``step_batch_size_schedule``: ``THRESHOLD:SIZE ...``, thresholds in tokens.
+
+    Raises:
+        ValueError: the batch size schedule cannot be read.
+    """
+    text = getattr(args, "step_batch_size_schedule", None)
+    if text is None:
+        return BatchSizes(((0, args.global_batch_size),))
+    try:
+        stages = []
+        for entry in text.replace(",", " ").split():
+            threshold, size = entry.split(":")
+            stages.append((_number(threshold) // args.seq_length, _number(size)))
+    except ValueError:
+        stages = []
+    stages.sort()
+    starts = [start for start, _ in stages]
+    if starts[:1] != [0] or len(set(starts)) < len(starts) or min(s for _, s in stages) < 1:
+        raise ValueError(
+            f"--step-batch-size-schedule={text!r} cannot be read. Give TOKENS:SAMPLES pairs that "
+            'start at 0, such as "0:768 250B:1536".'
+        )
+    return BatchSizes(tuple(stages))
+
+
+def _number(text: str) -> int:
+    """Parse 1536, 250B or 1.5M as Megatron does."""
+    text = text.strip().upper()
+    if text[-1:] in _SUFFIXES:
+        return int(float(text[:-1]) * _SUFFIXES[text[-1]])
+    return int(float(text))

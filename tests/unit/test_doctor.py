@@ -1,0 +1,274 @@
+"""What the doctor says, and that it says it where something is broken."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_compat import write_megatron
+from test_patching import write_tree
+
+from megatron_skyladder import doctor
+from megatron_skyladder.cli import main
+from megatron_skyladder.doctor import Report, disagreements
+
+REPOSITORY = Path(__file__).parents[2]
+LAUNCH = ["--seq-length", "128", "--global-batch-size", "8", "--train-iters", "100"]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("SKYLADDER_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("SKYLADDER_DEVICE", "cpu")
+
+
+@pytest.fixture
+def megatron(tmp_path, monkeypatch):
+    """A function that makes a folder the Megatron that Python finds."""
+
+    def use(found):
+        monkeypatch.setattr(doctor.releases, "installed", lambda: found)
+
+    return use
+
+
+def ask(capsys, *words):
+    """Run ``skyladder doctor --json`` and return its exit code and report."""
+    code = main(["doctor", "--json", *words])
+    return code, json.loads(capsys.readouterr().out)
+
+
+# --- one process -------------------------------------------------------------------------------
+
+
+def test_a_wheel(tmp_path, megatron, capsys):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    code, report = ask(capsys)
+    assert code == 0 and report["problems"] == []
+    assert report["installed"]["megatron"].startswith(f"0.19.2, wheel in {tmp_path}")
+    assert report["run"]["release"] == "0.19, tested with 0.19.2"
+    assert report["run"]["way in"] == "the entry point"
+    assert report["run"]["schedule"].startswith("off")
+    assert "for checkouts" in report["ways"]["patch"]
+
+
+def test_a_checkout_before_and_after_the_patch(tmp_path, megatron, capsys):
+    tree = write_tree(tmp_path)
+    found = doctor.releases.megatron_in(tree)
+    megatron(found)
+    code, report = ask(capsys)
+    assert code == 0 and "checkout in" in report["installed"]["megatron"]
+    assert report["ways"]["patch"] == f"fits, not applied: skyladder patch apply {tree}"
+    assert "--spec megatron_skyladder.layer_specs skyladder" in report["ways"]["spec"]
+    main(["patch", "apply", str(tree)])
+    capsys.readouterr()
+    code, report = ask(capsys)
+    assert code == 0 and report["ways"]["patch"].startswith("applied: torchrun")
+    assert report["run"]["way in"].startswith("the patched pretrain_gpt.py")
+
+
+def test_a_checkout_that_is_patched_in_part_or_does_not_fit(tmp_path, megatron, capsys):
+    tree = write_tree(tmp_path)
+    megatron(doctor.releases.megatron_in(tree))
+    main(["patch", "apply", str(tree)])
+    script = tree / "pretrain_gpt.py"
+    script.write_text("".join(script.read_text().splitlines(keepends=True)[:-3]))
+    (tree / "megatron/training/training.py").write_text("x = 1\n")
+    capsys.readouterr()
+    _, report = ask(capsys)
+    assert "does not fit: " in report["ways"]["patch"]
+    write_tree(tmp_path, arguments=(tree / "megatron/training/arguments.py").read_text())
+    code, report = ask(capsys)
+    assert code == 1 and "patched in part. Complete it: skyladder patch" in report["problems"][0]
+
+
+def test_an_untested_megatron(tmp_path, megatron, capsys):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path, "0.12.0")))
+    code, report = ask(capsys)
+    assert code == 1 and "0.12.0" in report["problems"][0]
+    assert "SKYLADDER_ALLOW_UNTESTED_MEGATRON=1" in report["problems"][0]
+
+
+def test_another_megatron_that_is_hidden_or_lies_here(tmp_path, megatron, monkeypatch, capsys):
+    first = write_megatron(tmp_path / "first")
+    second = write_megatron(tmp_path / "second", "0.18.2")
+    third = write_megatron(tmp_path / "third", "0.20.0")
+    monkeypatch.setattr(sys, "path", [str(first), str(second), *sys.path])
+    monkeypatch.chdir(third)
+    megatron(doctor.releases.megatron_in(first))
+    _, report = ask(capsys)
+    text = report["installed"]["megatron"]
+    assert f"it hides 0.18.2 in {second}" in text
+    assert "scripts in this folder import its own 0.20.0: ask with PYTHONPATH=." in text
+
+
+def test_dataset_helpers_that_cannot_be_built(tmp_path, megatron, monkeypatch, capsys):
+    tree = write_tree(tmp_path)
+    datasets = tree / "megatron/core/datasets"
+    datasets.mkdir()
+    (datasets / "Makefile").write_text("")
+    megatron(doctor.releases.megatron_in(tree))
+    find_spec = doctor.importlib.util.find_spec
+    monkeypatch.setattr(
+        doctor.importlib.util,
+        "find_spec",
+        lambda name: None if name == "pybind11" else find_spec(name),
+    )
+    code, report = ask(capsys)
+    assert code == 1 and "pip install pybind11" in report["problems"][0]
+    (datasets / "helpers_cpp.cpython-312.so").write_text("")
+    assert ask(capsys)[0] == 0
+
+
+def test_a_package_that_is_installed_but_broken(tmp_path, megatron, monkeypatch, capsys):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path / "megatron")))
+    (tmp_path / "flash_attn.py").write_text("raise OSError('undefined symbol: _ZN3c10')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    code, report = ask(capsys)
+    assert code == 1
+    assert report["installed"]["flash-attn"].endswith("does not import")
+    assert "(undefined symbol: _ZN3c10)" in report["problems"][0]
+
+
+def test_no_gpu(tmp_path, megatron, monkeypatch, capsys):
+    import torch
+
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    monkeypatch.delenv("SKYLADDER_DEVICE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, report = ask(capsys)
+    assert code == 1 and "SKYLADDER_DEVICE=cpu" in report["problems"][0]
+    assert report["run"]["device"] == "none"
+
+
+def test_gpus_are_counted(monkeypatch, tmp_path, megatron, capsys):
+    import torch
+
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    monkeypatch.delenv("SKYLADDER_DEVICE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "AAB"[index])
+    assert ask(capsys)[1]["run"]["device"] == "2 x A, 1 x B"
+
+
+def test_a_backend_that_is_not_there(tmp_path, megatron, capsys):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    words = [*LAUNCH, "--skyladder-attention-backend", "te"]
+    code, report = ask(capsys, *words)
+    assert code == 1 and "--skyladder-attention-backend=te needs" in report["problems"][0]
+
+
+def test_the_schedule_of_a_launch(tmp_path, megatron, capsys):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    code, report = ask(capsys, *LAUNCH, "--lr", "1e-3", "--skyladder-start-window", "8")
+    assert code == 0 and report["run"]["flags"] == "--lr 1e-3"
+    assert report["run"]["schedule"].startswith("linear 8 -> 128, fraction 0.64 of 100 steps")
+    code, report = ask(capsys, *LAUNCH, "--skyladder-start-window", "256")
+    assert code == 1 and "--skyladder-start-window=256 is above" in report["problems"][0]
+    code, report = ask(capsys, "--skyladder-start-window", "8")
+    assert code == 1 and "--seq-length and --global-batch-size is missing" in report["problems"][0]
+
+
+def test_the_schedule_of_a_launch_with_spec(tmp_path, megatron, monkeypatch, capsys):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    monkeypatch.setenv("SKYLADDER_START_WINDOW", "16")
+    spec = ["--spec", "megatron_skyladder.layer_specs", "skyladder"]
+    code, report = ask(capsys, *LAUNCH, *spec)
+    assert code == 0 and report["run"]["way in"].startswith("spec")
+    assert report["run"]["schedule"].startswith("linear 16 -> 128")
+
+
+def test_a_misspelt_flag_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["doctor", "--skyladder-strt-window=8"])
+    assert exit.value.code == 2
+    assert "there is no flag --skyladder-strt-window" in capsys.readouterr().err
+
+
+def test_the_page(tmp_path, megatron, capsys):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    assert main(["doctor"]) == 0
+    page = capsys.readouterr().out
+    assert [line for line in page.splitlines() if line and line[0] != " "] == [
+        *("Installed", "A run here", "Ways in", "Nothing is wrong.")
+    ]
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path / "old", "0.12.0")))
+    assert main(["doctor"]) == 1
+    page = capsys.readouterr().out
+    assert "Problems\n  1  Megatron 0.12.0" in page
+    assert max(map(len, page.splitlines())) <= 100 + len(str(tmp_path))
+
+
+# --- several ranks -----------------------------------------------------------------------------
+
+
+def test_ranks_that_agree():
+    facts = {"torch": "2.15", "schedule": "linear"}
+    assert disagreements([("a", facts), ("b", dict(facts))]) == []
+
+
+def test_every_difference_is_named_with_its_ranks():
+    ranks = [("a", {"torch": "2.15", "$NVTE_X": "1"})] * 5 + [("b", {"torch": "2.14"})]
+    torch, variable = disagreements(ranks)
+    assert torch == (
+        "the ranks disagree on torch: '2.15' on rank 0 (a), 1 (a), 2 (a), 3 (a) and more; '2.14' "
+        "on rank 5 (b). Make them the same."
+    )
+    assert "$NVTE_X" in variable and "'unset' on rank 5 (b)" in variable
+
+
+def test_variables_that_decide_a_run_are_compared(monkeypatch):
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
+    monkeypatch.setenv("HOME", "/elsewhere")
+    facts = doctor.fingerprint_of_rank(Report(installed={"torch": "2"}, run={"schedule": "s"}))
+    assert facts["$NVTE_FLASH_ATTN"] == "0" and "$HOME" not in facts
+    assert facts["torch"] == "2" and facts["schedule"] == "s"
+
+
+def test_under_torchrun_all_ranks_compare(tmp_path):
+    """Two ranks with schedules of their own: both fail, one prints."""
+    write_megatron(tmp_path / "megatron")
+    program = tmp_path / "ask.py"
+    program.write_text(
+        "import os, sys\n"
+        "from megatron_skyladder.cli import main\n"
+        "steps = '10' + os.environ['RANK']\n"
+        f"launch = {[*LAUNCH[:-1]]!r} + [steps, '--skyladder-start-window', '8']\n"
+        "code = main(['doctor', '--json', *launch])\n"
+        f"with open({str(tmp_path / 'code')!r} + os.environ['RANK'], 'w') as file:\n"
+        "    file.write(str(code))\n"
+    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = os.pathsep.join([str(tmp_path / "megatron"), str(REPOSITORY)])
+    result = subprocess.run(
+        [sys.executable, *torchrun, str(program)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    report = json.loads(result.stdout)
+    (problem,) = report["problems"]
+    assert "the ranks disagree on schedule: 'linear 8 -> 128" in problem
+    assert report["run"]["ranks"] == "disagree"
+    assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+def test_what_one_part_raises_does_not_hide_the_others(tmp_path, megatron, monkeypatch):
+    def broken():
+        raise doctor.MegatronMismatchError("no Megatron is installed")
+
+    monkeypatch.setattr(doctor.releases, "installed", broken)
+    flags = argparse.Namespace(
+        skyladder_attention_backend=None, seq_length=None, global_batch_size=None
+    )
+    report = doctor.examine(flags, [])
+    assert report.problems == ["no Megatron is installed"]
+    assert "attention backend" in report.run and report.installed["megatron"] == "none"
