@@ -32,6 +32,11 @@ test-te: $(READY)  ## Transformer Engine, flash-attn and varlen with CPU stand-i
 	$(BIN)/python tests/te/build_te.py --python $(BIN)/python --venv .venv-te
 	PYTHONPATH=. .venv-te/bin/python -m pytest tests/te
 
+test-slurm: $(READY)  ## jobs on a real Slurm on this machine (as root; installs it with apt)
+	@command -v slurmctld >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends munge slurmctld slurmd slurm-client; }
+	$(PYTEST) -m slurm tests/slurm
+
 bench: $(READY)  ## what SkyLadder costs and saves beside stock Megatron, as ratios
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/overhead.py
 

@@ -1,0 +1,150 @@
+"""``skyladder slurm``: a run as SLURM jobs; printed first, submitted when asked to."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_skyladder.cli import run_flags
+from megatron_skyladder.slurm import script
+from megatron_skyladder.slurm.settings import DEFAULT_ENTRY, Settings, from_file
+
+DESCRIPTION = """\
+Print the job script for a run described by an example file (see examples/slurm/), after checking
+it: the layout against the number of GPUs, the script with sbatch --test-only where there is one.
+With --submit: write the run folder and submit it.
+
+A run goes on until it is finished. Ahead of a job's time limit it saves and is requeued; after
+preemption or a node failure SLURM brings it back; it resumes from the newest complete checkpoint.
+Where jobs may not requeue themselves, --chain N submits N jobs that run one after the other, and
+--array N makes them one job array. RUN/status.txt says how things stand, on its first line.
+"""
+
+EPILOG = """\
+examples:
+  skyladder slurm examples/slurm/1b-8k.ini
+  skyladder slurm examples/slurm/1b-8k.ini --nodes 4 --partition a100 --time 12:00:00 --submit
+  skyladder slurm examples/slurm/1b-8k.ini --variant constant --run-dir runs/constant --submit
+  skyladder slurm examples/slurm/1b-8k.ini --chain 10 --submit -- --save-interval 1000
+"""
+
+
+def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
+    """Add the command to ``skyladder``."""
+    parser = subparsers.add_parser(
+        "slurm",
+        help=help_text,
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="EXAMPLE", type=Path, help="an example file.")
+    parser.add_argument("--submit", action="store_true", help="submit it. Default: print it.")
+    for section, key, help_text in (
+        ("slurm", "nodes", "nodes of one job."),
+        ("slurm", "gpus-per-node", "GPUs to ask for on each."),
+        ("slurm", "partition", "as for sbatch."),
+        ("slurm", "account", "as for sbatch."),
+        ("slurm", "time", "limit of one job, as for sbatch."),
+        ("run", "variant", "see `skyladder example`."),
+        ("run", "gpu", "the layout to use, see `skyladder example`."),
+    ):
+        parser.add_argument(f"--{key}", metavar="VALUE", dest=f"{section}:{key}", help=help_text)
+    parser.add_argument("--run-dir", metavar="DIR", dest="run:folder", help="the run folder.")
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument("--chain", type=int, metavar="N", help="N jobs, one after the other.")
+    several.add_argument("--array", type=int, metavar="N", help="the same as one job array.")
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="go on in a run folder that has a run with another command line.",
+    )
+    parser.epilog = f"What stands after -- are further flags of Megatron, which win.\n\n{EPILOG}"
+    _keep_what_follows_two_dashes(parser)
+    return parser
+
+
+def _keep_what_follows_two_dashes(parser: argparse.ArgumentParser) -> None:
+    """Make the parser put what follows -- into ``args.flags``; argparse cannot after options."""
+    parse_known = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        words = list(args)
+        end = words.index("--") if "--" in words else len(words)
+        result, rest = parse_known(words[:end], namespace)
+        result.flags = words[end + 1 :]
+        return result, rest
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command and return the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="skyladder slurm: %(message)s")
+    overrides = {
+        (section, key): value
+        for name, value in vars(args).items()
+        for section, found, key in [name.partition(":")]
+        if found
+    }
+    settings = from_file(args.file, overrides, args.flags)
+    jobs = args.array if args.chain is None else args.chain
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"--chain or --array {jobs}: give at least 1.")
+    text = script.job_script(settings, jobs=jobs, array=args.array is not None)
+    _check_flags(settings)
+    if not args.submit:
+        return _show(settings, text)
+    script.write_run_folder(settings, text, allow_changes=args.allow_changes)
+    ids = script.submit(settings, jobs=jobs, array=args.array is not None)
+    print(f"submitted {', '.join(ids)}")
+    print(f"how it stands: {Path(settings.folder) / 'status.txt'}")
+    return 0
+
+
+def _check_flags(settings: Settings) -> None:
+    """Check model, batch and layout against the number of ranks.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    if settings.entry != DEFAULT_ENTRY:
+        return  # a script's own flags are not ours to know
+    parser = argparse.ArgumentParser(prog="skyladder slurm", add_help=False)
+    run_flags.add_run_flags(parser)
+    # the tokenizer decides the vocabulary, and it may not be here
+    words = [*_without_data(settings.flags), "--vocab-size", "1", "--gpus", str(settings.num_ranks)]
+    run_flags.complete(parser.parse_args(words))
+
+
+def _without_data(words: tuple[str, ...]) -> list[str]:
+    """Leave out --data-path: documents are measured by `skyladder plan`, not here."""
+    kept: list[str] = []
+    skipping = False
+    for word in words:
+        if word.startswith("--"):
+            skipping = word == "--data-path"
+        if not skipping:
+            kept.append(word)
+    return kept
+
+
+def _show(settings: Settings, text: str) -> int:
+    """Print the script; let sbatch check it where there is one."""
+    print(text, end="")
+    code, verdict = 0, "there is no sbatch here, so it has not checked the script"
+    if shutil.which("sbatch") is not None:
+        with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+            file.write(text)
+            file.flush()
+            try:
+                verdict = script.sbatch("--test-only", file.name)
+            except ValueError as error:
+                code, verdict = 1, str(error)
+    print(f"# run folder: {settings.folder}\n# {verdict}", file=sys.stderr)
+    print("# nothing was written or submitted: add --submit", file=sys.stderr)
+    return code

@@ -1,0 +1,206 @@
+"""The record of a run: each start is an attempt with a folder, and ends in one of a few ways.
+
+What is known at the time is written at the time, to files that a shell can write too, so that an
+attempt that ends without a word is told from one that was asked to stop.
+
+    RUN/settings.json      what to train, see `settings`
+    RUN/checkpoints        Megatron's
+    RUN/attempts/001       one start: its logs, and
+        attempt.json         what is known about it
+        signal               written by the job script when SLURM sends a signal: its meaning
+        error.<rank>.json    written by a rank that fails
+    RUN/attempt            path of the latest attempt's folder
+    RUN/status.txt         the state for people; the first line says it all
+    RUN/stop               made by a user: save, and do not go on
+    RUN/finished           made by rank 0 when training has come to its end
+    RUN/submitted          touched by a submission: failures before it do not count
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from megatron_skyladder.slurm import checkpoints
+
+FINISHED, STOPPED, TIME_LIMIT, TERMINATED = "finished", "stopped", "time limit", "terminated"
+EARLY_EXIT, CRASHED, VANISHED, RUNNING = "exited early", "crashed", "vanished", "running"
+FAILURES = (CRASHED, VANISHED, EARLY_EXIT, TIME_LIMIT)  # where no new checkpoint was left
+_REASONS = {
+    VANISHED: "it ended without a word: a node failed, or something killed it",
+    EARLY_EXIT: "training left before its end, without an error",
+    TIME_LIMIT: "the time limit came before a new checkpoint: give a job more --time, or more "
+    "signal-seconds to save",
+}
+_ROOT_CAUSE = re.compile(r"exitcode\s*:\s*(-?\d+)")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run.
+
+    Args:
+        number: from 1.
+        job: SLURM's job id.
+        restarts: how often SLURM had requeued the job.
+        hosts: nodes.
+        started: seconds since the epoch.
+        start_iteration: that of the checkpoint it began from; 0: from nothing.
+        skipped: incomplete checkpoints that were set aside, and why.
+        ended: seconds since the epoch, if known.
+        end_iteration: of the newest complete checkpoint afterwards, once known.
+        outcome: one of the words above.
+        reason: why it failed.
+    """
+
+    number: int
+    job: str
+    restarts: int
+    hosts: str
+    started: float
+    start_iteration: int
+    skipped: tuple[str, ...] = ()
+    ended: float | None = None
+    end_iteration: int | None = None
+    outcome: str = RUNNING
+    reason: str = ""
+
+    @property
+    def made_progress(self) -> bool:
+        """Whether it left a newer checkpoint than it began from."""
+        return (self.end_iteration or 0) > self.start_iteration
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Megatron's --save and --load."""
+        return self.path / "checkpoints"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training has come to its end."""
+        return (self.path / "finished").exists()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a user wants it to stop."""
+        return (self.path / "stop").exists()
+
+    def attempt_folder(self, number: int) -> Path:
+        """Return the folder of an attempt."""
+        return self.path / "attempts" / f"{number:03}"
+
+    def attempts(self) -> list[Attempt]:
+        """Return all attempts, in order."""
+        files = sorted((self.path / "attempts").glob("*/attempt.json"))
+        return [_from_json(file.read_text()) for file in files]
+
+    def write(self, attempt: Attempt) -> None:
+        """Write what is known of an attempt, and point to it as the latest."""
+        folder = self.attempt_folder(attempt.number)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "attempt.json", json.dumps(asdict(attempt), indent=1) + "\n")
+        write_whole(self.path / "attempt", f"{folder}\n")
+
+    def close_earlier(self) -> None:
+        """Note how attempts ended that could not say so themselves."""
+        newest = checkpoints.find(self.checkpoints).newest
+        for attempt in self.attempts():
+            if attempt.outcome != RUNNING:
+                continue
+            signal = self.attempt_folder(attempt.number) / "signal"
+            outcome = signal.read_text().strip() if signal.exists() else VANISHED
+            closed = replace(attempt, outcome=outcome, end_iteration=newest)
+            self.write(replace(closed, reason=_REASONS.get(outcome, "")))
+
+    def failures_in_a_row(self) -> list[Attempt]:
+        """Return the failed attempts since the last progress or submission, latest first.
+
+        Being preempted or requeued is no failure; it does not interrupt a row of them either.
+        """
+        submitted = self.path / "submitted"
+        since = submitted.stat().st_mtime if submitted.exists() else 0.0
+        failed = []
+        for attempt in reversed(self.attempts()):
+            if attempt.made_progress or attempt.started < since:
+                break
+            if attempt.outcome in FAILURES:
+                failed.append(attempt)
+        return failed
+
+    def closed(self, attempt: Attempt, exit_code: int, signal: str) -> Attempt:
+        """Return an attempt whose training step has ended, with how and why.
+
+        Args:
+            attempt: it.
+            exit_code: of the training step.
+            signal: what SLURM asked for meanwhile, or an empty text.
+        """
+        reason = ""
+        if self.is_finished:
+            outcome = FINISHED
+        elif exit_code:
+            outcome = CRASHED
+            reason = failure_reason(self.attempt_folder(attempt.number), exit_code)
+        elif signal:
+            outcome = signal
+        else:
+            outcome = STOPPED if self.is_stopped else EARLY_EXIT
+        newest = checkpoints.find(self.checkpoints).newest
+        closed = replace(attempt, ended=time.time(), end_iteration=newest, outcome=outcome)
+        if outcome in FAILURES and not closed.made_progress:
+            reason = reason or _REASONS[outcome]
+        return replace(closed, reason=reason)
+
+    def write_status(self, headline: str) -> None:
+        """Write the state for people, the most important thing first."""
+        lines = [headline, ""]
+        for attempt in self.attempts():
+            begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(attempt.started))
+            until = "?" if attempt.end_iteration is None else f"{attempt.end_iteration:,}"
+            lines.append(
+                f"attempt {attempt.number}, {begun}, job {attempt.job} on {attempt.hosts}: "
+                f"iterations {attempt.start_iteration:,} to {until}, {attempt.outcome}"
+                + (f": {attempt.reason}" if attempt.reason else "")
+            )
+            lines += [f"  skipped {skipped}" for skipped in attempt.skipped]
+        write_whole(self.path / "status.txt", "\n".join(lines) + "\n")
+
+
+def failure_reason(folder: Path, exit_code: int) -> str:
+    """Return the first error that a rank reported, or what its end says.
+
+    The first by the clock: when one rank fails, the others soon complain about its silence.
+    """
+    errors = [json.loads(path.read_text()) for path in folder.glob("error.*.json")]
+    if errors:
+        first = min(errors, key=lambda error: error["time"])
+        return f"rank {first['rank']}: {first['message']}"
+    for log in sorted(folder.glob("node.*.log")):
+        codes = _ROOT_CAUSE.findall(log.read_text(errors="replace"))
+        if codes:
+            hint = " (SIGKILL: often out of host memory)" if codes[-1] == "-9" else ""
+            return f"a rank ended with {codes[-1]}{hint}, see {log}"
+    return f"the training step ended with {exit_code}, see the logs in {folder}"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that nobody ever sees a part of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _from_json(text: str) -> Attempt:
+    values = json.loads(text)
+    return Attempt(**{**values, "skipped": tuple(values["skipped"])})

@@ -1,0 +1,198 @@
+"""From settings to a job script, a run folder, and jobs."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_skyladder.slurm.attempts import RunFolder, write_whole
+from megatron_skyladder.slurm.settings import FILE_NAME, Settings
+
+TEMPLATE = Path(__file__).with_name("job.sbatch")
+BEGIN, END = "# <settings>\n", "# </settings>\n"
+SCRIPT_NAME = "job.sbatch"
+# what the job script itself relies on; an example file may not set it otherwise
+OWNED = (
+    "job-name",
+    "ntasks",
+    "ntasks-per-node",
+    "output",
+    "error",
+    "open-mode",
+    "requeue",
+    "no-requeue",
+    "signal",
+    "dependency",
+    "array",
+    "chdir",
+    "wrap",
+)
+
+logger = logging.getLogger(__name__)
+
+
+def job_script(settings: Settings, *, jobs: int | None = None, array: bool = False) -> str:
+    """Return the text to submit.
+
+    Args:
+        settings: of the run.
+        jobs: how many, one after the other, where each goes on with what the one before it left;
+            None: one, which is requeued at its time limit.
+        array: whether these are the tasks of one job array.
+
+    Raises:
+        ValueError: an option of sbatch that is ours to set.
+    """
+    before, _, rest = TEMPLATE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    filled = [*_directives(settings, jobs, array), "", *_assignments(settings, jobs)]
+    return before + BEGIN + "\n".join(filled) + "\n" + END + after
+
+
+def _directives(settings: Settings, jobs: int | None, array: bool) -> Iterable[str]:
+    wrong = [name for name in settings.sbatch if name in OWNED]
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]} in [slurm] is set by the job script, which relies on it. Leave it out; "
+            "the keys signal-seconds and folder, and --chain or --array, decide it."
+        )
+    if "gres" in settings.sbatch and settings.gpus_per_node:
+        raise ValueError(
+            "gres and gpus-per-node in [slurm] both ask for GPUs. Give gpus-per-node = 0 and "
+            "ranks-per-node beside gres, or leave gres out."
+        )
+    folder = Path(settings.folder)
+    options: dict[str, Any] = {
+        "job-name": folder.name,
+        "nodes": settings.nodes,
+        "ntasks-per-node": 1,
+    }
+    if settings.gpus_per_node:
+        options["gpus-per-node"] = settings.gpus_per_node
+    options |= settings.sbatch
+    options |= {
+        "output": folder / ("slurm-%A_%a.out" if array else "slurm-%j.out"),
+        "open-mode": "append",  # a requeued job keeps its log
+        "requeue": "",  # where a node fails or the job is preempted
+        "signal": f"B:USR1@{settings.signal_seconds}",  # B: to the script alone
+    }
+    if array:
+        options["array"] = f"1-{jobs}%1"
+    else:
+        options["dependency"] = "singleton"  # never two jobs of one run at the same time
+    for name, value in options.items():
+        yield f"#SBATCH --{name}={value}" if value != "" else f"#SBATCH --{name}"
+
+
+def _assignments(settings: Settings, jobs: int | None) -> Iterable[str]:
+    environment = settings.environment
+    yield f"RUN_DIR={shlex.quote(settings.folder)}"
+    yield f"AFTER={'requeue' if jobs is None else 'next'}"
+    yield f"PYTHON={shlex.quote(environment.python)}"
+    yield f"SETUP={shlex.quote(environment.setup)}"
+    options, prefix = _container(settings)
+    yield f"SRUN_OPTIONS=({_words(options)})"
+    yield f"PREFIX=({_words(prefix)})"
+    for name, value in environment.variables.items():
+        yield f"export {name}={shlex.quote(value)}"
+
+
+def _words(words: list[str]) -> str:
+    """Return words for a shell array, all in quotes: a comma outside looks like a slip."""
+    return " ".join("'" + word.replace("'", "'\\''") + "'" for word in words)
+
+
+def _container(settings: Settings) -> tuple[list[str], list[str]]:
+    """Return the options of srun, and the command in front of what it starts."""
+    environment = settings.environment
+    mounts = [f"{path}:{path}" if ":" not in path else path for path in environment.mounts]
+    mounts.insert(0, f"{settings.folder}:{settings.folder}")
+    if environment.kind == "pyxis":
+        image = f"--container-image={environment.image}"
+        return [image, f"--container-mounts={','.join(mounts)}"], []
+    if environment.kind == "apptainer":
+        binds = [word for mount in mounts for word in ("--bind", mount)]
+        nvidia = ["--nv"] if settings.gpus_per_node else []
+        return [], ["apptainer", "exec", *nvidia, *binds, environment.image]
+    return [], []
+
+
+def write_run_folder(settings: Settings, script: str, *, allow_changes: bool = False) -> None:
+    """Write what a job needs into the run folder.
+
+    Raises:
+        ValueError: the folder has a run with another command line.
+    """
+    run = RunFolder(Path(settings.folder))
+    known = run.path / FILE_NAME
+    if known.exists():
+        changes = _changes(Settings.read(run.path), settings)
+        if changes and not allow_changes:
+            raise ValueError(
+                f"{run.path} has a run with other settings:\n  "
+                + "\n  ".join(changes)
+                + "\nGive another --run-dir, or --allow-changes to go on with the new ones."
+            )
+        for change in changes:
+            logger.warning("changed in %s: %s", run.path, change)
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    write_whole(known, settings.to_json())
+    write_whole(run.path / SCRIPT_NAME, script)
+    (run.path / "submitted").touch()
+
+
+def _changes(old: Settings, new: Settings) -> list[str]:
+    """Return what differs in what is trained; nodes, partitions and times may change freely."""
+    if (old.flags, old.entry) == (new.flags, new.entry):
+        return []
+    changes = []
+    if old.entry != new.entry:
+        changes.append(f"entry: {old.entry} -> {new.entry}")
+    before, after = _by_flag(old.flags), _by_flag(new.flags)
+    for flag in sorted(before.keys() | after.keys()):
+        if before.get(flag) != after.get(flag):
+            changes.append(f"{flag}: {before.get(flag, 'absent')} -> {after.get(flag, 'absent')}")
+    return changes
+
+
+def _by_flag(words: tuple[str, ...]) -> dict[str, str]:
+    """Return flags with their values as text; where one is given twice, the last."""
+    flags: dict[str, str] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+            flags[name] = value
+        else:
+            flags[name] = f"{flags.get(name, '')} {word}".strip()
+    return flags
+
+
+def submit(settings: Settings, *, jobs: int | None = None, array: bool = False) -> list[str]:
+    """Submit the script in the run folder and return the jobs' ids.
+
+    Raises:
+        ValueError: sbatch refuses it.
+    """
+    script = Path(settings.folder) / SCRIPT_NAME
+    times = 1 if array or jobs is None else jobs
+    return [sbatch("--parsable", str(script)).split(";")[0] for _ in range(times)]
+
+
+def sbatch(*words: str) -> str:
+    """Run sbatch and return what it prints.
+
+    Raises:
+        ValueError: there is none, or it refuses.
+    """
+    if shutil.which("sbatch") is None:
+        raise ValueError("there is no sbatch here. Submit on a login node of the cluster.")
+    done = subprocess.run(["sbatch", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"sbatch refuses the job: {done.stderr.strip()}")
+    return (done.stdout or done.stderr).strip()

@@ -1,0 +1,218 @@
+"""What a SLURM run is: read from an example file, kept in the run folder as JSON.
+
+An example file is INI text; ``examples/slurm/`` has some, with comments.
+"""
+
+from __future__ import annotations
+
+import configparser
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_skyladder.examples import DEFAULT_GPU, example
+from megatron_skyladder.layouts import GPUS_PER_NODE
+
+FILE_NAME = "settings.json"
+DEFAULT_ENTRY = "megatron_skyladder.pretrain_gpt"
+KINDS = ("bare", "pyxis", "apptainer")
+# [section] -> the keys it knows; [slurm] takes every long option of sbatch beside these
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "run": ("example", "variant", "gpu", "shrink", "flags", "entry", "folder"),
+    "slurm": ("nodes", "gpus-per-node", "ranks-per-node"),
+    "environment": ("kind", "image", "mounts", "setup", "python"),
+    "survival": ("signal-seconds", "max-tries"),
+    "variables": (),
+}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where the processes of a job run.
+
+    Args:
+        kind: ``bare`` (the node itself), ``pyxis`` (srun starts the container) or ``apptainer``.
+        image: the container's; empty for ``bare``.
+        mounts: ``SOURCE:TARGET``, or one path for both.
+        setup: shell lines before Python, inside the container if there is one.
+        python: the interpreter after these lines.
+        variables: set for the whole job.
+    """
+
+    kind: str = "bare"
+    image: str = ""
+    mounts: tuple[str, ...] = ()
+    setup: str = ""
+    python: str = "python"
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run under SLURM, resolved.
+
+    Args:
+        folder: gets everything the run writes.
+        flags: of Megatron and SkyLadder.
+        entry: module or script that trains.
+        nodes: of one job.
+        ranks_per_node: processes; one per GPU.
+        gpus_per_node: 0: none are asked for.
+        sbatch: further options of sbatch, by their long names.
+        environment: where processes run.
+        signal_seconds: how long before the time limit a job starts to save.
+        max_tries: failures in a row, without a new checkpoint, after which nothing is tried again.
+    """
+
+    folder: str
+    flags: tuple[str, ...]
+    entry: str
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int
+    sbatch: dict[str, str]
+    environment: Environment
+    signal_seconds: int = 600
+    max_tries: int = 3
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of a job."""
+        return self.nodes * self.ranks_per_node
+
+    def to_json(self) -> str:
+        """Return it as text for the run folder."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Settings:
+        """Read the settings of a run folder.
+
+        Raises:
+            FileNotFoundError: it is not one.
+        """
+        values = json.loads((folder / FILE_NAME).read_text())
+        environment = values.pop("environment")
+        environment["mounts"] = tuple(environment["mounts"])
+        return cls(
+            **{**values, "flags": tuple(values["flags"]), "environment": Environment(**environment)}
+        )
+
+
+def from_file(path: Path, overrides: Mapping[tuple[str, str], Any], flags: list[str]) -> Settings:
+    """Read an example file.
+
+    Args:
+        path: the file.
+        overrides: (section, key) -> value in place of the file's; None: the file's.
+        flags: added to Megatron's command line.
+
+    Raises:
+        ValueError: the file says something unknown, or something is missing.
+    """
+    sections = _read_sections(path)
+    for (section, key), value in overrides.items():
+        if value is not None:
+            sections[section][key] = str(value)
+    run, slurm = sections["run"], sections["slurm"]
+    example_flags = _example_flags(run)
+    gpus_per_node = _integer(slurm, "gpus-per-node", GPUS_PER_NODE, least=0)
+    ranks_per_node = _integer(slurm, "ranks-per-node", gpus_per_node)
+    return Settings(
+        folder=str(_folder(run, path)),
+        flags=(*example_flags, *shlex.split(run.get("flags", "")), *flags),
+        entry=run.get("entry", DEFAULT_ENTRY),
+        nodes=_integer(slurm, "nodes", 1),
+        ranks_per_node=ranks_per_node,
+        gpus_per_node=gpus_per_node,
+        sbatch={k: v for k, v in slurm.items() if k not in SECTIONS["slurm"]},
+        environment=_environment(sections["environment"], sections["variables"]),
+        signal_seconds=_integer(sections["survival"], "signal-seconds", 600),
+        max_tries=_integer(sections["survival"], "max-tries", 3),
+    )
+
+
+def _read_sections(path: Path) -> dict[str, dict[str, str]]:
+    parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(" #",))
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # variables have capitals
+    try:
+        parser.read_string(path.read_text(), source=str(path))
+    except configparser.Error as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    unknown = set(parser.sections()) - SECTIONS.keys()
+    if unknown:
+        raise ValueError(
+            f"{path} has a section [{min(unknown)}]. Known are: {', '.join(SECTIONS)}."
+        )
+    sections = {name: dict(parser[name]) if name in parser else {} for name in SECTIONS}
+    for name, keys in SECTIONS.items():
+        wrong = [key for key in sections[name] if key not in keys]
+        if name in ("run", "environment", "survival") and wrong:
+            raise ValueError(
+                f"{path} has {wrong[0]} in [{name}]. Known there are: {', '.join(keys)}."
+            )
+    return sections
+
+
+def _example_flags(run: dict[str, str]) -> list[str]:
+    if "example" not in run:
+        if any(key in run for key in ("variant", "gpu", "shrink")):
+            raise ValueError("[run] has a variant, gpu or shrink, but no example they belong to.")
+        return []
+    return example(
+        run["example"],
+        run.get("variant", "skyladder"),
+        gpu=run.get("gpu", DEFAULT_GPU),
+        shrink=_boolean(run, "shrink"),
+    ).words
+
+
+def _folder(run: dict[str, str], path: Path) -> Path:
+    if "folder" not in run:
+        raise ValueError(
+            f"{path} names no folder in [run]. Give one that all nodes see, such as "
+            "folder = /scratch/me/1b-8k, or --run-dir."
+        )
+    folder = Path(run["folder"]).expanduser()
+    if not folder.is_absolute():
+        folder = Path.cwd() / folder
+    if any(character.isspace() or character in "%'\"$\\:," for character in str(folder)):
+        raise ValueError(
+            f"the run folder {folder} has a character that job scripts or containers stumble over. "
+            "Give a path without spaces, quotes, %, $, \\, : and commas."
+        )
+    return folder
+
+
+def _environment(section: dict[str, str], variables: dict[str, str]) -> Environment:
+    kind, image = section.get("kind", "bare"), section.get("image", "")
+    if kind not in KINDS:
+        raise ValueError(f"kind = {kind} in [environment] is unknown. Choose: {', '.join(KINDS)}.")
+    if (kind == "bare") == bool(image):
+        needs = "takes no image" if image else "needs an image"
+        raise ValueError(f"kind = {kind} in [environment] {needs}.")
+    return Environment(
+        kind=kind,
+        image=image,
+        mounts=tuple(section.get("mounts", "").split()),
+        setup=section.get("setup", "").strip(),
+        python=section.get("python", "python"),
+        variables=variables,
+    )
+
+
+def _integer(section: dict[str, str], key: str, default: int, least: int = 1) -> int:
+    text = section.get(key, str(default))
+    if not text.isdigit() or int(text) < least:
+        raise ValueError(f"{key} = {text} in the example file: give a whole number from {least}.")
+    return int(text)
+
+
+def _boolean(section: dict[str, str], key: str) -> bool:
+    text = section.get(key, "no").lower()
+    if text not in ("yes", "no", "true", "false"):
+        raise ValueError(f"{key} = {text} in the example file: give yes or no.")
+    return text in ("yes", "true")

@@ -1,0 +1,98 @@
+"""One cluster for all tests of this folder; they run with ``make test-slurm`` only."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, why_not
+
+from megatron_skyladder.slurm.attempts import Attempt, RunFolder
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests of this folder, and leave them out unless they are asked for."""
+    reason = why_not() if "slurm" in config.option.markexpr else "make test-slurm runs these"
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    with Cluster() as running:
+        yield running
+
+
+class Jobs:
+    """Submits runs through ``skyladder slurm`` and looks into their folders."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster = cluster
+        self.folder = folder
+
+    def submit(
+        self,
+        name: str,
+        *,
+        entry: str,
+        flags: str = "",
+        example: str = "",
+        variables: dict[str, str] | None = None,
+        options: tuple[str, ...] = (),
+    ) -> tuple[RunFolder, list[str]]:
+        """Write an example file, submit it, and return the run and the jobs' ids."""
+        path = self.folder / f"{name}.ini"
+        assignments = "\n".join(f"{key} = {value}" for key, value in (variables or {}).items())
+        path.write_text(
+            f"[run]\n{example}\nfolder = {self.folder / name}\nentry = {entry}\nflags = {flags}\n"
+            "[slurm]\nnodes = 2\ngpus-per-node = 0\nranks-per-node = 2\ntime = 20\n"
+            "cpus-per-task = 2\n"
+            f"[environment]\npython = {sys.executable}\n"
+            "[survival]\nmax-tries = 2\n"
+            f"[variables]\nPYTHONPATH = {REPOSITORY}\nSKYLADDER_DEVICE = cpu\n"
+            f"OMP_NUM_THREADS = 1\n{assignments}\n"
+        )
+        done = self.command(str(path), "--submit", *options)
+        assert done.returncode == 0, done.stderr
+        ids = done.stdout.splitlines()[0].removeprefix("submitted ").split(", ")
+        return RunFolder(self.folder / name), ids
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run ``skyladder slurm``."""
+        return subprocess.run(
+            [sys.executable, "-m", "megatron_skyladder", "slurm", *words],
+            env={**self.cluster.environment, "PYTHONPATH": str(REPOSITORY)},
+            cwd=os.path.expanduser("~"),
+            capture_output=True,
+            text=True,
+        )
+
+
+@pytest.fixture
+def jobs(cluster: Cluster, tmp_path: Path) -> Jobs:
+    return Jobs(cluster, tmp_path)
+
+
+def outcomes(run: RunFolder) -> list[str]:
+    """How the attempts of a run ended."""
+    return [attempt.outcome for attempt in run.attempts()]
+
+
+def iterations(attempts: list[Attempt]) -> list[tuple[int, int | None]]:
+    """Where the attempts of a run began and ended."""
+    return [(attempt.start_iteration, attempt.end_iteration) for attempt in attempts]
+
+
+def headline(run: RunFolder) -> str:
+    """The first line of a run's status."""
+    return (run.path / "status.txt").read_text().splitlines()[0]

@@ -1,0 +1,369 @@
+"""From an example file to a job script and a run folder: what is written, what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_skyladder.cli import main
+from megatron_skyladder.examples import example
+from megatron_skyladder.slurm import script
+from megatron_skyladder.slurm.settings import Environment, Settings, from_file
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples" / "slurm").glob("*.ini"))
+DIRECTIVE = re.compile(r"^#SBATCH --([a-z-]+)(?:=(.*))?$")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    flags = tuple(example("1b-8k", "skyladder").words)
+    return Settings(str(tmp_path / "run"), flags, "entry", 2, 8, 8, {"time": "1:00"}, Environment())
+
+
+def directives(text: str) -> dict[str, str | None]:
+    """Return the directives; Slurm says nothing of those that it does not see."""
+    lines = text.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    found: dict[str, str | None] = {}
+    in_head = True
+    for line in lines[1:]:
+        if line.strip() and not line.startswith("#"):
+            in_head = False
+        if re.match(r"\s*#\s*SBATCH", line):
+            match = DIRECTIVE.match(line)
+            assert in_head, f"after the first command, Slurm ignores it: {line}"
+            assert match, f"Slurm ignores it, or takes it for something else: {line}"
+            assert match[1] not in found, f"twice: {line}"
+            found[match[1]] = match[2]
+    return found
+
+
+@pytest.mark.parametrize(
+    "line", ["echo\n#SBATCH --nodes=1", "# SBATCH --nodes=1", "#SBATCH nodes=1", "  #SBATCH --a=1"]
+)
+def test_misplaced_directives_are_noticed(line: str) -> None:
+    with pytest.raises(AssertionError):
+        directives(f"#!/bin/bash\n{line}\n")
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+
+def test_directives_by_hand(settings: Settings) -> None:
+    found = directives(script.job_script(settings))
+    assert found == {
+        "job-name": "run",
+        "nodes": "2",
+        "ntasks-per-node": "1",
+        "gpus-per-node": "8",
+        "time": "1:00",
+        "output": f"{settings.folder}/slurm-%j.out",
+        "open-mode": "append",
+        "requeue": None,
+        "signal": "B:USR1@600",
+        "dependency": "singleton",
+    }
+
+
+def test_a_chain_and_an_array_do_not_requeue_themselves(settings: Settings) -> None:
+    assert "\nAFTER=requeue\n" in script.job_script(settings)
+    chain = script.job_script(settings, jobs=4)
+    assert "\nAFTER=next\n" in chain
+    assert directives(chain)["dependency"] == "singleton"
+    array = script.job_script(settings, jobs=4, array=True)
+    found = directives(array)
+    assert "\nAFTER=next\n" in array
+    assert (found["array"], found["output"]) == ("1-4%1", f"{settings.folder}/slurm-%A_%a.out")
+    assert "dependency" not in found  # tasks would wait for each other
+
+
+def test_no_gpus_and_further_options(settings: Settings) -> None:
+    options = {"exclusive": "", "partition": "a100", "gres": "gpu:a100:8"}
+    found = directives(script.job_script(replace(settings, gpus_per_node=0, sbatch=options)))
+    assert "gpus-per-node" not in found
+    assert (found["exclusive"], found["partition"]) == (None, "a100")
+
+
+def test_options_that_the_script_relies_on_are_refused(settings: Settings) -> None:
+    for name in ("signal", "output", "requeue", "array", "ntasks", "chdir"):
+        with pytest.raises(ValueError, match=rf"^{name} in \[slurm\] is set by the job script"):
+            script.job_script(replace(settings, sbatch={name: "1"}))
+    with pytest.raises(ValueError, match=r"gres and gpus-per-node .* both ask for GPUs"):
+        script.job_script(replace(settings, sbatch={"gres": "gpu:8"}))
+
+
+def array_words(text: str, name: str) -> list[str]:
+    """Return the elements of a shell array, as bash reads them."""
+    (line,) = re.findall(rf"^{name}=\(.*\)$", text, flags=re.MULTILINE)
+    shown = f'{line}; for word in "${{{name}[@]}}"; do printf \'%s\\0\' "$word"; done'
+    out = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True).stdout
+    return out.split("\0")[:-1]
+
+
+def test_containers(settings: Settings) -> None:
+    mounts = ("/data", "/a b:/c")
+    folder = settings.folder
+    bare = script.job_script(settings)
+    assert array_words(bare, "SRUN_OPTIONS") == array_words(bare, "PREFIX") == []
+    pyxis = Environment("pyxis", "nvcr.io#x/y:1", mounts)
+    text = script.job_script(replace(settings, environment=pyxis))
+    assert array_words(text, "SRUN_OPTIONS") == [
+        "--container-image=nvcr.io#x/y:1",
+        f"--container-mounts={folder}:{folder},/data:/data,/a b:/c",
+    ]
+    assert array_words(text, "PREFIX") == []
+    apptainer = Environment("apptainer", "it's.sif", mounts)
+    text = script.job_script(replace(settings, environment=apptainer))
+    assert array_words(text, "PREFIX") == [
+        *("apptainer", "exec", "--nv", "--bind", f"{folder}:{folder}"),
+        *("--bind", "/data:/data", "--bind", "/a b:/c", "it's.sif"),
+    ]
+    text = script.job_script(replace(settings, environment=apptainer, gpus_per_node=0))
+    assert "--nv" not in array_words(text, "PREFIX")
+
+
+def test_environment(settings: Settings) -> None:
+    environment = Environment(
+        setup="module load x\nsource 'my venv'", python="python3", variables={"A": "b c"}
+    )
+    text = script.job_script(replace(settings, environment=environment))
+    assert f"SETUP={shlex.quote(environment.setup)}" in text
+    assert "\nPYTHON=python3\n" in text
+    assert "\nexport A='b c'\n" in text
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("jobs", [None, 4])
+def test_the_scripts_of_the_examples_pass_shellcheck(
+    path: Path, jobs: int | None, tmp_path: Path
+) -> None:
+    text = script.job_script(from_file(path, {("run", "folder"): str(tmp_path)}, []), jobs=jobs)
+    directives(text)
+    (tmp_path / "job.sbatch").write_text(text)
+    subprocess.run(["shellcheck", str(tmp_path / "job.sbatch")], check=True)
+
+
+# --- example files --------------------------------------------------------------------------------
+
+
+def test_there_is_an_example_for_each_kind_of_environment() -> None:
+    kinds = {from_file(path, {("run", "folder"): "/x"}, []).environment.kind for path in EXAMPLES}
+    assert kinds == {"bare", "pyxis", "apptainer"}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "example.ini"
+    path.write_text(text)
+    return path
+
+
+def read(folder: Path, text: str) -> Settings:
+    return from_file(write(folder, text), {}, [])
+
+
+def test_an_example_file_by_hand(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """\
+[run]
+example = 3b-8k
+variant = constant
+gpu = h100
+folder = /x/y
+flags =
+    --data-path 0.5 "/a b" 0.5 /c
+    --lr 1e-3
+[slurm]
+nodes = 4
+gpus-per-node = 4
+time = 1:00   # a comment
+mem = 0
+[environment]
+kind = pyxis
+image = some#image
+mounts = /data /x:/y
+setup =
+    one
+    two
+[survival]
+signal-seconds = 30
+max-tries = 5
+[variables]
+NCCL_SOCKET_IFNAME = ib0
+""",
+    )
+    expected = Settings(
+        folder="/x/y",
+        flags=(
+            *example("3b-8k", "constant", gpu="h100").words,
+            *("--data-path", "0.5", "/a b", "0.5", "/c", "--lr", "1e-3", "--seed", "1"),
+        ),
+        entry="megatron_skyladder.pretrain_gpt",
+        nodes=4,
+        ranks_per_node=4,
+        gpus_per_node=4,
+        sbatch={"time": "1:00", "mem": "0"},
+        environment=Environment(
+            *("pyxis", "some#image", ("/data", "/x:/y"), "one\ntwo", "python"),
+            {"NCCL_SOCKET_IFNAME": "ib0"},
+        ),
+        signal_seconds=30,
+        max_tries=5,
+    )
+    assert from_file(path, {}, ["--seed", "1"]) == expected
+    overridden = from_file(path, {("slurm", "nodes"): "2", ("run", "folder"): None}, [])
+    assert (overridden.nodes, overridden.folder, overridden.num_ranks) == (2, "/x/y", 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[run]\nfolder=/x\n[slrum]\n", r"section \[slrum\]. Known are: run, slurm"),
+        ("[run]\nfolder=/x\nexampel=1\n", r"has exampel in \[run\]. Known there are: example"),
+        ("[environment]\nkinds=1\n[run]\nfolder=/x", r"has kinds in \[environment\]"),
+        ("folder=/x\n", "cannot be read: File contains no section headers"),
+        ("[run]\nexample=1b-8k\n", r"names no folder in \[run\]"),
+        ("[run]\nfolder=/a b\n", "has a character that job scripts or containers stumble over"),
+        ("[run]\nfolder=/x\nvariant=constant\n", "but no example they belong to"),
+        ("[run]\nfolder=/x\nexample=1b\n", "1b is no run of the paper"),
+        ("[run]\nfolder=/x\nexample=1b-8k\nshrink=maybe\n", "shrink = maybe .* give yes or no"),
+        ("[run]\nfolder=/x\n[slurm]\nnodes=two\n", "nodes = two .* whole number from 1"),
+        ("[run]\nfolder=/x\n[slurm]\nnodes=0\n", "nodes = 0 .* whole number from 1"),
+        ("[run]\nfolder=/x\n[slurm]\ngpus-per-node=0\n", "ranks-per-node = 0 .* from 1"),
+        ("[run]\nfolder=/x\n[environment]\nkind=docker\n", "docker .* is unknown. Choose: bare"),
+        ("[run]\nfolder=/x\n[environment]\nkind=pyxis\n", "kind = pyxis .* needs an image"),
+        ("[run]\nfolder=/x\n[environment]\nimage=x\n", "kind = bare .* takes no image"),
+        ("[run]\nfolder=/x\n[survival]\nmax-tries=0\n", "max-tries = 0 .* whole number from 1"),
+    ],
+)
+def test_mistakes_in_example_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, text)
+
+
+def test_a_relative_folder_is_below_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read(tmp_path, "[run]\nfolder = runs/a\n").folder == f"{tmp_path}/runs/a"
+
+
+# --- the run folder -------------------------------------------------------------------------------
+
+
+def test_a_run_folder_has_what_a_job_needs(settings: Settings) -> None:
+    script.write_run_folder(settings, "text")
+    folder = Path(settings.folder)
+    assert Settings.read(folder) == settings
+    assert (folder / "job.sbatch").read_text() == "text"
+    assert (folder / "checkpoints").is_dir()  # and with it where the job's output goes
+    before = (folder / "submitted").stat().st_mtime
+    time.sleep(0.01)
+    script.write_run_folder(replace(settings, nodes=4), "other")  # nodes may change
+    assert Settings.read(folder).nodes == 4
+    assert (folder / "submitted").stat().st_mtime > before
+
+
+def test_another_run_does_not_get_into_the_folder(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    script.write_run_folder(settings, "text")
+    flags = (*settings.flags, "--lr", "1e-3", "--recompute-activations")
+    other = replace(settings, flags=flags, entry="pretrain_gpt.py")
+    with pytest.raises(ValueError, match="has a run with other settings") as refused:
+        script.write_run_folder(other, "text")
+    lines = [line.strip() for line in str(refused.value).splitlines()]
+    assert lines[1:4] == [
+        "entry: entry -> pretrain_gpt.py",
+        "--lr: 0.0004 -> 1e-3",
+        "--recompute-activations: absent ->",
+    ]
+    assert "--allow-changes" in lines[4]
+    assert Settings.read(Path(settings.folder)) == settings
+    script.write_run_folder(other, "text", allow_changes=True)
+    assert Settings.read(Path(settings.folder)) == other
+    assert "--lr: 0.0004 -> 1e-3" in caplog.text
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def fake_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    path = folder / "bin" / "sbatch"
+    path.parent.mkdir()
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}:/usr/bin:/bin")
+
+
+def test_the_dry_run_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_sbatch(tmp_path, monkeypatch, 'echo "$1 looks good" >&2')
+    words = [str(EXAMPLES[1]), "--run-dir", str(tmp_path / "run"), "--nodes", "2"]
+    assert main(["slurm", *words, "--time", "2:00", "--", "--seed", "1"]) == 0
+    shown = capsys.readouterr()
+    found = directives(shown.out)
+    assert (found["nodes"], found["time"]) == ("2", "2:00")
+    assert "# --test-only looks good" in shown.err
+    assert "nothing was written or submitted: add --submit" in shown.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_dry_run_shows_what_sbatch_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_sbatch(tmp_path, monkeypatch, "echo no such partition >&2; exit 1")
+    assert main(["slurm", str(EXAMPLES[0]), "--run-dir", str(tmp_path / "run")]) == 1
+    shown = capsys.readouterr()
+    assert directives(shown.out)
+    assert "# sbatch refuses the job: no such partition" in shown.err
+
+
+def test_submitting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_sbatch(tmp_path, monkeypatch, f'echo "$@" >> {tmp_path}/calls; echo "7;cluster"')
+    run = tmp_path / "run"
+    words = ["slurm", str(EXAMPLES[1]), "--run-dir", str(run), "--submit"]
+    assert main([*words, "--chain", "3", "--", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "submitted 7, 7, 7"
+    assert (tmp_path / "calls").read_text().splitlines() == [f"--parsable {run}/job.sbatch"] * 3
+    assert json.loads((run / "settings.json").read_text())["flags"][-2:] == ["--seed", "1"]
+    assert main([*words, "--array", "3", "--", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "submitted 7"
+    assert main([*words, "--", "--seed", "2"]) == 1
+    assert "--seed: 1 -> 2" in capsys.readouterr().err
+    assert main([*words, "--allow-changes", "--", "--seed", "2"]) == 0
+
+
+def test_without_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(script.shutil, "which", lambda name: None)
+    words = ["slurm", str(EXAMPLES[0]), "--run-dir", str(tmp_path / "run")]
+    assert main(words) == 0
+    assert "there is no sbatch here, so it has not checked the script" in capsys.readouterr().err
+    assert main([*words, "--submit"]) == 1
+    assert "there is no sbatch here. Submit on a login node" in capsys.readouterr().err
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_it_queues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["slurm", str(EXAMPLES[1]), "--run-dir", str(tmp_path / "run")]
+    assert main([*words, "--gpus-per-node", "3"]) == 1
+    assert "no multiple of micro-batch size x data-parallel size = 3" in capsys.readouterr().err
+    assert main([*words, "--", "--tensor-model-parallel-size", "3"]) == 1
+    assert "--gpus=8 is no multiple of TP x PP x CP = 3" in capsys.readouterr().err
+    assert main([*words, "--chain", "0"]) == 1
+    assert "--chain or --array 0: give at least 1" in capsys.readouterr().err

@@ -1,0 +1,230 @@
+"""When a run goes on, when it has ended, and when it gives up."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_skyladder.slurm import gate
+from megatron_skyladder.slurm.attempts import RunFolder, failure_reason
+from megatron_skyladder.slurm.checkpoints import TRACKER
+from megatron_skyladder.slurm.settings import Environment, Settings
+
+TRAIN, GAVE_UP, NOTHING_TO_DO, GO_ON = 0, 11, 12, 13  # as job.sbatch has them
+
+
+class Run:
+    """A run folder and what happens to it."""
+
+    def __init__(self, path: Path, max_tries: int = 3) -> None:
+        self.folder = RunFolder(path)
+        self.folder.checkpoints.mkdir()
+        self.settings = Settings(
+            str(path), (), "entry", 1, 1, 0, {}, Environment(), max_tries=max_tries
+        )
+
+    def begin(self) -> int:
+        return gate.begin(self.folder, self.settings)
+
+    def end(self, exit_code: int = 0, signal: str = "") -> int:
+        return gate.end(self.folder, self.settings, exit_code, signal)
+
+    def save(self, iteration: int) -> None:
+        (self.folder.checkpoints / f"iter_{iteration:07}" / "mp_rank_00").mkdir(parents=True)
+        (self.folder.checkpoints / TRACKER).write_text(str(iteration))
+
+    def attempt_folder(self) -> Path:
+        return Path((self.folder.path / "attempt").read_text().strip())
+
+    def error(self, rank: int, seconds: float, message: str) -> None:
+        report = {"rank": rank, "time": seconds, "message": message}
+        (self.attempt_folder() / f"error.{rank:04}.json").write_text(json.dumps(report))
+
+    @property
+    def headline(self) -> str:
+        return (self.folder.path / "status.txt").read_text().splitlines()[0]
+
+    @property
+    def outcomes(self) -> list[str]:
+        return [attempt.outcome for attempt in self.folder.attempts()]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[0-1]")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    return Run(tmp_path)
+
+
+def test_the_exit_codes_are_those_of_the_job_script() -> None:
+    assert (gate.TRAIN, gate.GAVE_UP) == (TRAIN, GAVE_UP)
+    assert (gate.NOTHING_TO_DO, gate.GO_ON) == (NOTHING_TO_DO, GO_ON)
+
+
+def test_a_run_to_its_end(run: Run) -> None:
+    assert run.begin() == TRAIN
+    assert run.headline == "training, attempt 1, from the beginning"
+    run.save(500)
+    assert run.end(signal="time limit") == GO_ON
+    assert run.headline == "waiting to go on from iteration 500 (time limit)"
+    assert run.begin() == TRAIN
+    assert run.headline == "training, attempt 2, from iteration 500"
+    run.save(1000)
+    (run.folder.path / "finished").touch()
+    assert run.end() == NOTHING_TO_DO
+    assert run.begin() == NOTHING_TO_DO
+    assert run.headline.startswith("finished; to train on, remove")
+    assert run.outcomes == ["time limit", "finished"]  # the third start was none
+    first, second = run.folder.attempts()
+    assert (first.start_iteration, first.end_iteration) == (0, 500)
+    assert (second.start_iteration, second.end_iteration) == (500, 1000)
+    assert (first.job, first.hosts, first.restarts) == ("77", "node[0-1]", 0)
+
+
+def test_finished_counts_even_where_the_step_failed_afterwards(run: Run) -> None:
+    run.begin()
+    (run.folder.path / "finished").touch()
+    assert run.end(exit_code=139) == NOTHING_TO_DO  # a library that crashes while leaving
+
+
+def test_a_stop_file(run: Run) -> None:
+    run.begin()
+    (run.folder.path / "stop").touch()
+    run.save(42)
+    assert run.end() == NOTHING_TO_DO
+    assert run.headline.startswith("stopped at iteration 42 by")
+    assert run.begin() == NOTHING_TO_DO
+    (run.folder.path / "stop").unlink()
+    assert run.begin() == TRAIN
+    assert run.outcomes == ["stopped", "running"]
+
+
+def test_a_stop_file_counts_whatever_else_happens(run: Run) -> None:
+    run.begin()
+    (run.folder.path / "stop").touch()
+    assert run.end(signal="time limit") == NOTHING_TO_DO
+
+
+def test_crashes_in_a_row(run: Run) -> None:
+    for attempt in (1, 2, 3):
+        assert run.begin() == TRAIN
+        run.error(2, 5.0, f"RuntimeError: number {attempt}")
+        assert run.end(exit_code=1) == (GO_ON if attempt < 3 else GAVE_UP)
+    assert run.headline == (
+        "gave up: rank 2: RuntimeError: number 3 (3 attempts in a row failed without a new "
+        "checkpoint; mend it and submit again)"
+    )
+    assert run.begin() == GAVE_UP  # the next job of a chain
+    assert len(run.outcomes) == 3
+
+
+def test_progress_gives_all_tries_back(run: Run) -> None:
+    for attempt in range(1, 6):  # each crashes, but leaves a checkpoint before that
+        assert run.begin() == TRAIN
+        run.save(attempt)
+        assert run.end(exit_code=1) == GO_ON
+
+
+def test_preemption_is_no_failure_and_hides_none(run: Run) -> None:
+    answers = []
+    for _ in range(3):
+        run.begin()
+        (run.attempt_folder() / "signal").write_text("terminated\n")  # and killed, with no end
+        run.begin()
+        answers.append(run.end(exit_code=1))
+    assert answers == [GO_ON, GO_ON, GAVE_UP]
+    assert run.outcomes == ["terminated", "crashed"] * 3
+
+
+def test_a_node_that_fails_without_a_word_counts(run: Run) -> None:
+    for _ in range(3):
+        assert run.begin() == TRAIN
+    assert run.begin() == GAVE_UP
+    assert run.outcomes == ["vanished"] * 3
+    assert "gave up: it ended without a word" in run.headline
+
+
+def test_a_time_limit_too_short_to_save_counts(run: Run) -> None:
+    answers = []
+    for _ in range(3):
+        run.begin()
+        answers.append(run.end(signal="time limit"))
+    assert answers == [GO_ON, GO_ON, GAVE_UP]
+    assert "give a job more --time" in run.headline
+
+
+def test_leaving_early_is_fine_with_progress_only(run: Run) -> None:
+    run.begin()
+    run.save(10)  # such as --exit-interval, or --exit-duration-in-mins
+    assert run.end() == GO_ON
+    assert run.headline == "waiting to go on from iteration 10 (exited early)"
+    answers = []
+    for _ in range(3):
+        run.begin()
+        answers.append(run.end())
+    assert answers == [GO_ON, GO_ON, GAVE_UP]
+
+
+def test_submitting_again_gives_all_tries_back(run: Run) -> None:
+    for _ in range(3):
+        run.begin()
+        run.end(exit_code=1)
+    assert run.begin() == GAVE_UP
+    submitted = run.folder.path / "submitted"
+    submitted.touch()
+    later = time.time() + 1
+    os.utime(submitted, (later, later))
+    assert run.begin() == TRAIN
+
+
+def test_the_status_has_every_attempt(run: Run) -> None:
+    run.begin()
+    run.save(10)
+    run.end(exit_code=1)
+    (run.folder.checkpoints / "iter_0000020" / "mp_rank_00").mkdir(parents=True)
+    run.begin()
+    lines = (run.folder.path / "status.txt").read_text().splitlines()
+    assert len(lines) == 5
+    assert "job 77 on node[0-1]: iterations 0 to 10, crashed: the training step ended" in lines[2]
+    assert lines[3].endswith("iterations 10 to ?, running")
+    assert lines[4] == "  skipped iter_0000020: Megatron has not noted it as saved"
+
+
+def test_versions_are_noted(run: Run) -> None:
+    run.begin()
+    versions = json.loads((run.attempt_folder() / "versions.json").read_text())
+    assert versions["megatron_skyladder"] and versions["python"]
+    assert versions["commit"] is None or len(versions["commit"]) >= 40
+
+
+# --- why an attempt failed ------------------------------------------------------------------------
+
+
+def test_the_first_error_by_the_clock_is_the_reason(run: Run) -> None:
+    run.begin()
+    run.error(0, 7.5, "DistBackendError: Connection closed by peer")
+    run.error(3, 7.1, "OutOfMemoryError: CUDA out of memory")
+    reason = failure_reason(run.attempt_folder(), 1)
+    assert reason == "rank 3: OutOfMemoryError: CUDA out of memory"
+
+
+def test_a_killed_rank_leaves_its_exit_code(run: Run) -> None:
+    run.begin()
+    (run.attempt_folder() / "node.1.log").write_text(
+        "Root Cause (first observed failure):\n[0]:\n  rank : 5\n  exitcode  : -9 (pid: 7)\n"
+    )
+    reason = failure_reason(run.attempt_folder(), 1)
+    assert "a rank ended with -9 (SIGKILL: often out of host memory), see" in reason
+
+
+def test_the_command_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run.folder.path
+    (path / "settings.json").write_text(run.settings.to_json())
+    assert gate.main(["begin", str(path)]) == TRAIN
+    assert gate.main(["end", str(path), "1", ""]) == GO_ON
+    assert gate.main(["end", str(path), "0", "time limit"]) == GO_ON

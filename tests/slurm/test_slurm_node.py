@@ -1,0 +1,223 @@
+"""One node's torchrun and its ranks, without Slurm: logs, errors, the end, and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_skyladder.slurm import node
+from megatron_skyladder.slurm.attempts import RunFolder
+from megatron_skyladder.slurm.settings import Environment, Settings
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SECONDS = 120
+# Saves for half a second once asked to leave. Listens late, as Megatron does.
+PATIENT = """\
+import os, pathlib, signal, sys, time
+rank, asked = os.environ["RANK"], []
+here = pathlib.Path(os.environ["SKYLADDER_RUN_DIR"])
+print("rank", rank, "prints")
+(here / f"up.{rank}").touch()
+while not (here / "listen").exists():
+    time.sleep(0.05)
+signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+(here / f"listening.{rank}").touch()
+while not asked:
+    time.sleep(0.05)
+time.sleep(0.5)
+(here / f"saved.{rank}").touch()
+sys.exit(0)
+"""
+
+
+class Ranks:
+    """Starts things as a job does, in a run folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run = RunFolder(folder / "run")
+        self.attempt = self.run.attempt_folder(1)
+        self.attempt.mkdir(parents=True)
+        self.script = folder / "entry.py"
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "SKYLADDER_RUN_DIR": str(self.run.path),
+            "SKYLADDER_ATTEMPT_DIR": str(self.attempt),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "0",
+            "RANK": "0",
+        }
+
+    def start(self, module: str, *words: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", f"megatron_skyladder.slurm.{module}", *words]
+        return subprocess.Popen(command, env=self.environment, start_new_session=True)
+
+    def rank(self, text: str, entry: str | None = None) -> int:
+        """Run some Python as a rank and return its exit code."""
+        self.script.write_text(text)
+        return self.start("rank", entry or str(self.script), "--lr", "1").wait(SECONDS)
+
+    def node(self, text: str, ranks: int = 2) -> subprocess.Popen[bytes]:
+        """Start a node with some Python as its ranks."""
+        self.script.write_text(text)
+        settings = Settings(
+            str(self.run.path), ("--lr", "1"), str(self.script), 1, ranks, 0, {}, Environment()
+        )
+        (self.run.path / "settings.json").write_text(settings.to_json())
+        self.environment["MASTER_PORT"] = str(20_000 + os.getpid() % 10_000)
+        return self.start("node", str(self.run.path))
+
+    def log(self, rank: int = 0) -> str:
+        return (self.attempt / f"rank.{rank:04}.log").read_text()
+
+    def error(self, rank: int = 0) -> str:
+        report = json.loads((self.attempt / f"error.{rank:04}.json").read_text())
+        assert report["rank"] == rank and abs(report["time"] - time.time()) < SECONDS
+        return report["message"]
+
+    def wait_for(self, *names: str) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not all((self.run.path / name).exists() for name in names):
+            assert time.monotonic() < deadline, names
+            time.sleep(0.05)
+
+    @property
+    def has_error(self) -> bool:
+        return any(self.attempt.glob("error.*"))
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Ranks:
+    return Ranks(tmp_path)
+
+
+# --- a rank ---------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_comes_to_the_end(ranks: Ranks) -> None:
+    text = "import sys, os\nprint('out', sys.argv[1:])\nos.system('echo a child >&2')\n"
+    assert ranks.rank(text) == 0
+    assert "out ['--lr', '1']" in ranks.log() and "a child" in ranks.log()
+    assert ranks.run.is_finished
+    assert not ranks.has_error
+
+
+def test_only_rank_0_says_that_training_has_ended(ranks: Ranks) -> None:
+    ranks.environment["RANK"] = "3"
+    assert ranks.rank("print('done')") == 0
+    assert "done" in ranks.log(3)
+    assert not ranks.run.is_finished
+
+
+def test_leaving_early_is_no_end_and_no_error(ranks: Ranks) -> None:
+    assert ranks.rank("import sys; sys.exit(0)") == 0
+    assert not ranks.run.is_finished
+    assert not ranks.has_error
+
+
+def test_errors_are_reported(ranks: Ranks) -> None:
+    assert ranks.rank("raise MemoryError('none left')") == 1
+    assert ranks.error() == "MemoryError: none left"
+    assert "Traceback" in ranks.log()
+    assert not ranks.run.is_finished
+
+
+def test_exit_codes_are_reported(ranks: Ranks) -> None:
+    assert ranks.rank("import sys; sys.exit(3)") == 3
+    assert ranks.error() == "exit code 3"
+
+
+def test_what_the_user_can_mend_is_reported_as_such(ranks: Ranks) -> None:
+    """`pretrain_gpt` exits with 2 and a message on the log; a rank needs the message."""
+    pytest.importorskip("torch")
+    ranks.environment["SKYLADDER_DEVICE"] = "tpu"
+    assert ranks.rank("", entry="megatron_skyladder.pretrain_gpt") == 1
+    assert ranks.error() == "ValueError: SKYLADDER_DEVICE=tpu is unknown. Set it to cpu or cuda."
+
+
+def test_a_script_finds_its_neighbours(ranks: Ranks) -> None:
+    """As a checkout's pretrain_gpt.py has to."""
+    (ranks.script.parent / "neighbour.py").write_text("VALUE = 7\n")
+    assert ranks.rank("import neighbour; assert neighbour.VALUE == 7") == 0
+
+
+def test_a_signal_that_comes_too_early_is_not_lost(ranks: Ranks) -> None:
+    ranks.script.write_text(PATIENT)
+    rank = ranks.start("rank", str(ranks.script))
+    ranks.wait_for("up.0")
+    rank.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    (ranks.run.path / "listen").touch()
+    assert rank.wait(SECONDS) == 0
+    assert (ranks.run.path / "saved.0").exists()
+
+
+# --- a node ---------------------------------------------------------------------------------------
+
+SIGNALS: dict[str, Callable[[subprocess.Popen[bytes]], None]] = {
+    "USR1, from the job script": lambda process: process.send_signal(signal.SIGUSR1),
+    "TERM, to the task alone": lambda process: process.send_signal(signal.SIGTERM),
+    "TERM, to every process": lambda process: os.killpg(process.pid, signal.SIGTERM),
+}
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_ranks_save_when_a_signal_comes(ranks: Ranks, name: str) -> None:
+    pytest.importorskip("torch")
+    running = ranks.node(PATIENT)
+    (ranks.run.path / "listen").touch()
+    ranks.wait_for("listening.0", "listening.1")
+    SIGNALS[name](running)
+    assert running.wait(SECONDS) == 0
+    ranks.wait_for("saved.0", "saved.1")
+    assert not ranks.has_error and not ranks.run.is_finished
+    assert "rank 1 prints" in ranks.log(1)
+    assert (ranks.attempt / "node.0.log").exists()
+
+
+def test_ranks_save_when_there_is_a_stop_file(ranks: Ranks) -> None:
+    pytest.importorskip("torch")
+    running = ranks.node(PATIENT, ranks=1)
+    (ranks.run.path / "listen").touch()
+    ranks.wait_for("listening.0")
+    (ranks.run.path / "stop").touch()
+    assert running.wait(SECONDS) == 0
+    ranks.wait_for("saved.0")
+
+
+def test_a_rank_that_fails_ends_the_node(ranks: Ranks) -> None:
+    pytest.importorskip("torch")
+    text = "import os, time\nassert os.environ['RANK'] == '0', 'bad node'\ntime.sleep(1000)\n"
+    begun = time.monotonic()
+    assert ranks.node(text).wait(SECONDS) == 1
+    assert ranks.error(1) == "AssertionError: bad node"
+    assert "exitcode" in (ranks.attempt / "node.0.log").read_text()
+    assert time.monotonic() - begun < SECONDS
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    settings = Settings(
+        *(str(tmp_path), ("--lr", "1", "--save", "elsewhere"), "entry", 4, 8, 8, {}),
+        Environment(),
+    )
+    environment = {
+        "SLURM_STEP_NUM_NODES": "4",
+        "SLURM_NODEID": "2",
+        "MASTER_ADDR": "alpha",
+        "MASTER_PORT": "7",
+    }
+    words = " ".join(node.command(RunFolder(tmp_path), settings, environment))
+    assert "--nnodes 4 --node-rank 2 --nproc-per-node 8 --master-addr alpha" in words
+    assert "-m megatron_skyladder.slurm.rank entry --lr 1 --save elsewhere" in words
+    # the run folder's checkpoints win: it is them that the next attempt begins from
+    folder = tmp_path / "checkpoints"
+    assert f"--save elsewhere --save {folder} --load {folder}" in words
+    assert words.endswith("--exit-signal-handler")

@@ -1,0 +1,237 @@
+"""The job script under bash, with stand-ins for srun, scontrol and the run's Python."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_skyladder.slurm import script
+from megatron_skyladder.slurm.settings import Environment, Settings
+
+SECONDS = 60
+
+# Tells what it was started with, and behaves as the test's files say.
+PYTHON = """\
+#!/bin/bash
+shift; module=${1##*.}; shift
+echo "$module $*" >> CALLS
+case $module in
+    gate)
+        [ "$1" = begin ] && { mkdir -p RUN/attempts/001; echo RUN/attempts/001 > RUN/attempt; }
+        exit "$(cat "FOLDER/answer.$1")" ;;
+    node)
+        echo "attempt $SKYLADDER_ATTEMPT_DIR master $MASTER_ADDR:$MASTER_PORT" >> CALLS
+        trap 'echo "node got USR1" >> CALLS; leaving=yes' USR1
+        touch FOLDER/training
+        while [ -e FOLDER/wait ] && [ -z "${leaving:-}" ]; do sleep 0.05; done
+        [ -z "${leaving:-}" ] || sleep 0.3   # saving
+        while [ -e FOLDER/hang ]; do sleep 0.05; done
+        echo "node leaves" >> CALLS
+        exit "$(cat FOLDER/exit)" ;;
+esac
+"""
+# As srun does: starts the command, hands signals on, returns its exit code.
+SRUN = """\
+#!/bin/bash
+echo "srun ${*//$'\\n'/ }" >> FOLDER/srun
+while [ "$1" != bash ]; do shift; done
+exec "$@"
+"""
+SCONTROL = """\
+#!/bin/bash
+if [ "$1" = show ]; then printf '%s\\n' alpha beta; exit; fi
+echo "scontrol $*" >> CALLS
+[ ! -e FOLDER/refuse ]
+"""
+
+
+class Job:
+    """A job script that can be started without Slurm."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run = folder / "run"
+        self.run.mkdir()
+        self.calls_file = folder / "calls"
+        self.calls_file.touch()
+        self.environment = Environment(
+            setup="export SEEN=1", python=str(self._write("python", PYTHON))
+        )
+        self._write("srun", SRUN)
+        self._write("scontrol", SCONTROL)
+        self.answer(begin=0, end=12)
+        self.set("exit", "0")
+
+    def _write(self, name: str, text: str) -> Path:
+        path = self.folder / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        names = {"FOLDER": self.folder, "RUN": self.run, "CALLS": self.calls_file}
+        for placeholder, value in names.items():
+            text = text.replace(placeholder + "/", f"{value}/").replace(
+                f">> {placeholder}", f">> {value}"
+            )
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def set(self, name: str, content: str = "") -> None:
+        (self.folder / name).write_text(content)
+
+    def answer(self, **codes: int) -> None:
+        for moment, code in codes.items():
+            self.set(f"answer.{moment}", str(code))
+
+    def start(self, jobs: int | None = None) -> subprocess.Popen[str]:
+        settings = Settings(str(self.run), (), "entry", 2, 2, 0, {}, self.environment)
+        path = self.folder / "job.sbatch"
+        path.write_text(script.job_script(settings, jobs=jobs))
+        environment = {
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "40007",
+            "SLURM_JOB_NODELIST": "alpha,beta",
+            "SLURM_CPUS_PER_TASK": "6",
+        }
+        return subprocess.Popen(["bash", str(path)], env=environment, text=True)
+
+    def finish(self, jobs: int | None = None) -> int:
+        return self.start(jobs).wait(SECONDS)
+
+    def interrupt(
+        self, *signals: signal.Signals, jobs: int | None = None, hang: bool = False
+    ) -> int:
+        """Start, send signals while it trains, and wait for the end."""
+        self.set("wait")
+        if hang:
+            self.set("hang")
+        job = self.start(jobs)
+        self.wait_for(lambda: (self.folder / "training").exists())
+        for number in signals:
+            job.send_signal(number)
+            time.sleep(0.3)
+        (self.folder / "hang").unlink(missing_ok=True)
+        return job.wait(SECONDS)
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    @property
+    def calls(self) -> list[str]:
+        lines = self.calls_file.read_text().splitlines()
+        return [line.replace(str(self.run), "RUN").rstrip() for line in lines]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+BEGIN, NODE = "gate begin RUN", "node RUN"
+TRAINING = "attempt RUN/attempts/001 master alpha:10007"  # 10000 + 40007 % 20000
+LEAVES = "node leaves"
+REQUEUE = "scontrol requeue 40007"
+
+
+def end(code: int = 0, name: str = "") -> str:
+    return f"gate end RUN {code} {name}".rstrip()
+
+
+def test_a_job_that_finishes(job: Job) -> None:
+    assert job.finish() == 0
+    assert job.calls == [BEGIN, NODE, TRAINING, LEAVES, end()]
+    first, training, last = (job.folder / "srun").read_text().splitlines()
+    for line in (first, last):
+        assert "--nodes=1 --ntasks=1 --nodelist=alpha bash -c" in line
+    assert "--nodes=2 --ntasks=2 --kill-on-bad-exit=1 --wait=0 bash -c" in training
+    assert training.startswith("srun --ntasks-per-node=1 --cpu-bind=none")
+
+
+@pytest.mark.parametrize(("answer", "code"), [(12, 0), (11, 1), (7, 7), (127, 127)])
+def test_what_the_check_before_training_may_say(job: Job, answer: int, code: int) -> None:
+    job.answer(begin=answer)
+    assert job.finish() == code
+    assert job.calls == [BEGIN]
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "calls"), [(12, 0, []), (13, 0, [REQUEUE]), (11, 1, []), (1, 1, [])]
+)
+def test_what_the_check_after_training_may_say(
+    job: Job, answer: int, code: int, calls: list[str]
+) -> None:
+    job.answer(end=answer)
+    job.set("exit", "3")
+    assert job.finish() == code
+    assert job.calls == [BEGIN, NODE, TRAINING, LEAVES, end(3), *calls]
+
+
+def test_a_chain_leaves_the_rest_to_the_next_job(job: Job) -> None:
+    job.answer(end=13)
+    assert job.finish(jobs=4) == 0
+    assert REQUEUE not in job.calls
+
+
+def test_a_job_that_cannot_be_requeued_says_so(job: Job) -> None:
+    job.answer(end=13)
+    job.set("refuse")
+    assert job.finish() == 1
+
+
+def test_before_the_time_limit_it_saves_first_and_requeues_after(job: Job) -> None:
+    job.answer(end=13)
+    assert job.interrupt(signal.SIGUSR1) == 0
+    assert job.calls == [
+        *(BEGIN, NODE, TRAINING, "node got USR1", LEAVES, end(0, "time limit"), REQUEUE),
+    ]
+    assert (job.run / "attempts/001/signal").read_text() == "time limit\n"
+
+
+def test_the_exit_code_survives_signals(job: Job) -> None:
+    job.set("exit", "5")
+    job.interrupt(signal.SIGUSR1, signal.SIGUSR1)
+    assert end(5, "time limit") in job.calls
+
+
+def test_a_termination_is_passed_on_and_nothing_else(job: Job) -> None:
+    job.answer(end=13)
+    assert job.interrupt(signal.SIGTERM) == 143
+    # Slurm brings the job back after preemption; after scancel it must not come back
+    assert job.calls == [BEGIN, NODE, TRAINING, "node got USR1", LEAVES]
+    assert (job.run / "attempts/001/signal").read_text() == "terminated\n"
+
+
+def test_the_limit_itself_requeues_at_once(job: Job) -> None:
+    assert job.interrupt(signal.SIGUSR1, signal.SIGTERM, hang=True) == 143
+    assert job.calls == [BEGIN, NODE, TRAINING, "node got USR1", REQUEUE, LEAVES]
+    assert (job.run / "attempts/001/signal").read_text() == "time limit\n"
+
+
+def test_a_signal_before_training_starts_nothing(job: Job) -> None:
+    python = job.folder / "bin" / "python"
+    text = python.read_text()
+    # bash runs the trap once the check has ended
+    python.write_text(text.replace('exit "$(cat', 'kill -USR1 $(cat pid); sleep 0.2; exit "$(cat'))
+    python.write_text(python.read_text().replace("cat pid", f"cat {job.folder}/pid"))
+    job.answer(end=13)
+    job.set("pid", "0")
+    running = job.start()
+    job.set("pid", str(running.pid))
+    assert running.wait(SECONDS) == 0
+    assert NODE not in job.calls
+    assert job.calls[-2:] == [end(0, "time limit"), REQUEUE]
+
+
+def test_setup_runs_before_python(job: Job) -> None:
+    python = job.folder / "bin" / "python"
+    python.write_text(
+        python.read_text().replace("shift; module", '[ -n "$SEEN" ] || exit 9\nshift; module')
+    )
+    assert job.finish() == 0
