@@ -33,7 +33,10 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "SKYLADDER_"
 CONFIG_VARIABLE = "SKYLADDER_CONFIG"
-OTHER_VARIABLES = ("DEVICE", "TRACEBACK", "ALLOW_UNTESTED_MEGATRON", "MEGATRON_CHECKOUTS")
+OTHER_VARIABLES = (  # read elsewhere: by the engine, the entry point, job scripts and tests
+    *("DEVICE", "TRACEBACK", "ALLOW_UNTESTED_MEGATRON", "RUN_DIR", "ATTEMPT_DIR"),
+    *("MEGATRON_CHECKOUT", "MEGATRON_CHECKOUTS", "MEGATRON_WHEELS"),
+)
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
