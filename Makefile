@@ -8,10 +8,10 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 EXTRAS := training,data,plot,dev
 
-.PHONY: help install demo test test-te test-slurm bench check format lint types clean
+.PHONY: help install demo test test-releases test-te test-slurm bench check format lint types clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(READY)  ## the environment in .venv (torch with CUDA libraries: about 6 GB)
 
@@ -27,6 +27,10 @@ demo: $(READY)  ## pretrain a small model twice, constant window and SkyLadder; 
 
 test: $(READY)  ## the whole suite
 	$(PYTEST)
+
+test-releases: $(READY)  ## our entry point on older wheels; checkouts from SKYLADDER_MEGATRON_CHECKOUTS
+	$(BIN)/python tests/releases/unpack_wheels.py .venv-releases
+	SKYLADDER_MEGATRON_WHEELS=.venv-releases $(PYTEST) tests/releases
 
 test-te: $(READY)  ## Transformer Engine, flash-attn and varlen with CPU stand-ins (builds TE once)
 	$(BIN)/python tests/te/build_te.py --python $(BIN)/python --venv .venv-te
@@ -54,4 +58,4 @@ types: $(READY)  ## mypy
 	$(BIN)/mypy
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) .venv-te demo build *.egg-info
+	rm -rf $(VENV) .venv-te .venv-releases demo build *.egg-info

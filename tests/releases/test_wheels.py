@@ -1,22 +1,17 @@
 """Our entry point on the older wheels; ``make test-releases`` unpacks them.
 
-SKYLADDER_MEGATRON_WHEELS names a folder with one sub-folder for each version, made by
-``pip install --no-deps --target FOLDER/0.17.1 megatron-core==0.17.1``.
+SKYLADDER_MEGATRON_WHEELS names a folder with one sub-folder for each version, as
+``unpack_wheels.py`` makes it.
 """
 
 import pytest
 from launches import DOCUMENTS_MASKED, figures, launch, require
+from unpack_wheels import OLDER
 
-from megatron_skyladder import releases
 from megatron_skyladder.testing import requires_megatron
 
 VARIABLE = "SKYLADDER_MEGATRON_WHEELS"
 LAYOUT = ["--pipeline-model-parallel-size", "2"]
-OLDER = [
-    release.wheel
-    for release in releases.RELEASES.values()
-    if release.wheel and release.wheel != "0.19.2"  # that one is installed
-]
 
 pytestmark = requires_megatron
 
@@ -33,6 +28,7 @@ def test_an_older_wheel_trains_to_the_same_losses(data, request, version):
     wheel = require(VARIABLE, version, "make test-releases makes it")
     log, text = launch(data, *DOCUMENTS_MASKED, *LAYOUT, num_processes=2, megatron=wheel)
     assert "mask probe passed" in text and "documents masked" in text
+    assert f"{wheel}/megatron/" in text  # in warnings: not the one that is installed
     assert [entry.window for entry in log.iterations][-1] == 64
     expected = request.getfixturevalue("on_the_installed_one")
     for found, wanted in zip(figures(log), expected, strict=True):
