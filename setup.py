@@ -5,6 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+# folders beside the package whose files go into it
+BESIDE = {"megatron_skyladder.patches": "patches", "megatron_skyladder.slurm.template": "slurm"}
 
 setup(
     name="megatron-skyladder",
@@ -14,8 +16,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["megatron_skyladder", "megatron_skyladder.*"]),
-    package_data={"megatron_skyladder": ["py.typed"]},
+    packages=[*find_packages(include=["megatron_skyladder", "megatron_skyladder.*"]), *BESIDE],
+    package_dir=BESIDE,
+    package_data={
+        "megatron_skyladder": ["py.typed"],
+        "megatron_skyladder.patches": ["*.ini"],
+        "megatron_skyladder.slurm.template": ["*.sbatch"],
+    },
     install_requires=["numpy"],
     extras_require={
         # Megatron >= 0.17 needs Python >= 3.12. Leave this out where Megatron is installed already.

@@ -6,7 +6,7 @@ SLURM sends a signal to some or all processes of a step, depending on the cluste
 gets SIGTERM, ends its ranks and kills them after 30 seconds, whatever they are writing. So torchrun
 ignores these signals, and this process, which gets them on every cluster, tells the ranks alone:
 with Megatron's ``--exit-signal-handler`` they finish the step, save and leave. The file RUN/stop
-does the same.
+does the same, and so does the job script's note of the signal, which cannot come too early.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from megatron_skyladder.slurm.attempts import RunFolder
 from megatron_skyladder.slurm.rank import ATTEMPT_VARIABLE, RUN_VARIABLE
@@ -48,6 +47,7 @@ def command(run: RunFolder, settings: Settings, environment: dict[str, str]) -> 
 
 def main(words: list[str]) -> int:
     """Run this node's ranks and return torchrun's exit code."""
+    came = _note_signals()
     run = RunFolder(Path(words[0]))
     settings = Settings.read(run.path)
     attempt = Path(os.environ[ATTEMPT_VARIABLE])
@@ -57,8 +57,6 @@ def main(words: list[str]) -> int:
         RUN_VARIABLE: str(run.path),
         # torchrun would end the ranks at once; up to torch 2.7 it knows no such variable
         "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT",
-        # when one rank has failed, what the others wait for will not come
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
     }
     with (attempt / f"node.{index}.log").open("a") as log:
         torchrun = subprocess.Popen(
@@ -68,41 +66,53 @@ def main(words: list[str]) -> int:
             stderr=subprocess.STDOUT,
             preexec_fn=_ignore_signals,
         )
-    asked = _Asked()
-    watched = run.path / "stop" if index == 0 else None
+    # one node is enough: Megatron's ranks tell each other
+    watched = (attempt / "signal", run.path / "stop") if index == 0 else ()
+    told: set[int] = set()
     while torchrun.poll() is None:
-        if asked.for_the_first_time(watched):
-            tell_ranks(torchrun.pid)
+        if came or any(path.exists() for path in watched):
+            told |= tell_ranks(torchrun.pid, told)
         time.sleep(POLL_SECONDS)
     return torchrun.returncode if torchrun.returncode >= 0 else 128 - torchrun.returncode
 
 
-class _Asked:
-    """Whether somebody wants the ranks to save and leave."""
-
-    def __init__(self) -> None:
-        self._signalled = False
-        self._told = False
-        for number in SIGNALS:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self._signalled = True
-
-    def for_the_first_time(self, stop_file: Path | None) -> bool:
-        """Return True once, when a signal has come or the file is there."""
-        asked = self._signalled or (stop_file is not None and stop_file.exists())
-        first = asked and not self._told
-        self._told = self._told or asked
-        return first
+def _note_signals() -> list[int]:
+    """Return a list that grows when a signal comes."""
+    came: list[int] = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: came.append(number))
+    return came
 
 
-def tell_ranks(torchrun: int) -> None:
-    """Send SIGTERM to torchrun's children, which are the ranks."""
+def tell_ranks(torchrun: int, told: set[int]) -> set[int]:
+    """Send SIGTERM to torchrun's children, which are the ranks, once they listen for it.
+
+    Before that, and when they are on their way out, they ignore it or would die of it.
+
+    Args:
+        torchrun: its process id.
+        told: ranks that have got it.
+
+    Returns:
+        Those that got it now.
+    """
+    now = set()
     for children in Path(f"/proc/{torchrun}/task").glob("*/children"):
-        for child in children.read_text().split():
-            with contextlib.suppress(ProcessLookupError):  # it has ended already
-                os.kill(int(child), signal.SIGTERM)
+        for child in map(int, children.read_text().split()):
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended
+                if child not in told and _listens(child):
+                    os.kill(child, signal.SIGTERM)
+                    now.add(child)
+    return now
+
+
+def _listens(process: int) -> bool:
+    """Whether a process has a handler for SIGTERM."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "SigCgt":
+            return bool(int(value, 16) >> (signal.SIGTERM - 1) & 1)
+    return False
 
 
 def _ignore_signals() -> None:

@@ -13,14 +13,11 @@ import os
 import runpy
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 RUN_VARIABLE = "SKYLADDER_RUN_DIR"
 ATTEMPT_VARIABLE = "SKYLADDER_ATTEMPT_DIR"
-REPEAT_SECONDS = 0.5
 
 
 def main(words: list[str]) -> None:
@@ -29,7 +26,7 @@ def main(words: list[str]) -> None:
     attempt = Path(os.environ[ATTEMPT_VARIABLE])
     _log_to(attempt / f"rank.{rank:04}.log")
     os.environ["SKYLADDER_TRACEBACK"] = "1"  # what is wrong must reach us as an exception
-    signal.signal(signal.SIGTERM, _repeat_until_taken)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `node` waits until training listens for it
     entry, sys.argv = words[0], words
     try:
         if entry.endswith(".py"):
@@ -44,6 +41,8 @@ def main(words: list[str]) -> None:
     except BaseException as error:
         _report_error(attempt, rank, f"{type(error).__name__}: {error}")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python, as it ends, would let it kill us
     if rank == 0:
         (Path(os.environ[RUN_VARIABLE]) / "finished").touch()
 
@@ -54,13 +53,6 @@ def _log_to(path: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-
-
-def _repeat_until_taken(number: int, frame: Any) -> None:
-    """Send a signal again that came before Megatron listens for it (--exit-signal-handler)."""
-    timer = threading.Timer(REPEAT_SECONDS, os.kill, (os.getpid(), number))
-    timer.daemon = True
-    timer.start()
 
 
 def _report_error(attempt: Path, rank: int, message: str) -> None:

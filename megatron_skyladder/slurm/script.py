@@ -13,7 +13,6 @@ from typing import Any
 from megatron_skyladder.slurm.attempts import RunFolder, write_whole
 from megatron_skyladder.slurm.settings import FILE_NAME, Settings
 
-TEMPLATE = Path(__file__).with_name("job.sbatch")
 BEGIN, END = "# <settings>\n", "# </settings>\n"
 SCRIPT_NAME = "job.sbatch"
 # what the job script itself relies on; an example file may not set it otherwise
@@ -36,6 +35,13 @@ OWNED = (
 logger = logging.getLogger(__name__)
 
 
+def template() -> Path:
+    """Return the job script without settings: installed with the package, or beside it."""
+    installed = Path(__file__).with_name("template") / SCRIPT_NAME
+    repository = Path(__file__).parents[2]
+    return installed if installed.is_file() else repository / "slurm" / SCRIPT_NAME
+
+
 def job_script(settings: Settings, *, jobs: int | None = None, array: bool = False) -> str:
     """Return the text to submit.
 
@@ -48,7 +54,7 @@ def job_script(settings: Settings, *, jobs: int | None = None, array: bool = Fal
     Raises:
         ValueError: an option of sbatch that is ours to set.
     """
-    before, _, rest = TEMPLATE.read_text().partition(BEGIN)
+    before, _, rest = template().read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     filled = [*_directives(settings, jobs, array), "", *_assignments(settings, jobs)]
     return before + BEGIN + "\n".join(filled) + "\n" + END + after
