@@ -65,7 +65,9 @@ def examine(folder: Path, patch: Patch) -> list[FileState]:
     for name in patch.files:
         path = (folder / name).resolve()
         if not path.is_file():
-            complaints.append(f"{name}: looked for this file in {folder}; it is not there.")
+            complaints.append(
+                f"{name}: looked for this file; there is none. {_nearest(folder, name)}"
+            )
             continue
         try:
             state, errors = _examine_file(name, path, patch)
@@ -80,6 +82,13 @@ def examine(folder: Path, patch: Patch) -> list[FileState]:
             + "\n".join(f"  {complaint}" for complaint in complaints)
         )
     return states
+
+
+def _nearest(folder: Path, name: str) -> str:
+    """Say where a checkout has files that are called like the one that is missing."""
+    candidates = (path.relative_to(folder) for path in folder.rglob(Path(name).name))
+    nearest = sorted(candidates, key=lambda path: (len(path.parts), path))[: places.NUM_CANDIDATES]
+    return f"Nearest: {', '.join(map(str, nearest)) or 'nothing like it'}."
 
 
 def _examine_file(name: str, path: Path, patch: Patch) -> tuple[FileState, list[PatchError]]:

@@ -15,7 +15,7 @@ from megatron_skyladder.patching.definitions import PatchError, Place
 
 MARK = "# skyladder patch"  # ends each inserted line
 _MARKED = re.compile(rf"{re.escape(MARK)}\s*$")
-_NUM_CANDIDATES = 3
+NUM_CANDIDATES = 3  # that a refusal names
 _WIDEST_CANDIDATE = 90  # characters of a statement that a message shows
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -114,7 +114,7 @@ def _function(tree: ast.Module, place: Place) -> Function:
             f"is not clear where [{place.name}] belongs. Leave only one in place."
         )
     names = {node.name: node.lineno for node in functions}
-    near = difflib.get_close_matches(place.function, names, _NUM_CANDIDATES, cutoff=0.4)
+    near = difflib.get_close_matches(place.function, names, NUM_CANDIDATES, cutoff=0.4)
     raise PatchError(
         f"{place.file}: looked for the function {place.function}(), for {place.reason}; there is "
         f"none. Nearest: {_listed((f'{name}()', names[name]) for name in near)}"
@@ -133,7 +133,7 @@ def _statement(function: Function, place: Place) -> ast.stmt:
             f"clear where [{place.name}] belongs. Leave only one in place."
         )
     by_text = {text: node.lineno for text, node in statements}
-    near = difflib.get_close_matches(place.anchor, by_text, _NUM_CANDIDATES, cutoff=0.2)
+    near = difflib.get_close_matches(place.anchor, by_text, NUM_CANDIDATES, cutoff=0.2)
     raise PatchError(
         f"{place.file}: looked {place.side} {_where(place)} (line {function.lineno}), for "
         f"{place.reason}; there is none. Nearest: {_listed((t, by_text[t]) for t in near)}"

@@ -307,7 +307,13 @@ def test_a_release_without_a_patch_can_be_given_one(tmp_path, capsys):
 
 def test_a_missing_file(tmp_path, capsys):
     tree = write_tree(tmp_path, training=None)
-    assert "megatron/training/training.py: looked for this file" in refused(tree, capsys)
+    message = refused(tree, capsys)
+    assert "megatron/training/training.py: looked for this file; there is none." in message
+    assert "Nearest: nothing like it." in message
+    moved = tree / "megatron/fork/loops/training.py"
+    moved.parent.mkdir(parents=True)
+    moved.write_text(TRAINING)
+    assert "Nearest: megatron/fork/loops/training.py." in refused(tree, capsys)
 
 
 def test_a_missing_function_names_the_nearest(tmp_path, capsys):
