@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_skyladder import __version__, from_environment, releases
+from megatron_skyladder import __version__, conflicts, from_environment, releases
 from megatron_skyladder.config import DEFAULT_SCHEDULE, config_from_args, is_requested
 from megatron_skyladder.releases import Megatron, MegatronMismatchError
 
@@ -61,8 +61,9 @@ def examine(flags: argparse.Namespace, launch_flags: list[str]) -> Report:
     """Look at this process's environment.
 
     Args:
-        flags: the ``skyladder_*`` values and those of Megatron's flags that the schedule needs.
-        launch_flags: all other flags of the launch.
+        flags: the ``skyladder_*`` values, those of Megatron's flags that the schedule needs, and
+            those that cannot be combined with it.
+        launch_flags: all flags of the launch, as they were given.
     """
     report = Report()
     report.installed["python"] = f"{platform.python_version()} ({sys.executable})"
@@ -216,7 +217,8 @@ def _way_in_and_schedule(
     if not is_requested(flags):
         return
     report.run["schedule"] = "unknown"
-    needed = {"--seq-length": flags.seq_length, "--global-batch-size": flags.global_batch_size}
+    batch_size = flags.global_batch_size or flags.step_batch_size_schedule
+    needed = {"--seq-length": flags.seq_length, "--global-batch-size": batch_size}
     missing = [name for name, value in needed.items() if value is None]
     if missing:
         raise ValueError(
@@ -226,6 +228,7 @@ def _way_in_and_schedule(
     config = config_from_args(flags)
     assert config is not None
     report.run["schedule"] = config.fingerprint
+    conflicts.check(flags)
 
 
 def fingerprint_of_rank(report: Report) -> dict[str, str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_skyladder import clock, compat
+from megatron_skyladder import clock, compat, conflicts
 from megatron_skyladder.config import SkyLadderConfig
 from megatron_skyladder.layer_specs import with_skyladder
 from megatron_skyladder.metrics import counting_windows, logging_metrics
@@ -61,24 +61,7 @@ def install(config: SkyLadderConfig, options: Any) -> None:
 
 def check_options(config: SkyLadderConfig, options: Any) -> None:
     """Refuse what cannot be combined, before anything is built."""
-    refused = {
-        "sft": "--sft packs rows itself",
-        "fim_data": "--fim-data reorders the row",
-        "dataloader_inter_document_masking": "use --skyladder-intra-document instead of "
-        "--dataloader-inter-document-masking",
-        "reset_attention_mask": "use --skyladder-intra-document instead of --reset-attention-mask",
-        "hybrid_context_parallel": "--hybrid-context-parallel changes the layout of rows",
-        "mtp_num_layers": "multi-token prediction (--mtp-num-layers) is not supported",
-        "multi_latent_attention": "--multi-latent-attention is not supported",
-    }
-    for name, reason in refused.items():
-        if getattr(options, name, None):
-            raise ValueError(f"SkyLadder cannot be combined with this run: {reason}.")
-    if options.attention_dropout:
-        raise ValueError(
-            f"--attention-dropout={options.attention_dropout} cannot be combined with SkyLadder: "
-            "its kernels have no dropout. Set --attention-dropout 0."
-        )
+    conflicts.check(options)
     if config.intra_document:
         compat.eod_token()
 

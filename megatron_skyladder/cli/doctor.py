@@ -9,11 +9,15 @@ import textwrap
 from dataclasses import asdict
 from typing import Any
 
-from megatron_skyladder import doctor
+from megatron_skyladder import conflicts, doctor
 from megatron_skyladder.config import add_arguments
 from megatron_skyladder.doctor import Report
 
 _WIDTH = 100
+_INTEGERS = (  # what the schedule is made of, beside our own flags
+    *("--seq-length", "--global-batch-size", "--train-iters", "--train-samples"),
+    *("--context-parallel-size", "--log-interval"),
+)
 
 
 def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
@@ -31,17 +35,23 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     megatron = parser.add_argument_group(
-        "Megatron's flags", "These decide the schedule; all others are only compared."
+        "Megatron's flags",
+        "These decide the schedule, or cannot be combined with it; all others are only compared.",
     )
-    for flag in ("--seq-length", "--global-batch-size", "--train-iters", "--train-samples"):
+    for flag in _INTEGERS:
         megatron.add_argument(flag, type=int, metavar="N")
+    parser.set_defaults(context_parallel_size=1)
+    megatron.add_argument("--step-batch-size-schedule", metavar="TOKENS:SAMPLES ...")
+    megatron.add_argument("--attention-dropout", type=float, default=0.1, metavar="P")
+    for name in conflicts.REFUSED:
+        megatron.add_argument(f"--{name.replace('_', '-')}", type=int, nargs="?", const=1)
     add_arguments(parser)
-    _keep_the_rest(parser)
+    _keep_launch_flags(parser)
     return parser
 
 
-def _keep_the_rest(parser: argparse.ArgumentParser) -> None:
-    """Make the parser put words it does not know into ``launch_flags``, in their order."""
+def _keep_launch_flags(parser: argparse.ArgumentParser) -> None:
+    """Make the parser keep all words but ``--json``, known to it or not, as ``launch_flags``."""
     parse_known = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
@@ -49,7 +59,7 @@ def _keep_the_rest(parser: argparse.ArgumentParser) -> None:
         misspelt = [word for word in rest if word.startswith("--skyladder-")]
         if misspelt:
             parser.error(f"there is no flag {misspelt[0].partition('=')[0]}")
-        result.launch_flags = rest
+        result.launch_flags = [word for word in args if word != "--json"]
         return result, []
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]

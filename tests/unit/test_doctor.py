@@ -11,12 +11,13 @@ import pytest
 from test_compat import write_megatron
 from test_patching import write_tree
 
-from megatron_skyladder import doctor
+from megatron_skyladder import conflicts, doctor
 from megatron_skyladder.cli import main
 from megatron_skyladder.doctor import Report, disagreements
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = ["--seq-length", "128", "--global-batch-size", "8", "--train-iters", "100"]
+LAUNCH += ["--attention-dropout", "0"]
 
 
 @pytest.fixture(autouse=True)
@@ -167,13 +168,39 @@ def test_a_backend_that_is_not_there(tmp_path, megatron, capsys):
 
 def test_the_schedule_of_a_launch(tmp_path, megatron, capsys):
     megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
-    code, report = ask(capsys, *LAUNCH, "--lr", "1e-3", "--skyladder-start-window", "8")
-    assert code == 0 and report["run"]["flags"] == "--lr 1e-3"
+    words = [*LAUNCH, "--lr", "1e-3", "--skyladder-start-window", "8"]
+    code, report = ask(capsys, *words)
+    assert code == 0 and report["run"]["flags"] == " ".join(words)
     assert report["run"]["schedule"].startswith("linear 8 -> 128, fraction 0.64 of 100 steps")
     code, report = ask(capsys, *LAUNCH, "--skyladder-start-window", "256")
     assert code == 1 and "--skyladder-start-window=256 is above" in report["problems"][0]
     code, report = ask(capsys, "--skyladder-start-window", "8")
     assert code == 1 and "--seq-length and --global-batch-size is missing" in report["problems"][0]
+
+
+def test_the_schedule_of_a_launch_whose_batch_grows(tmp_path, megatron, capsys):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    grows = ["--step-batch-size-schedule", "0:4 1280:8", "--skyladder-start-window", "8"]
+    words = ["--seq-length", "128", "--train-iters", "100", "--attention-dropout", "0"]
+    code, report = ask(capsys, *words, *grows)
+    assert code == 0 and "step of 8 samples" in report["run"]["schedule"]
+
+
+@pytest.mark.parametrize("name", conflicts.REFUSED)
+def test_a_flag_that_cannot_be_combined(tmp_path, megatron, capsys, name):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    flag = f"--{name.replace('_', '-')}"
+    assert ask(capsys, *LAUNCH, flag)[0] == 0  # without a ladder it is Megatron's own affair
+    code, report = ask(capsys, *LAUNCH, flag, "--skyladder-start-window", "8")
+    assert code == 1 and report["run"]["schedule"].startswith("linear")
+    (problem,) = report["problems"]
+    assert problem.startswith("SkyLadder cannot be combined with this run: ") and flag in problem
+
+
+def test_attention_dropout_cannot_be_combined(tmp_path, megatron, capsys):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    code, report = ask(capsys, *LAUNCH[:-2], "--skyladder-start-window", "8")
+    assert code == 1 and report["problems"][0].startswith("--attention-dropout=0.1 cannot be")
 
 
 def test_the_schedule_of_a_launch_with_spec(tmp_path, megatron, monkeypatch, capsys):
@@ -240,7 +267,7 @@ def test_under_torchrun_all_ranks_compare(tmp_path):
         "import os, sys\n"
         "from megatron_skyladder.cli import main\n"
         "steps = '10' + os.environ['RANK']\n"
-        f"launch = {[*LAUNCH[:-1]]!r} + [steps, '--skyladder-start-window', '8']\n"
+        f"launch = {LAUNCH!r} + ['--train-iters', steps, '--skyladder-start-window', '8']\n"
         "code = main(['doctor', '--json', *launch])\n"
         f"with open({str(tmp_path / 'code')!r} + os.environ['RANK'], 'w') as file:\n"
         "    file.write(str(code))\n"
@@ -255,8 +282,9 @@ def test_under_torchrun_all_ranks_compare(tmp_path):
         check=True,
     )
     report = json.loads(result.stdout)
-    (problem,) = report["problems"]
-    assert "the ranks disagree on schedule: 'linear 8 -> 128" in problem
+    flags, schedule = report["problems"]
+    assert "the ranks disagree on flags: '--seq-length 128" in flags
+    assert "the ranks disagree on schedule: 'linear 8 -> 128" in schedule
     assert report["run"]["ranks"] == "disagree"
     assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
 
