@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import os
 import sys
 
 # Listed by name and imported on use: --help must not wait for numpy, let alone for Megatron.
@@ -21,28 +23,68 @@ COMMANDS = {
 }
 
 
+EPILOG = """\
+a run from beginning to end:
+  skyladder doctor                                        what is installed, what will be used
+  skyladder prepare --input corpus/ --output-prefix data/cc --tokenizer-type ...
+  skyladder plan --preset 1b-8k --device h100 --gpus 8    before you launch
+  torchrun ... -m megatron_skyladder.pretrain_gpt <Megatron's flags> --skyladder-start-window 32
+  skyladder report runs/constant runs/ladder              what came out
+
+skyladder COMMAND --help explains a command, with examples.
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 done, 1 failed, 2 wrong usage."""
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="skyladder",
+        usage="skyladder COMMAND ...",
         description="Context-window scheduling (SkyLadder) for Megatron-LM: plan a run, prepare "
-        "its data, look at what came out.",
-        epilog="Training itself: torchrun ... -m megatron_skyladder.pretrain_gpt "
-        "<Megatron's flags> --skyladder-*",
+        "its\ndata, look at what came out.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", prog="skyladder"
+    )
     named = next((word for word in arguments if not word.startswith("-")), None)
+    command = parser
     for name, help_text in COMMANDS.items():
         if name == named:
             module = importlib.import_module(f"megatron_skyladder.cli.{name.replace('-', '_')}")
-            subparser = module.add_parser(subparsers, help_text)
-            subparser.set_defaults(run=module.run)
+            command = module.add_parser(subparsers, help_text)
+            command.set_defaults(run=module.run)
         else:
             subparsers.add_parser(name, help=help_text)
-    parsed = parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if parsed.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    if unknown:
+        command.error(_explain_unknown(unknown[0], command))
+    return _run(parsed)
+
+
+def _explain_unknown(word: str, command: argparse.ArgumentParser) -> str:
+    known = [flag for flag in command._option_string_actions if flag.startswith("--")]
+    close = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+    meant = f" Did you mean {close[0]}?" if close else ""
+    return f"unrecognized arguments: {word}.{meant}"
+
+
+def _run(parsed: argparse.Namespace) -> int:
     try:
-        return int(parsed.run(parsed) or 0)
-    except (ValueError, OSError) as error:
-        print(f"skyladder {parsed.command}: {error}", file=sys.stderr)
+        code = int(parsed.run(parsed) or 0)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # "| head" has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"skyladder {parsed.command}: {what}", file=sys.stderr)
+    except ValueError as error:
+        print(f"skyladder {parsed.command}: {error}", file=sys.stderr)
+    return 1

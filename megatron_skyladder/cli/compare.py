@@ -29,7 +29,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         help=help_text,
         usage="skyladder compare [PRESET ...] [--schedule NAME ...] [--alpha RATE ...] [--preset "
         "NAME]\n                         [Megatron's flags] [--skyladder-*] [options]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=run_flags.HelpFormatter,
         description=textwrap.dedent(f"""\
             Put schedules side by side: window, attention work, FLOPs and predicted time. Name
             presets first, or schedules and rates for one and the same run.
@@ -45,7 +45,14 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
               skyladder compare --preset 1b-8k --device h100 --gpus 8 --budget-hours 48"""),
     )
     parser.add_argument("names", nargs="*", metavar="PRESET", help="before any flag")
-    parser.add_argument("--schedule", nargs="+", action="extend", choices=tuple(SCHEDULES))
+    parser.add_argument(
+        "--schedule",
+        nargs="+",
+        action="extend",
+        choices=tuple(SCHEDULES),
+        metavar="NAME",
+        help=f"one or more of {', '.join(SCHEDULES)}",
+    )
     parser.add_argument(
         "--alpha", nargs="+", action="extend", type=_rate, metavar="RATE", help="tokens per step"
     )

@@ -19,7 +19,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "plan",
         help=help_text,
         usage="skyladder plan [--preset NAME] [Megatron's flags] [--skyladder-*] [options]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=run_flags.HelpFormatter,
         description=textwrap.dedent("""\
             Print the window at every stage of a run, its attention work and FLOPs with and
             without the ladder, and with a device or a log also hours and cost. Takes the flags

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_skyladder.cli.plan_text import scientific
 from megatron_skyladder.cli.planning import Plan
 
 POINTS = 1000  # along the run
 FORMATS = (".png", ".svg")
 COLOURS = ("#3b6fb6", "#d1662b", "#3f8f5b", "#8f4fa3", "#b03a48", "#6b6b6b", "#b89b2b", "#3aa6a6")
+LINES = ("-", "-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))  # lines may lie on each other
 
 
 def draw_plans(path: str, plans: Sequence[Plan]) -> None:
@@ -21,36 +23,53 @@ def draw_plans(path: str, plans: Sequence[Plan]) -> None:
         ValueError: the file's ending is no picture's, or matplotlib is missing.
     """
     figure = _figure(path)
-    timed = all(plan.time for plan in plans)
+    cost_unit = "GPU-hours" if plans[0].time else "FLOPs x 1e20"
     window, work, cost = figure.subplots(1, 3)
     scale, unit = _token_unit(max(plan.tokens for plan in plans))
-    for colour, plan in zip(_cycle(len(plans)), plans, strict=True):
+    for index, plan in enumerate(plans):
         steps = _steps(plan)
         tokens = [step * plan.batch_tokens / scale for step in [*steps, plan.total_steps]]
         windows = [plan.window(step) for step in steps]
         fractions = [100 * plan.fraction(length) for length in windows]
-        style = {"color": colour, "label": plan.name, "drawstyle": "steps-post"}
-        window.plot(tokens, [*windows, windows[-1]], **style)
-        work.plot(tokens, [*fractions, fractions[-1]], **style)
-        cost.plot(tokens, _cumulated(plan, steps, windows), color=colour, label=plan.name)
+        costs = _cumulated(plan, steps, windows)
+        style = {
+            "color": COLOURS[index % len(COLOURS)],
+            "linestyle": LINES[index % len(LINES)],
+            "label": f"{plan.name}: {_total(plan, costs[-1])}",
+        }
+        window.plot(tokens, [*windows, windows[-1]], drawstyle="steps-post", **style)
+        work.plot(tokens, [*fractions, fractions[-1]], drawstyle="steps-post", **style)
+        cost.plot(tokens, costs, **style)
     if len(plans) == 1:
+        figure.suptitle(plans[0].config.fingerprint, fontsize=9, x=0.01, ha="left")
         _references(work, cost, plans[0], scale)
     titles = ("Window", "Attention work", "Cost so far")
-    units = ("tokens", "% of full causal", "GPU-hours" if timed else "FLOPs x 1e20")
+    units = ("tokens", "% of full causal", cost_unit)
     for axes, title, label in zip((window, work, cost), titles, units, strict=True):
         _label(axes, title, label, f"training tokens ({unit})")
+    longest = max(plan.config.seq_length for plan in plans)
+    window.set_yticks([longest * part // 4 for part in range(5)])
     _legend(figure, (window, work, cost))
     _save(figure, path)
 
 
+def _total(plan: Plan, cost: float) -> str:
+    """Return what the run costs, and what it saves against a constant window."""
+    constant = plan.total_steps * _step_cost(plan, plan.config.seq_length)
+    change = round(100 * (cost / constant - 1), 1)
+    total = f"{cost:,.4g} GPU-hours" if plan.time else f"{scientific(cost * 1e20)} FLOPs"
+    return f"{total}, {change:+.1f} %" if change else total
+
+
 def _references(work: Any, cost: Any, plan: Plan, scale: float) -> None:
     """Draw what the run would be without the ladder, and what documents alone would leave."""
-    style = {"color": "#999999", "linestyle": "--", "linewidth": 1}
+    style = {"color": "#888888", "linewidth": 1}
     end = plan.total_steps * _step_cost(plan, plan.config.seq_length)
-    cost.plot([0, plan.tokens / scale], [0, end], label="constant window", **style)
+    cost.plot([0, plan.tokens / scale], [0, end], label="constant window", linestyle="--", **style)
     if plan.documents:
         left = plan.pairs_under(ladder=False, documents=True) / plan.causal_pairs
-        work.axhline(100 * float(left), label="documents masked, full window", **style)
+        name = "documents masked, full window"
+        work.axhline(100 * float(left), label=name, linestyle=":", **style)
 
 
 def _token_unit(tokens: int) -> tuple[float, str]:
@@ -81,15 +100,13 @@ def _steps(plan: Plan) -> list[int]:
     return sorted(even)
 
 
-def _cycle(count: int) -> list[str]:
-    return [COLOURS[index % len(COLOURS)] for index in range(count)]
-
-
 def _label(axes: Any, title: str, unit: str, tokens: str) -> None:
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_ylabel(unit, fontsize=8)
     axes.set_xlabel(tokens, fontsize=8)
     axes.set_ylim(bottom=0)
+    axes.margins(x=0.01)
+    axes.yaxis.set_major_formatter("{x:,.5g}")
     axes.tick_params(labelsize=8)
     axes.grid(color="#eeeeee")
     axes.spines[["top", "right"]].set_visible(False)
@@ -99,7 +116,7 @@ def _legend(figure: Any, panels: Sequence[Any]) -> None:
     """Name each line once, below all panels."""
     lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
     figure.legend(
-        lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+        lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
     )
 
 

@@ -52,6 +52,9 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "prepare",
         help=help_text,
+        usage="skyladder prepare --input PATH ... --output-prefix PREFIX --tokenizer-type TYPE "
+        "[options]\n       skyladder prepare --from-packed PATH ... --output-prefix PREFIX "
+        "--eod-id ID",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -67,6 +67,15 @@ _DEFAULTS = {  # Megatron's
 }
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps paragraphs that were laid out by hand, and wraps those of a single line."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text.strip():
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add ``--preset``, Megatron's flags, ours, and those about time and money."""
     parser.allow_abbrev = False  # as in Megatron
@@ -205,7 +214,7 @@ def _check(flags: argparse.Namespace) -> None:
     if missing:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
         raise ValueError(
-            f"{names} is missing: plan needs the model, the batch and the length of the run. "
+            f"not given: {names}. A plan needs the model, the batch and the length of the run. "
             f"Give Megatron's own flags, or --preset {'|'.join(PAPER_RUNS)}."
         )
     for flag in _INTEGERS:

@@ -396,7 +396,10 @@ def _parsed(flags: str) -> Any:
     ("flags", "message"),
     [
         ("", "--num-layers, --hidden-size, --num-attention-heads, --seq-length"),
-        ("--hidden-size 128", "is missing: plan needs the model, the batch and the length"),
+        (
+            "--hidden-size 128",
+            "--vocab-size, --train-iters. A plan needs the model, the batch and the length",
+        ),
         (f"{LAUNCH} --train-samples 100", "--train-samples and --train-iters are both given"),
         (f"{LAUNCH} --num-layers 0", "--num-layers=0: give at least 1"),
         (
@@ -444,7 +447,10 @@ def _parsed(flags: str) -> Any:
         (f"{LAUNCH} --skyladder-alpha 1/8", "takes 16,128 steps, but the run has 2,000"),
         (f"{LAUNCH} --skyladder-alpha 1 --skyladder-expand-fraction 0.5", "both set the rate"),
         (f"{LAUNCH} --skyladder-preset 7b", "--skyladder-preset=7b is unknown"),
-        (f"{LAUNCH} --skyladder-alhpa 1", "unrecognized arguments: --skyladder-alhpa"),
+        (
+            f"{LAUNCH} --skyladder-alhpa 1",
+            "unrecognized arguments: --skyladder-alhpa. Did you mean --skyladder-alpha?",
+        ),
     ],
 )
 def test_refused(capsys: pytest.CaptureFixture[str], flags: str, message: str) -> None:
