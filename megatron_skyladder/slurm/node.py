@@ -73,6 +73,7 @@ def main(words: list[str]) -> int:
         if came or any(path.exists() for path in watched):
             told |= tell_ranks(torchrun.pid, told)
         time.sleep(POLL_SECONDS)
+    _ignore_signals()  # Python, as it ends, would let them kill us
     return torchrun.returncode if torchrun.returncode >= 0 else 128 - torchrun.returncode
 
 

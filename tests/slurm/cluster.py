@@ -39,9 +39,9 @@ def why_not() -> str | None:
         return "needs root, for namespaces"
     missing = [name for name in NEEDED if shutil.which(name) is None]
     if missing:
-        return f"needs {', '.join(missing)} (make test-slurm installs it)"
+        return f"needs {', '.join(missing)} (make test-slurm installs them)"
     if subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode:
-        return "the kernel allows no namespaces here"
+        return "needs namespaces, which the kernel refuses"
     return None
 
 
@@ -105,6 +105,13 @@ class Cluster:
             return state in states
 
         wait_until(there, f"job {job} to be {' or '.join(states)}", seconds)
+
+    def warn(self, job: str) -> None:
+        """Send a job the signal that Slurm sends ahead of the time limit.
+
+        What scancel says is ignored: on a busy machine it sends the signal twice, and complains.
+        """
+        self.run("scancel", "--batch", "--signal=USR1", job, check=False)
 
     def resume(self, node: str) -> None:
         """Bring a node back."""

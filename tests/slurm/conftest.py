@@ -1,4 +1,4 @@
-"""One cluster for all tests of this folder; they run with ``make test-slurm`` only."""
+"""One cluster for all tests of this folder, which run with ``-m slurm`` only: make test-slurm."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ REPOSITORY = HERE.parents[1]
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests of this folder, and leave them out unless they are asked for."""
-    reason = why_not() if "slurm" in config.option.markexpr else "make test-slurm runs these"
+    asked_for = "slurm" in config.option.markexpr
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.slurm)
-            if reason:
-                item.add_marker(pytest.mark.skip(reason=reason))
+            if not asked_for:
+                item.add_marker(pytest.mark.skip(reason="make test-slurm runs these"))
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
+    """Who asks for these tests wants them run: what is missing is a failure, not a skip."""
+    reason = why_not()
+    assert reason is None, f"no Slurm can be started here: it {reason}"
     with Cluster() as running:
         yield running
 
@@ -47,6 +50,8 @@ class Jobs:
         entry: str,
         flags: str = "",
         example: str = "",
+        slurm: str = "time = 20",
+        survival: str = "max-tries = 2",
         variables: dict[str, str] | None = None,
         options: tuple[str, ...] = (),
     ) -> tuple[RunFolder, list[str]]:
@@ -55,10 +60,10 @@ class Jobs:
         assignments = "\n".join(f"{key} = {value}" for key, value in (variables or {}).items())
         path.write_text(
             f"[run]\n{example}\nfolder = {self.folder / name}\nentry = {entry}\nflags = {flags}\n"
-            "[slurm]\nnodes = 2\ngpus-per-node = 0\nranks-per-node = 2\ntime = 20\n"
-            "cpus-per-task = 2\n"
+            "[slurm]\nnodes = 2\ngpus-per-node = 0\nranks-per-node = 2\n"
+            f"cpus-per-task = 2\n{slurm}\n"
             f"[environment]\npython = {sys.executable}\n"
-            "[survival]\nmax-tries = 2\n"
+            f"[survival]\n{survival}\n"
             f"[variables]\nPYTHONPATH = {REPOSITORY}\nSKYLADDER_DEVICE = cpu\n"
             f"OMP_NUM_THREADS = 1\n{assignments}\n"
         )

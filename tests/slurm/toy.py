@@ -1,6 +1,7 @@
 """What the jobs of test_jobs.py run in place of Megatron: counts, saves, listens for SIGTERM.
 
-Fast to start, and as awkward as a test wants: RUN/crash makes it fail.
+Fast to start, and as awkward as a test wants: RUN/crash makes it fail; with --hold-at N the first
+attempt does not get past iteration N until it is asked to leave.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ def main() -> None:
     checkpoints = Path(value_of("--save"))
     tracker = checkpoints / "latest_checkpointed_iteration.txt"
     iteration = int(tracker.read_text()) if tracker.exists() else 0
+    held_at = int(value_of("--hold-at")) if attempt.name == "001" else 0
     try:
         while iteration < int(value_of("--train-iters")):
             time.sleep(STEP_SECONDS)
+            while iteration == held_at > 0 and not asked:
+                time.sleep(STEP_SECONDS)
             iteration += 1
             if asked or iteration % SAVE_INTERVAL == 0:
                 (checkpoints / f"iter_{iteration:07}" / "mp_rank_00").mkdir(parents=True)
@@ -45,8 +49,9 @@ def main() -> None:
 
 
 def value_of(flag: str) -> str:
-    """Return the last value of a flag."""
-    return [after for word, after in zip(sys.argv, sys.argv[1:], strict=False) if word == flag][-1]
+    """Return the last value of a flag; 0 where it is not given."""
+    pairs = zip(sys.argv, sys.argv[1:], strict=False)
+    return ["0", *(after for word, after in pairs if word == flag)][-1]
 
 
 if __name__ == "__main__":

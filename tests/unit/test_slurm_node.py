@@ -19,9 +19,9 @@ from megatron_skyladder.slurm.settings import Environment, Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = 120
-# Saves for half a second once asked to leave. Listens late, as Megatron does.
+# Saves for half a second once asked to leave. Listens late, as Megatron does; leaves slowly.
 PATIENT = """\
-import os, pathlib, signal, sys, time
+import atexit, os, pathlib, signal, sys, time
 rank, asked = os.environ["RANK"], []
 here = pathlib.Path(os.environ["SKYLADDER_RUN_DIR"])
 print("rank", rank, "prints")
@@ -34,6 +34,7 @@ while not asked:
     time.sleep(0.05)
 time.sleep(0.5)
 (here / f"saved.{rank}").touch()
+atexit.register(time.sleep, float(os.environ.get("LEAVING_SECONDS", "0")))
 sys.exit(0)
 """
 
@@ -149,33 +150,53 @@ def test_a_script_finds_its_neighbours(ranks: Ranks) -> None:
     assert ranks.rank("import neighbour; assert neighbour.VALUE == 7") == 0
 
 
-def test_a_signal_that_comes_too_early_is_not_lost(ranks: Ranks) -> None:
+def test_a_rank_that_does_not_listen_yet_or_any_longer_is_not_killed(ranks: Ranks) -> None:
     ranks.script.write_text(PATIENT)
+    ranks.environment["LEAVING_SECONDS"] = "0.5"
     rank = ranks.start("rank", str(ranks.script))
     ranks.wait_for("up.0")
     rank.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
     (ranks.run.path / "listen").touch()
+    ranks.wait_for("listening.0")
+    rank.send_signal(signal.SIGTERM)
+    ranks.wait_for("saved.0")
+    time.sleep(0.2)
+    rank.send_signal(signal.SIGTERM)
     assert rank.wait(SECONDS) == 0
-    assert (ranks.run.path / "saved.0").exists()
 
 
 # --- a node ---------------------------------------------------------------------------------------
 
-SIGNALS: dict[str, Callable[[subprocess.Popen[bytes]], None]] = {
-    "USR1, from the job script": lambda process: process.send_signal(signal.SIGUSR1),
-    "TERM, to the task alone": lambda process: process.send_signal(signal.SIGTERM),
-    "TERM, to every process": lambda process: os.killpg(process.pid, signal.SIGTERM),
+
+def note(ranks: Ranks, process: subprocess.Popen[bytes]) -> None:
+    (ranks.attempt / "signal").write_text("time limit\n")
+
+
+def stop(ranks: Ranks, process: subprocess.Popen[bytes]) -> None:
+    (ranks.run.path / "stop").touch()
+
+
+def signal_all(ranks: Ranks, process: subprocess.Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGTERM)
+
+
+WAYS: dict[str, Callable[[Ranks, subprocess.Popen[bytes]], None]] = {
+    "USR1, from the job script": lambda ranks, process: process.send_signal(signal.SIGUSR1),
+    "TERM, to every process": signal_all,
+    "the job script's note": note,
+    "a stop file": stop,
 }
 
 
-@pytest.mark.parametrize("name", SIGNALS)
-def test_ranks_save_when_a_signal_comes(ranks: Ranks, name: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_are_asked_to_save(ranks: Ranks, way: str) -> None:
+    """Before they listen; one that listens late is not forgotten."""
     pytest.importorskip("torch")
     running = ranks.node(PATIENT)
+    ranks.wait_for("up.0", "up.1")
+    WAYS[way](ranks, running)
+    time.sleep(0.2)
     (ranks.run.path / "listen").touch()
-    ranks.wait_for("listening.0", "listening.1")
-    SIGNALS[name](running)
     assert running.wait(SECONDS) == 0
     ranks.wait_for("saved.0", "saved.1")
     assert not ranks.has_error and not ranks.run.is_finished
@@ -183,19 +204,11 @@ def test_ranks_save_when_a_signal_comes(ranks: Ranks, name: str) -> None:
     assert (ranks.attempt / "node.0.log").exists()
 
 
-def test_ranks_save_when_there_is_a_stop_file(ranks: Ranks) -> None:
-    pytest.importorskip("torch")
-    running = ranks.node(PATIENT, ranks=1)
-    (ranks.run.path / "listen").touch()
-    ranks.wait_for("listening.0")
-    (ranks.run.path / "stop").touch()
-    assert running.wait(SECONDS) == 0
-    ranks.wait_for("saved.0")
-
-
 def test_a_rank_that_fails_ends_the_node(ranks: Ranks) -> None:
     pytest.importorskip("torch")
-    text = "import os, time\nassert os.environ['RANK'] == '0', 'bad node'\ntime.sleep(1000)\n"
+    text = "import os, signal, time\nassert os.environ['RANK'] == '0', 'bad node'\n"
+    # as torchrun sends it to the others; a rank that hangs it kills after 30 seconds
+    text += "signal.signal(signal.SIGTERM, signal.SIG_DFL)\ntime.sleep(1000)\n"
     begun = time.monotonic()
     assert ranks.node(text).wait(SECONDS) == 1
     assert ranks.error(1) == "AssertionError: bad node"

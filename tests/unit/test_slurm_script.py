@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,25 +17,48 @@ from megatron_skyladder.slurm.settings import Environment, Settings
 
 SECONDS = 60
 
-# Tells what it was started with, and behaves as the test's files say.
+# Tells what it was started with, and behaves as the test's files say. Not a shell script: a shell
+# cannot listen for signals that it was started to ignore.
 PYTHON = """\
-#!/bin/bash
-shift; module=${1##*.}; shift
-echo "$module $*" >> CALLS
-case $module in
-    gate)
-        [ "$1" = begin ] && { mkdir -p RUN/attempts/001; echo RUN/attempts/001 > RUN/attempt; }
-        exit "$(cat "FOLDER/answer.$1")" ;;
-    node)
-        echo "attempt $SKYLADDER_ATTEMPT_DIR master $MASTER_ADDR:$MASTER_PORT" >> CALLS
-        trap 'echo "node got USR1" >> CALLS; leaving=yes' USR1
-        touch FOLDER/training
-        while [ -e FOLDER/wait ] && [ -z "${leaving:-}" ]; do sleep 0.05; done
-        [ -z "${leaving:-}" ] || sleep 0.3   # saving
-        while [ -e FOLDER/hang ]; do sleep 0.05; done
-        echo "node leaves" >> CALLS
-        exit "$(cat FOLDER/exit)" ;;
-esac
+#!EXECUTABLE
+import os, pathlib, signal, sys, time
+folder = pathlib.Path("FOLDER")
+module, words = sys.argv[2].rpartition(".")[2], sys.argv[3:]
+
+def tell(line):
+    with (folder / "calls").open("a") as calls:
+        print(line, file=calls)
+
+tell(" ".join([module, *words]))
+if module == "gate":
+    if words[0] == "begin":
+        (folder / "run/attempts/001").mkdir(parents=True)
+        (folder / "run/attempt").write_text("FOLDER/run/attempts/001")
+        if (folder / "early").exists():
+            os.kill(os.getppid(), signal.SIGUSR1)
+    sys.exit(int((folder / f"answer.{words[0]}").read_text()))
+value = os.environ
+tell(f"attempt {value['SKYLADDER_ATTEMPT_DIR']} {value['MASTER_ADDR']}:{value['MASTER_PORT']}")
+asked = []
+signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number) or tell("node got USR1"))
+(folder / "training").touch()
+while (folder / "wait").exists() and not asked:
+    time.sleep(0.02)
+if asked:
+    time.sleep(0.3)  # saving
+while (folder / "hang").exists():
+    time.sleep(0.02)
+tell("node leaves")
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+sys.exit(int((folder / "exit").read_text()))
+"""
+# A slow one: training is asked to stop while it runs.
+SETUP = """\
+[ ! -e FOLDER/slow ] || [ -z "${SKYLADDER_ATTEMPT_DIR:-}" ] || {
+    touch FOLDER/training
+    while [ ! -e FOLDER/run/attempts/001/signal ]; do sleep 0.05; done
+}
+export PATH=FOLDER/set-up:$PATH
 """
 # As srun does: starts the command, hands signals on, returns its exit code.
 SRUN = """\
@@ -46,7 +70,7 @@ exec "$@"
 SCONTROL = """\
 #!/bin/bash
 if [ "$1" = show ]; then printf '%s\\n' alpha beta; exit; fi
-echo "scontrol $*" >> CALLS
+echo "scontrol $*" >> FOLDER/calls
 [ ! -e FOLDER/refuse ]
 """
 
@@ -60,25 +84,20 @@ class Job:
         self.run.mkdir()
         self.calls_file = folder / "calls"
         self.calls_file.touch()
-        self.environment = Environment(
-            setup="export SEEN=1", python=str(self._write("python", PYTHON))
-        )
-        self._write("srun", SRUN)
-        self._write("scontrol", SCONTROL)
+        self.environment = Environment(setup=SETUP.replace("FOLDER", str(folder)))
+        self._write("set-up/python", PYTHON)
+        self._write("bin/srun", SRUN)
+        self._write("bin/scontrol", SCONTROL)
         self.answer(begin=0, end=12)
         self.set("exit", "0")
 
-    def _write(self, name: str, text: str) -> Path:
-        path = self.folder / "bin" / name
+    def _write(self, name: str, text: str) -> None:
+        path = self.folder / name
         path.parent.mkdir(exist_ok=True)
-        names = {"FOLDER": self.folder, "RUN": self.run, "CALLS": self.calls_file}
-        for placeholder, value in names.items():
-            text = text.replace(placeholder + "/", f"{value}/").replace(
-                f">> {placeholder}", f">> {value}"
-            )
-        path.write_text(text)
+        path.write_text(
+            text.replace("FOLDER", str(self.folder)).replace("EXECUTABLE", sys.executable)
+        )
         path.chmod(0o755)
-        return path
 
     def set(self, name: str, content: str = "") -> None:
         (self.folder / name).write_text(content)
@@ -106,7 +125,8 @@ class Job:
         self, *signals: signal.Signals, jobs: int | None = None, hang: bool = False
     ) -> int:
         """Start, send signals while it trains, and wait for the end."""
-        self.set("wait")
+        if not (self.folder / "slow").exists():
+            self.set("wait")
         if hang:
             self.set("hang")
         job = self.start(jobs)
@@ -135,7 +155,7 @@ def job(tmp_path: Path) -> Job:
 
 
 BEGIN, NODE = "gate begin RUN", "node RUN"
-TRAINING = "attempt RUN/attempts/001 master alpha:10007"  # 10000 + 40007 % 20000
+TRAINING = "attempt RUN/attempts/001 alpha:10007"  # 10000 + 40007 % 20000
 LEAVES = "node leaves"
 REQUEUE = "scontrol requeue 40007"
 
@@ -215,23 +235,16 @@ def test_the_limit_itself_requeues_at_once(job: Job) -> None:
 
 
 def test_a_signal_before_training_starts_nothing(job: Job) -> None:
-    python = job.folder / "bin" / "python"
-    text = python.read_text()
-    # bash runs the trap once the check has ended
-    python.write_text(text.replace('exit "$(cat', 'kill -USR1 $(cat pid); sleep 0.2; exit "$(cat'))
-    python.write_text(python.read_text().replace("cat pid", f"cat {job.folder}/pid"))
     job.answer(end=13)
-    job.set("pid", "0")
-    running = job.start()
-    job.set("pid", str(running.pid))
-    assert running.wait(SECONDS) == 0
+    job.set("early")
+    assert job.finish() == 0
     assert NODE not in job.calls
     assert job.calls[-2:] == [end(0, "time limit"), REQUEUE]
 
 
-def test_setup_runs_before_python(job: Job) -> None:
-    python = job.folder / "bin" / "python"
-    python.write_text(
-        python.read_text().replace("shift; module", '[ -n "$SEEN" ] || exit 9\nshift; module')
-    )
-    assert job.finish() == 0
+def test_a_signal_during_the_setup_is_kept_for_training(job: Job) -> None:
+    job.answer(end=13)
+    job.set("slow")
+    assert job.interrupt(signal.SIGUSR1, signal.SIGUSR1) == 0
+    assert job.calls[-2:] == [end(0, "time limit"), REQUEUE]
+    assert (job.run / "attempts/001/signal").read_text() == "time limit\n"
