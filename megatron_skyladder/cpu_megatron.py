@@ -69,11 +69,14 @@ def _resume_distributed_optimizer() -> None:
     """Let the distributed optimizer load a checkpoint with torch's own Adam.
 
     Without Apex and Transformer Engine, Megatron asks torch's Adam for its step before it has taken
-    one, which fails, and then gives all parameters one step tensor, which each of them counts up.
+    one, which fails; gives all parameters one step tensor, which each of them counts up; and looks
+    for the step among the tensors of a checkpoint, where it is missing or that of before loading.
+    The right one is in the parameter groups.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     shard, load = DistributedOptimizer.sharded_state_dict, DistributedOptimizer.load_state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
         inner = self.optimizer
@@ -90,9 +93,13 @@ def _resume_distributed_optimizer() -> None:
     def load_state_dict(self: Any, *args: Any, **kwargs: Any) -> None:
         with torch.no_grad():  # in fp32 it writes into views of parameters
             load(self, *args, **kwargs)
-        for state in self.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if "step" in group else ():
+                self.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
+
+    def set_main_param_and_optimizer_states(self: Any, parameter: Any, tensors: Any) -> None:
+        set_states(self, parameter, {"step": torch.zeros(()), **tensors})
 
     DistributedOptimizer.sharded_state_dict = sharded_state_dict
     DistributedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states

@@ -42,6 +42,9 @@ LAYOUTS = {
         "--skyladder-mask sliding",
     ),
 }
+# Optimizer state by parameter. Otherwise the distributed optimizer saves its buckets as they lie in
+# memory: no other TP or PP can load them, and between the parameters stands whatever was there.
+RESHARDABLE = "--ckpt-fully-parallel-save --dist-ckpt-optim-fully-reshardable"
 NUM_SEEDS = int(os.environ.get("SKYLADDER_KILL_SEEDS", "1"))  # per layout
 KILLED = (0, -9)
 
@@ -111,7 +114,7 @@ def uninterrupted(trainer: Trainer):
     @cache
     def run(flags: str, num_processes: int = 1) -> History:
         history = History(trainer, flags, num_processes)
-        history.go_on("--save-interval 100")
+        history.go_on(f"--save-interval 100 {RESHARDABLE}")
         return history
 
     return run
@@ -121,8 +124,6 @@ def uninterrupted(trainer: Trainer):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_twice(trainer: Trainer, uninterrupted, layout: str, seed: int) -> None:
     """SIGKILL at random moments of random steps; a rank dies, then the others are killed."""
-    if layout == "dp2-distopt":
-        pytest.skip("unfinished: on the CPU engine its second resume fails in Megatron's optimizer")
     num_processes, flags = LAYOUTS[layout]
     flags = f"{LADDER} {flags}"
     chance = random.Random(f"{layout}{seed}")
@@ -133,7 +134,7 @@ def test_killed_twice(trainer: Trainer, uninterrupted, layout: str, seed: int) -
         history.go_on(kill=kill, exit_codes=KILLED)
         assert -9 in history.attempts[-1].exit_codes, kill
         begin = kill["samples"]
-    history.go_on()
+    history.go_on(RESHARDABLE)
     whole = uninterrupted(flags, num_processes)
     assert whole.merged("windows") == WINDOWS
     assert_same_history(history, whole)
@@ -151,7 +152,7 @@ def _random_kill(chance: random.Random, begin: int) -> dict[str, object]:
     return {"samples": samples, "when": when, "micro_batch": micro_batch}
 
 
-FROM = "--micro-batch-size 2 --use-distributed-optimizer --ckpt-fully-parallel-save"
+FROM = f"--micro-batch-size 2 --use-distributed-optimizer {RESHARDABLE}"
 RESUMED_AS = {
     "one process, micro-batch 1": (1, "--micro-batch-size 1 --use-distributed-optimizer"),
     "one process, micro-batch 8": (1, "--micro-batch-size 8 --use-distributed-optimizer"),
@@ -164,7 +165,6 @@ RESUMED_AS = {
 }
 
 
-@pytest.mark.skip(reason="unfinished: the distributed optimizer's checkpoint of the base run")
 @pytest.mark.parametrize("layout", RESUMED_AS)
 def test_resumed_in_another_layout(trainer: Trainer, uninterrupted, layout: str) -> None:
     """From DP2; the ladder and the samples go on exactly, the losses to rounding."""
@@ -173,7 +173,7 @@ def test_resumed_in_another_layout(trainer: Trainer, uninterrupted, layout: str)
     history = History(trainer, flags)
     history.go_on(f"{FROM} --exit-interval 3", num_processes=2)
     num_processes, other = RESUMED_AS[layout]
-    history.go_on(f"{other} --ckpt-fully-parallel-save", num_processes=num_processes)
+    history.go_on(f"{other} {RESHARDABLE}", num_processes=num_processes)
     assert set(history.attempts[0].losses) == set(range(24))
     assert set(history.attempts[1].losses) == set(range(24, 64))
     for name in ("tokens", "labels", "windows", "learning_rate"):
@@ -217,7 +217,6 @@ def test_exit_signal(trainer: Trainer, uninterrupted) -> None:
     assert_same_history(history, uninterrupted(flags))
 
 
-@pytest.mark.skip(reason="unfinished: reads the wrong log line")
 def test_skip_train(trainer: Trainer, uninterrupted) -> None:
     """An evaluation of a checkpoint of mid-run sees whole rows and changes nothing."""
     flags = f"{LADDER} --micro-batch-size 2"
@@ -232,8 +231,9 @@ def test_skip_train(trainer: Trainer, uninterrupted) -> None:
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     history.go_on()
     assert_same_history(history, uninterrupted(flags))
-    stock = trainer.train(f"{history.flags.replace(LADDER, '')} --skip-train --ckpt-step 3")
-    assert stock.log() and _validation_losses(evaluation) == _validation_losses(stock)
+    stock_flags = f"{history.flags.replace(LADDER, '')} --skip-train --ckpt-step 3"
+    stock = trainer.train(stock_flags, load=False)
+    assert _validation_losses(evaluation) == _validation_losses(stock) != []
 
 
 def _validation_losses(run: Run) -> list[str]:
