@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 from megatron_skyladder.layouts import GPUS_PER_NODE, Layout, estimated_gib, layout_of
 from megatron_skyladder.presets import PAPER_RUNS, TRAINING, ModelShape, PaperRun
@@ -44,11 +45,11 @@ class Variant:
 _DOCUMENTS = "--skyladder-intra-document"
 VARIANTS = {
     "constant": Variant(
-        "full causal attention from the first step; Random in the paper",
+        "full causal attention; Random in the paper",
         ("--skyladder-schedule constant",),
     ),
     "intra-document": Variant(
-        "attention ends where a document does; IntraDoc in the paper",
+        "attention ends where documents do; IntraDoc in the paper",
         ("--skyladder-schedule constant", _DOCUMENTS),
     ),
     "skyladder": Variant(
@@ -56,16 +57,16 @@ VARIANTS = {
         ("--skyladder-preset {run}",),
     ),
     "skyladder-intra-document": Variant(
-        "a window that grows, and documents masked; IntraDoc + SkyLadder in the paper",
+        "growing window, documents masked; IntraDoc + SkyLadder",
         ("--skyladder-preset {run}", _DOCUMENTS),
     ),
     "recommended": Variant(
-        "start at 8, grow over 64 % of the run: the paper's advice (60-64 %), not one of its runs",
+        "a window that starts at 8 and grows over 64 % of the run",
         ("--skyladder-preset recommended",),
         of_paper=False,
     ),
     "recommended-intra-document": Variant(
-        "the same with documents masked: the paper's advice, not one of its runs",
+        "the same, and attention ends where documents do",
         ("--skyladder-preset recommended", _DOCUMENTS),
         of_paper=False,
     ),
@@ -164,17 +165,15 @@ def _model_flags(run: PaperRun) -> Iterable[Flag]:
     yield Flag("--swiglu", table)
     yield Flag("--disable-bias-linear", table)
     yield Flag("--untie-embeddings-and-output-weights", table)
-    yield Flag(
-        "--attention-dropout 0", "the paper's code has no dropout; Megatron's default is 0.1"
-    )
+    yield Flag("--attention-dropout 0", "the paper's code; Megatron's default is 0.1")
     yield Flag("--hidden-dropout 0", "the same")
     yield Flag(
         f"--make-vocab-size-divisible-by {VOCAB_MULTIPLE}",
-        "ours: no padding of 32,000 at TP 1 to 8, so the paper's number of parameters",
+        "ours: 32,000 is not padded at TP 1 to 8",
     )
     yield Flag(
         "--skyladder-init reference",
-        "the paper's code: std sqrt(2/(5 hidden)); output projections 1/sqrt(hidden)/layers",
+        "the paper's code; std as in `skyladder plan --help`",
     )
 
 
@@ -298,7 +297,23 @@ def ramp_share(run: PaperRun) -> Fraction:
     return (run.seq_length - run.start_window) / (run.alpha * run.train_steps)
 
 
-# --- for people ----------------------------------------------------------------------------------
+# --- for people and programs ---------------------------------------------------------------------
+
+
+def to_json(found: Example) -> dict[str, Any]:
+    """Return the command line with its reasons as one object."""
+    layout, run = found.layout, PAPER_RUNS[found.run_name]
+    gib = None if found.shrunk else estimated_gib(run, layout, GPUS_PER_NODE)
+    return {
+        "run": found.run_name,
+        "variant": found.variant,
+        "of_paper": VARIANTS[found.variant].of_paper,
+        "gpu": found.gpu,
+        "gpus_per_replica": layout.gpus_per_replica,
+        "estimated_gib": gib,
+        "words": found.words,
+        "reasons": {f.text: f.reason for section in found.sections.values() for f in section},
+    }
 
 
 def to_text(found: Example) -> list[str]:
@@ -307,7 +322,7 @@ def to_text(found: Example) -> list[str]:
     variant = VARIANTS[found.variant]
     lines = [f"# {found.run_name}, {found.variant}: {variant.summary}"]
     if not variant.of_paper:
-        lines.append("# NOT a run of the paper.")
+        lines.append("# NOT a run of the paper, but its advice: start at 8, grow over 60 to 64 %.")
     lines.append(f"# Tables are those of {PAPER}, its code is github.com/sail-sg/SkyLadder.")
     if found.shrunk:
         lines.append("# Shrunk to the size of a test; the reasons are those of the full size.")
@@ -315,7 +330,7 @@ def to_text(found: Example) -> list[str]:
         gib = estimated_gib(run, found.layout, GPUS_PER_NODE)
         lines.append(
             f"# {run.train_steps:,} steps of 2**20 tokens; about {gib:.0f} GiB on each of "
-            f"{GPUS_PER_NODE} {found.gpu} by arithmetic, not measured"
+            f"{GPUS_PER_NODE} {found.gpu} by arithmetic, not measured."
         )
     width = max(len(flag.text) for section in found.sections.values() for flag in section)
     for heading, flags in found.sections.items():

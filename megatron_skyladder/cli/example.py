@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from megatron_skyladder import examples
@@ -56,6 +57,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--flags-only", action="store_true", help="one line without comments, for scripts."
     )
+    parser.add_argument("--json", action="store_true", help="flags and reasons as one object.")
     parser.add_argument(
         "--gpus-per-replica",
         action="store_true",
@@ -73,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
     if args.gpus_per_replica:
         print(found.layout.gpus_per_replica)
         return 0
+    if args.json:
+        print(json.dumps(examples.to_json(found), indent=2))
+        return 0
     print(" ".join(found.words) if args.flags_only else "\n".join(examples.to_text(found)))
     return 0
 
@@ -86,5 +91,8 @@ def _overview() -> list[str]:
             f"{run.seq_length:,} tokens, {run.train_steps:,} steps of {run.global_batch_size} rows"
         )
     lines += ["", "variants:"]
-    lines += [f"  {name:<27} {variant.summary}" for name, variant in examples.VARIANTS.items()]
+    for name, variant in examples.VARIANTS.items():
+        lines.append(f"  {name:<27} {variant.summary}")
+        if not variant.of_paper:
+            lines.append(f"  {'':<27} (the paper's advice, 60 to 64 %, not one of its runs)")
     return [*lines, "", "skyladder example RUN --variant VARIANT prints the flags."]

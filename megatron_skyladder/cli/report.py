@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
+
+DESCRIPTION = """\
+Read the console logs of runs and write one self-contained HTML page, and its pictures as PNG files:
+windows, losses against tokens, time and FLOPs, losses by context length, speed, attention,
+stability, settings. It needs the logs only; runs may still be going on, and a requeued run's
+attempts are put together.
+
+examples:
+  skyladder report runs/1b-8k-constant runs/1b-8k --output report
+  skyladder report before=old/slurm-17.out after=old/slurm-18.out
+  skyladder report runs/1b-8k --json | jq '.[0].validations[-1].by_length'
+"""
 
 
 def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
@@ -13,9 +26,9 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "report",
         help=help_text,
-        description="Read the console logs of runs and write one self-contained HTML page, and its "
-        "pictures as PNG files: windows, losses against tokens, time and FLOPs, losses by context "
-        "length, speed, stability, settings.",
+        usage="skyladder report [NAME=]RUN_DIR ... [--output DIR] [--json]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "runs",
@@ -30,6 +43,9 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         metavar="DIR",
         help="where the page and the pictures go (default: %(default)s)",
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print the figures as JSON and draw nothing"
+    )
     return parser
 
 
@@ -39,6 +55,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a log holds no training, or matplotlib is missing.
     """
+    if args.json:
+        from megatron_skyladder.report.curves import load_runs
+        from megatron_skyladder.report.tables import to_json
+
+        print(json.dumps(to_json(load_runs(args.runs)), indent=2))
+        return 0
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("report draws with matplotlib: pip install megatron-skyladder[plot].")
     from megatron_skyladder.report.curves import load_runs

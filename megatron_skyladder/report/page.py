@@ -33,7 +33,7 @@ img { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; vertical-align: top; padding: .25rem 1.2rem .25rem 0;
          border-bottom: 1px solid #e4e4e4; overflow-wrap: anywhere }
-th { font-weight: 600 } td.note { border: 0 }
+th { font-weight: 600 } th:first-child { min-width: 10rem } td.note { border: 0 }
 .scroll { overflow-x: auto }
 """
 

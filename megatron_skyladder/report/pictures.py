@@ -174,6 +174,8 @@ def attention(runs: list[Run]) -> Any:
             axes.plot(axis.values[measured], scale * values[measured], **style)
         along_run(axes, axis, *panels_of[name])
         axes.set_ylim(bottom=0)
+        if scale == 100:  # shares that are all 0 are no reason to look at thousandths
+            axes.set_ylim(top=max(1.0, axes.get_ylim()[1]))
     name_runs(figure, runs)
     return figure
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from megatron_skyladder.report.curves import Run
 from megatron_skyladder.report.stability import VOLATILITY_WIDTH, stability
+from megatron_skyladder.runlog import Validation
 
 # What a reader wants to know of a run, in this order, besides what differs.
 MAIN_SETTINGS = (
@@ -44,6 +46,7 @@ PLACES = (
     "tensorboard_dir",
     "data_cache_path",
     "wandb_exp_name",
+    "wandb_save_dir",
     "rank",
     "wandb_id",
 )
@@ -146,6 +149,40 @@ def stability_rows(runs: Sequence[Run]) -> list[Row]:
             "before clipping, values above 1 counted as 1",
         ),
     ]
+
+
+def to_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the figures of each run for other programs; None where a log does not tell."""
+    return [
+        {
+            "name": run.name,
+            "schedule": run.log.schedule,
+            "iterations": run.last.iteration,
+            "samples": run.last.consumed_samples,
+            "tokens": int(run.tokens[-1]) if run.log.seq_length else None,
+            "seconds": float(run.seconds[-1]),
+            "flops": None if run.flops is None else float(run.flops[-1]),
+            "gpus": run.log.num_gpus,
+            "training_loss": _final_training(run),
+            "validations": [_validation_json(record) for record in run.log.validations],
+            "stability": {
+                name: None if np.isnan(value) else value
+                for name, value in asdict(stability(run.losses, run.column("grad norm"))).items()
+            },
+        }
+        for run in runs
+    ]
+
+
+def _validation_json(record: Validation) -> dict[str, Any]:
+    bands = record.by_positions
+    return {
+        "iteration": record.iteration,
+        "dataset": record.dataset,
+        "loss": record.loss,
+        "by_length": {str(length): loss for length, loss in record.by_length.items()},
+        "by_positions": {f"{first}-{last}": loss for (first, last), loss in bands.items()},
+    }
 
 
 def differing_settings(runs: Sequence[Run]) -> list[Row]:

@@ -23,7 +23,6 @@ from megatron_skyladder.presets import PAPER_RUNS
 from megatron_skyladder.testing import ProcessPool, requires_megatron
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "pretrain.sh"
-PAPER_VARIANTS = [name for name, variant in VARIANTS.items() if variant.of_paper]
 # 32,000 tokens without the tokenizer's file
 DATA = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "32000", "--mock-data"]
 
@@ -224,7 +223,7 @@ def test_shrinking_keeps_the_kind_of_run() -> None:
 
 @requires_megatron
 @pytest.mark.parametrize("run_name", PAPER_RUNS)
-@pytest.mark.parametrize("variant", PAPER_VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_shrunk_example_trains(
     pool: ProcessPool, tmp_path: Path, run_name: str, variant: str
 ) -> None:
@@ -251,20 +250,14 @@ def _check_log(log: Path, variant: str, found: examples.Example) -> None:
     length = examples.SHRUNK_LENGTHS[PAPER_RUNS[found.run_name].seq_length]
     windows = [int(float(row[2])) for row in rows]
     # 2 tokens at first, all from 0.6528 (at 32K 0.65472) of 8 steps on
+    # the recommended ones: 8 tokens at first, all from 0.64 of 8 steps on
     full = -(-8 * 65 // 100)
-    if VARIANTS[variant].has_papers_ladder:
-        assert windows[0] == 2 and windows == sorted(windows)
-        assert windows[full - 1] < length and set(windows[full:]) == {length}
-    else:
+    if variant in ("constant", "intra-document"):
         assert set(windows) == {length}
-
-
-@requires_megatron
-def test_the_recommended_schedule_trains_too(pool: ProcessPool, tmp_path: Path) -> None:
-    found = example("120m-8k", "recommended", shrink=True)
-    arguments = {"words": found.words}
-    pool.run("example_bodies:train", num_processes=1, folder=tmp_path, arguments=arguments)
-    assert "linear 8 -> 128, fraction 0.64 of 8 steps" in (tmp_path / "log.0.txt").read_text()
+    else:
+        assert windows[0] == (2 if VARIANTS[variant].has_papers_ladder else 8)
+        assert windows == sorted(windows)
+        assert windows[full - 1] < length and set(windows[full:]) == {length}
 
 
 # --- the command and the launcher -----------------------------------------------------------------
@@ -277,6 +270,22 @@ def test_the_command_prints_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["example", "1b-8k", "--variant", "constant"]) == 0
     typed = [line.partition("#")[0] for line in capsys.readouterr().out.splitlines()]
     assert " ".join(typed).split() == words
+
+
+def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["example", "3b-8k", "--variant", "recommended", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["words"] == example("3b-8k", "recommended").words
+    assert found["reasons"]["--num-layers 28"] == "Table 12"
+    assert (found["gpus_per_replica"], found["of_paper"]) == (2, False)
+
+
+@pytest.mark.parametrize("shrink", [False, True])
+def test_text_fits_a_terminal(shrink: bool) -> None:
+    for run_name, gpu in LAYOUTS:
+        for variant in VARIANTS:
+            text = examples.to_text(example(run_name, variant, gpu=gpu, shrink=shrink))
+            assert max(map(len, text)) <= 100
 
 
 def test_the_command_lists_runs_and_variants(capsys: pytest.CaptureFixture[str]) -> None:

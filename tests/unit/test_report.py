@@ -1,6 +1,8 @@
 """From logs to curves, figures, tables and the page."""
 
+import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from megatron_skyladder.cli import main
 from megatron_skyladder.report.curves import Run, axes_of, load_runs
 from megatron_skyladder.report.drawing import smoothed
 from megatron_skyladder.report.pictures import PICTURES, Picture
-from megatron_skyladder.report.stability import loss_ratios, stability
+from megatron_skyladder.report.stability import Stability, loss_ratios, stability
 from megatron_skyladder.report.tables import differing_settings, summary
 from megatron_skyladder.runlog import parse
 from megatron_skyladder.schedules import WindowSchedule
@@ -173,6 +175,21 @@ def test_the_command_writes_one_page_that_needs_no_other_file(
     assert "<b>" not in page
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"report.html", *(f"{picture.name}.png" for picture in PICTURES)}
+
+
+def test_figures_for_other_programs(
+    runs: list[Run], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # nothing is drawn
+    assert main(["report", "--json", *(str(run.log.path) for run in runs)]) == 0
+    constant, ladder = json.loads(capsys.readouterr().out)
+    assert (constant["name"], ladder["name"]) == ("constant", "ladder")
+    assert constant["tokens"] == ladder["tokens"] == STEPS * BATCH * SEQ_LENGTH
+    assert ladder["flops"] < constant["flops"]
+    last = ladder["validations"][-1]
+    assert last["loss"] < constant["validations"][-1]["loss"]
+    assert last["by_length"][str(SEQ_LENGTH)] == pytest.approx(last["loss"], abs=0.01)
+    assert constant["stability"].keys() == {field.name for field in fields(Stability)}
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
