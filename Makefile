@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 EXTRAS := training,data,plot,dev
+SLURM_TOOLS := munged slurmctld slurmd sbatch shellcheck ip
+SLURM_PACKAGES := munge slurmctld slurmd slurm-client shellcheck iproute2
 
 .PHONY: help install demo test test-releases test-te test-slurm bench check format lint types clean
 
@@ -37,8 +39,9 @@ test-te: $(READY)  ## Transformer Engine, flash-attn and varlen with CPU stand-i
 	PYTHONPATH=. .venv-te/bin/python -m pytest tests/te
 
 test-slurm: $(READY)  ## jobs on a real Slurm on this machine (as root; installs it with apt)
-	@command -v slurmctld >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-	  apt-get install -y -qq --no-install-recommends munge slurmctld slurmd slurm-client; }
+	@for tool in $(SLURM_TOOLS); do command -v $$tool >/dev/null || missing=$$tool; done; \
+	  [ -z "$${missing:-}" ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); }
 	$(PYTEST) -m slurm tests/slurm
 
 bench: $(READY)  ## what SkyLadder costs and saves beside stock Megatron, as ratios

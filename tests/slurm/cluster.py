@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter")
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "shellcheck", "unshare", "nsenter")
 NODES = ("node0", "node1")
 CPUS = 128  # declared, as on a node of the examples
 GPUS = 2  # links to /dev/null
@@ -52,7 +52,7 @@ class Cluster:
         # unix sockets have at most 108 characters
         self.root = Path(tempfile.mkdtemp(prefix="slurm.", dir="/tmp"))
         self.root.chmod(0o755)  # munge wants its socket to be reachable
-        self._daemons: list[int] = []
+        self._daemons: dict[str, int] = {}  # name -> process id, in the order of their start
         self._network = _Network(self.root)
 
     def __enter__(self) -> Cluster:
@@ -113,8 +113,20 @@ class Cluster:
         """
         self.run("scancel", "--batch", "--signal=USR1", job, check=False)
 
-    def resume(self, node: str) -> None:
+    def fail(self, node: str) -> None:
+        """Let a node fail: everything on it is gone, and Slurm has noticed."""
+        slurmd = self._daemons.pop(node)
+        host = os.readlink(f"/proc/{slurmd}/ns/uts")
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                if os.readlink(process / "ns" / "uts") == host:
+                    os.kill(int(process.name), signal.SIGKILL)
+        (self.root / "run" / f"{node}.pid").unlink()
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    def repair(self, node: str) -> None:
         """Bring a node back."""
+        self._start_node(node)
         self.run("scontrol", "update", f"nodename={node}", "state=resume")
 
     # --- start and stop ---
@@ -132,17 +144,14 @@ class Cluster:
             *("munged", f"--key-file={munge / 'key'}", f"--socket={self.root / 'run/munge'}"),
             *(f"--pid-file={self.root / 'run/munged.pid'}", f"--log-file={munge / 'log'}"),
             f"--seed-file={munge / 'seed'}",
-            pid_file="munged.pid",
+            name="munged",
         )
         configuration = str(self.root / "etc/slurm.conf")
         self._daemon(
-            *self._as_host("ctl"), "slurmctld", "-c", "-f", configuration, pid_file="slurmctld.pid"
+            *self._as_host("ctl"), "slurmctld", "-c", "-f", configuration, name="slurmctld"
         )
         for node in NODES:
-            self._daemon(
-                *(*self._as_host(node), "slurmd", "-N", node, "-f", configuration),
-                pid_file=f"{node}.pid",
-            )
+            self._start_node(node)
         wait_until(
             lambda: (
                 self.run("sinfo", "-h", "-p", "batch", "-t", "idle", "-o", "%D", check=False)
@@ -152,15 +161,19 @@ class Cluster:
             START_SECONDS,
         )
 
-    def _daemon(self, *words: str, pid_file: str) -> None:
+    def _start_node(self, node: str) -> None:
+        configuration = str(self.root / "etc/slurm.conf")
+        self._daemon(*(*self._as_host(node), "slurmd", "-N", node, "-f", configuration), name=node)
+
+    def _daemon(self, *words: str, name: str) -> None:
         """Start something that puts itself into the background."""
-        output = self.root / "log" / f"{pid_file}.out"
+        output = self.root / "log" / f"{name}.out"
         with output.open("w") as file:  # not a pipe: the daemon would keep it open
             code = subprocess.run(words, stdout=file, stderr=file, timeout=START_SECONDS).returncode
         assert code == 0, f"{' '.join(words)}: {output.read_text()}"
-        path = self.root / "run" / pid_file
-        wait_until(lambda: path.exists() and path.read_text().strip() != "", pid_file, 10)
-        self._daemons.append(int(path.read_text()))
+        path = self.root / "run" / f"{name}.pid"
+        wait_until(lambda: path.exists() and path.read_text().strip() != "", path.name, 10)
+        self._daemons[name] = int(path.read_text())
 
     def _as_host(self, name: str) -> list[str]:
         """Return what runs a command with its own hostname and /etc/hosts."""
@@ -198,7 +211,9 @@ class Cluster:
             self.run("scancel", "--full", "--user=root", check=False)
             with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
                 wait_until(lambda: not self.run("squeue", "-h", check=False), "jobs to end", 30)
-        for pid in reversed(self._daemons):  # munged last: the others sign messages to the end
+        for pid in reversed(
+            self._daemons.values()
+        ):  # munged last: the others sign messages to the end
             _end(pid, self.root)
         self._daemons.clear()
         self._network.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,9 @@ def test_a_crash_loop_ends_with_the_reason_on_top(cluster: Cluster, jobs: Jobs) 
     assert (run.attempt_folder(3) / "leaving").exists()
 
 
-def test_the_examples_pass_sbatch(jobs: Jobs, tmp_path: Path) -> None:
+def test_the_examples_pass_sbatch_and_shellcheck(jobs: Jobs, tmp_path: Path) -> None:
     """On this cluster's two nodes with two fake GPUs each."""
+    subprocess.run(["shellcheck", str(REPOSITORY / "slurm" / "job.sbatch")], check=True)
     examples = sorted((REPOSITORY / "examples" / "slurm").glob("*.ini"))
     several = iter([(), ("--chain", "4"), ("--array", "4")])
     for path in examples:
@@ -101,6 +103,7 @@ def test_the_examples_pass_sbatch(jobs: Jobs, tmp_path: Path) -> None:
         done = jobs.command(str(path), *words, "--", "--context-parallel-size", "1")
         assert done.returncode == 0, done.stderr
         assert "to start at" in done.stderr
+        subprocess.run(["shellcheck", "-"], input=done.stdout, text=True, check=True)
     assert next(several, None) is None
     refused = jobs.command(str(path), *words, "--partition", "gone")
     assert refused.returncode == 1

@@ -1,7 +1,8 @@
 """What the jobs of test_training.py run: Megatron's trainer, recorded, waiting where a test says.
 
-SKYLADDER_TEST_HOLD=ATTEMPT:STEP    in this attempt, stop in front of this step until the file
-                                    RUN/release.ATTEMPT is there
+SKYLADDER_TEST_HOLD="STEP STEP ..."    the first attempt stops in front of the first of these steps
+until it is asked to leave, the second attempt in front of the second, and so on; each rank says so
+with a file ATTEMPT/held.RANK
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from megatron_skyladder import clock, pretrain_gpt
 from megatron_skyladder.slurm.rank import ATTEMPT_VARIABLE, RUN_VARIABLE
 
 RUN = Path(os.environ[RUN_VARIABLE])
-ATTEMPT = int(Path(os.environ[ATTEMPT_VARIABLE]).name)
+ATTEMPT = Path(os.environ[ATTEMPT_VARIABLE])
+NUMBER = int(ATTEMPT.name)
 RANK = int(os.environ["RANK"])
 
 
 def main() -> None:
     """Train."""
-    attempt, step = map(int, os.environ.get("SKYLADDER_TEST_HOLD", "0:0").split(":"))
-    held_at = step if attempt == ATTEMPT else None
+    holds = [int(step) for step in os.environ.get("SKYLADDER_TEST_HOLD", "").split()]
+    held_at = holds[NUMBER - 1] if len(holds) >= NUMBER else None
     record = (RUN / f"losses.{RANK}.jsonl").open("a", buffering=1)
     forward_step, loss_func = pretrain_gpt.forward_step, pretrain_gpt.loss_func
     seen: list[tuple[int, int]] = []
@@ -38,7 +40,7 @@ def main() -> None:
         from megatron.training import get_signal_handler
 
         if model.training and step_and_samples()[0] == held_at:
-            (RUN / f"held.{RANK}").touch()
+            (ATTEMPT / f"held.{RANK}").touch()
             while not get_signal_handler()._signal_received:
                 time.sleep(0.05)
         return forward_step(data_iterator, model, *args)
@@ -48,7 +50,7 @@ def main() -> None:
             place = step_and_samples()
             seen.append(place)
             entry = {
-                "attempt": ATTEMPT,
+                "attempt": NUMBER,
                 "step": place[0],
                 "micro_batch": seen.count(place) - 1,
                 "loss": (losses.detach().double() * loss_mask).sum().item(),
