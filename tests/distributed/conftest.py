@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
+from histories import RESHARDABLE, History
 from runs import Trainer
 
 from megatron_skyladder.testing import ProcessPool
@@ -21,3 +23,16 @@ def pool() -> Iterator[ProcessPool]:
 def trainer(pool: ProcessPool, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """Starts recorded runs."""
     return Trainer(pool, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(trainer: Trainer) -> Callable[..., History]:
+    """Whole runs, one per set of flags."""
+
+    @cache
+    def run(flags: str, num_processes: int = 1) -> History:
+        history = History(trainer, flags, num_processes)
+        history.go_on(f"--save-interval 100 {RESHARDABLE}")
+        return history
+
+    return run

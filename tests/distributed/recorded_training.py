@@ -30,6 +30,7 @@ def train(
     kill: dict[str, Any] | None = None,
     script: str | None = None,
     prefetch: int | None = None,
+    replay: bool = False,
     broken: str | None = None,
 ) -> None:
     """Train as one rank and record.
@@ -42,10 +43,12 @@ def train(
         kill: send this process a signal, see `_Killer`.
         script: run this ``pretrain_gpt.py`` of a Megatron checkout instead of ours.
         prefetch: batches that each worker of the data loader reads ahead.
+        replay: let Megatron's rerun state machine run every step twice.
         broken: a function of `breakages` to call: a bug that a test has to notice.
     """
     recorder = _Recorder(Path(folder), _Killer(**kill) if kill else None)
     recorder.wrap_train_step(gradients)
+    recorder.wrap_replays()
     recorder.wrap_checkpoints()
     if broken is not None:
         import breakages
@@ -53,6 +56,8 @@ def train(
         getattr(breakages, broken)()
     if prefetch is not None:
         _read_ahead(prefetch)
+    if replay:
+        _replay_every_step()
     if script is not None:
         _run_script(script, flags)
         return
@@ -138,8 +143,6 @@ class _Recorder:
                 return step()
 
             optimizer.step = recorded_step
-            self.forwards.clear()
-            self.losses = 0
             result = original(forward, data, model, optimizer, *args, **kw)
             del optimizer.step
             losses, *_, grad_norm, _, _ = result
@@ -154,6 +157,19 @@ class _Recorder:
             return result
 
         training.train_step = train_step
+
+    def wrap_replays(self) -> None:
+        """Count micro-batches anew whenever a step begins, or is run again."""
+        from megatron.core.rerun_state_machine import RerunStateMachine
+
+        original = RerunStateMachine.should_run_forward_backward
+
+        def should_run_forward_backward(*args: Any) -> bool:
+            self.forwards.clear()
+            self.losses = 0
+            return original(*args)
+
+        RerunStateMachine.should_run_forward_backward = should_run_forward_backward
 
     def wrap_checkpoints(self) -> None:
         from megatron.training import training
@@ -350,6 +366,14 @@ def _read_ahead(depth: int) -> None:
         original(self, *args, prefetch_factor=depth, **kwargs)
 
     loader.__init__ = __init__
+
+
+def _replay_every_step() -> None:
+    """Choose the mode of --rerun-mode report_stats, whose name Megatron's own enumeration lacks."""
+    from megatron.core.rerun_state_machine import RerunMode
+    from megatron.training import initialize
+
+    initialize.RerunMode = lambda _: RerunMode.REPORT_DETERMINISM_STATS
 
 
 def _run_script(script: str, flags: list[str]) -> None:

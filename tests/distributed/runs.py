@@ -26,7 +26,7 @@ BASE_FLAGS = (
     f"--num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 "
     f"--seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
     f"--position-embedding-type rope --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} "
-    f"--make-vocab-size-divisible-by 64 --global-batch-size {GLOBAL_BATCH_SIZE} "
+    "--make-vocab-size-divisible-by 64 "
     "--lr 1e-3 --lr-decay-style cosine --lr-warmup-samples 8 --lr-decay-samples 400 --min-lr 1e-5 "
     "--attention-dropout 0 --hidden-dropout 0 --seed 1 --init-method-std 0.2 --log-interval 1 "
     "--eval-iters 0 --eval-interval 100 --num-workers 0 --split 100,0,0 --ckpt-format torch_dist"
@@ -179,6 +179,7 @@ class Trainer:
         num_processes: int = 1,
         architecture: str = "llama",
         load: bool = True,
+        global_batch_size: int | None = GLOBAL_BATCH_SIZE,
         exit_codes: tuple[int, ...] = (0,),
         environment: dict[str, str] | None = None,
         **options: Any,
@@ -190,6 +191,7 @@ class Trainer:
             num_processes: ranks.
             architecture: a key of ``ARCHITECTURES``.
             load: whether to begin from `initial_weights`.
+            global_batch_size: None where the flags say it.
             exit_codes: what the ranks may end with.
             environment: set in every rank.
             options: of `recorded_training.train`.
@@ -197,6 +199,8 @@ class Trainer:
         start = ""
         if load:
             start = f"--load {self.initial_weights(architecture)} --finetune"
+        if global_batch_size is not None:
+            start += f" --global-batch-size {global_batch_size}"
         data = f"--data-path {self.documents} --data-cache-path {self.folder / 'cache'}"
         words = f"{BASE_FLAGS} {ARCHITECTURES[architecture]} {data} {start} {flags}".split()
         run = Run(self.new_folder("run"))
