@@ -15,20 +15,31 @@ from megatron_skyladder.slurm import script
 from megatron_skyladder.slurm.settings import DEFAULT_ENTRY, Settings, from_file
 
 DESCRIPTION = """\
-Print the job script for a run described by an example file (see examples/slurm/), after checking
-it: the layout against the number of GPUs, the script with sbatch --test-only where there is one.
-With --submit: write the run folder and submit it.
+Print the job script for a run described by an example file (copy one of examples/slurm/), after
+checking it: the layout against the number of GPUs, the script with sbatch --test-only where there
+is one. With --submit: write the run folder and submit it.
 
-A run goes on until it is finished. Ahead of a job's time limit it saves and is requeued; after
-preemption or a node failure SLURM brings it back; it resumes from the newest complete checkpoint.
-Where jobs may not requeue themselves, --chain N submits N jobs that run one after the other, and
---array N makes them one job array. RUN/status.txt says how things stand, on its first line.
+A run goes on until it is finished:
+  time limit near            the ranks save, then the job is requeued
+  preemption, requeue        the ranks save if KillWait allows; SLURM brings the job back
+  node failure               SLURM brings the job back
+  incomplete checkpoint      set aside and named; the newest complete one is loaded
+  failures in a row          after max-tries of them it gives up
+  touch RUN/stop             the ranks save; nothing goes on until you remove it and submit again
+  scancel                    the ranks save; the job does not come back
+Where jobs may not requeue themselves: --chain or --array. Details: docs/slurm.md.
+
+RUN, the run folder, has
+  status.txt                 how things stand, on its first line; then every attempt
+  attempts/001/rank.0000.log what rank 0 printed in the first attempt
+  checkpoints, tensorboard, slurm-JOB.out, settings.json, job.sbatch
 """
 
 EPILOG = """\
 examples:
-  skyladder slurm examples/slurm/1b-8k.ini
+  skyladder slurm examples/slurm/1b-8k.ini                    # look at it; nothing is written
   skyladder slurm examples/slurm/1b-8k.ini --nodes 4 --partition a100 --time 12:00:00 --submit
+  head -1 runs/1b-8k/status.txt
   skyladder slurm examples/slurm/1b-8k.ini --variant constant --run-dir runs/constant --submit
   skyladder slurm examples/slurm/1b-8k.ini --chain 10 --submit -- --save-interval 1000
 """
