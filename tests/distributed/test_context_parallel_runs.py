@@ -43,6 +43,10 @@ LAYOUTS = {
     "cp2-tp2": (4, "--tensor-model-parallel-size 2"),
     "cp2-tp2-sp": (4, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "cp2-pp2": (4, "--pipeline-model-parallel-size 2"),
+    "cp2-pp2-vpp2": (
+        4,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
     "cp2-dp2": (4, ""),
     "cp2-dp2-distopt": (4, "--use-distributed-optimizer --overlap-grad-reduce"),
 }
@@ -72,7 +76,7 @@ CASES = (
     Case("cp2-tp2", 2, "selective", "llama", "ragged+documents"),
     Case("cp2-tp2-sp", 1, "uniform", "llama", "sliding+documents"),
     Case("cp2-pp2", 2, "block", "llama", "ragged+documents"),
-    Case("cp2-pp2", 1, "selective", "gpt", "sliding+documents"),
+    Case("cp2-pp2-vpp2", 1, "selective", "gpt", "sliding+documents"),
     Case("cp2-dp2", 2, "none", "gpt", "ragged"),
     Case("cp2-dp2-distopt", 1, "uniform", "llama", "documents"),
 )
