@@ -54,7 +54,8 @@ class Report:
         try:
             find()
         except (ValueError, MegatronMismatchError) as error:
-            self.problems.append(str(error))
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
 
 
 def examine(flags: argparse.Namespace, launch_flags: list[str]) -> Report:
@@ -76,6 +77,7 @@ def examine(flags: argparse.Namespace, launch_flags: list[str]) -> Report:
     report.try_to(lambda: _backend(report, flags))
     report.run["flags"] = " ".join(launch_flags) or "none given"
     report.try_to(lambda: _way_in_and_schedule(report, flags, launch_flags))
+    report.try_to(lambda: _script(report, flags, launch_flags))
     return report
 
 
@@ -229,6 +231,17 @@ def _way_in_and_schedule(
     assert config is not None
     report.run["schedule"] = config.fingerprint
     conflicts.check(flags)
+
+
+def _script(report: Report, flags: argparse.Namespace, launch_flags: list[str]) -> None:
+    stock = report.run["way in"] == "the entry point"
+    named = any(Path(word).name == "pretrain_gpt.py" for word in launch_flags)
+    if stock and named and is_requested(flags):
+        raise ValueError(
+            "pretrain_gpt.py knows the --skyladder-* flags only in a patched checkout, and this "
+            "Megatron is none (see Ways in). Patch it, or launch -m "
+            "megatron_skyladder.pretrain_gpt."
+        )
 
 
 def fingerprint_of_rank(report: Report) -> dict[str, str]:

@@ -5,12 +5,17 @@ main). They are copied before anything is done to them. About four minutes for e
 Megatron needs to build its dataset helpers (make, a C++ compiler, pybind11).
 """
 
+import os
 import shutil
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from launches import DOCUMENTS_MASKED, LADDER, figures, launch, require
+from launches import DOCUMENTS_MASKED, LADDER, REPOSITORY, figures, launch, require
 
 from megatron_skyladder import releases
 from megatron_skyladder.cli import main as skyladder
@@ -23,6 +28,11 @@ LAYOUTS = {
     "pp4": ["--pipeline-model-parallel-size", "4"],
     "cp2": ["--context-parallel-size", "2"],
 }
+OWN_TESTS = (  # of the files that the patch touches; older releases have fewer
+    *("test_argument_utils.py", "test_training.py", "test_model_parallel_config.py", "training"),
+    *("test_eval_batch_size.py", "test_start_eval_at_iter.py", "data/test_get_batch.py"),
+    "test_num_floating_point_operations.py",
+)
 SPEC = ["--spec", "megatron_skyladder.layer_specs", "skyladder"]
 TAGS = [release.checkout.split()[0] for release in releases.RELEASES.values()]
 
@@ -39,7 +49,7 @@ def checkouts(request, tmp_path_factory):
     source = require(VARIABLE, request.param, "a folder with Megatron-LM checkouts by tag")
     pytest.importorskip("pybind11", reason="Megatron builds its dataset helpers with pybind11")
     parent = tmp_path_factory.mktemp(request.param)
-    ignored = shutil.ignore_patterns(".git", "__pycache__", "tests", "docs", "examples")
+    ignored = shutil.ignore_patterns(".git", "__pycache__", "functional_tests", "docs", "examples")
     for name in ("stock", "patched"):
         shutil.copytree(source, parent / name, ignore=ignored, symlinks=True)
     assert skyladder(["patch", "apply", str(parent / "patched")]) == 0
@@ -84,6 +94,38 @@ def test_revert_gives_the_checkout_back(checkouts, tmp_path):
         assert restored.stat().st_mode == path.stat().st_mode
 
 
+def own_outcomes(checkout, report):
+    """Run Megatron's own tests in a checkout; return how each ended, by its name."""
+    tests = checkout / "tests" / "unit_tests"
+    words = [str(tests / name) for name in OWN_TESTS if (tests / name).exists()]
+    words += ["--override-ini", "addopts=", "--junit-xml", str(report)]
+    runner = str(Path(__file__).with_name("own_tests.py"))
+    subprocess.run(
+        [sys.executable, "-m", "megatron_skyladder.cpu_engine", runner, *words],
+        cwd=checkout,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(checkout), str(REPOSITORY)]),
+            "MASTER_PORT": "0",  # any that is free
+            "HTTPS_PROXY": "http://localhost:9",  # they run without the data they would download
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=1800,
+    )
+    return {
+        f"{case.get('classname')}::{case.get('name')}": [child.tag for child in case]
+        for case in ElementTree.parse(report).iter("testcase")
+    }
+
+
+def test_megatrons_own_tests_end_as_in_the_stock_checkout(checkouts, tmp_path):
+    stock = own_outcomes(checkouts / "stock", tmp_path / "stock.xml")
+    patched = own_outcomes(checkouts / "patched", tmp_path / "patched.xml")
+    assert patched == stock
+    assert sum(not problems for problems in stock.values()) > 10  # the others need GPUs
+
+
 def test_without_our_flags_the_patch_changes_no_bit(checkouts, data, tmp_path):
     results = []
     for name in ("stock", "patched"):
@@ -107,8 +149,12 @@ def test_the_patched_script_trains_as_our_entry_point(checkouts, data, entry_poi
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "cp2"])
-def test_spec_alone_brings_the_ladder(checkouts, data, entry_point, layout):
+def test_spec_alone_brings_the_ladder(checkouts, data, entry_point, layout, tmp_path):
     variables = {"SKYLADDER_START_WINDOW": "8"}
+    if layout == "cp2":  # the same from a file
+        settings = tmp_path / "flags.txt"
+        settings.write_text("--skyladder-start-window 8  # tokens\n")
+        variables = {"SKYLADDER_CONFIG": str(settings)}
     log, text = run_script(data, checkouts / "stock", layout, *SPEC, environment=variables)
     assert "mask probe passed" in text and "documents are not masked: --spec" in text
     assert figures(log) == entry_point(tuple(LADDER), layout)

@@ -88,6 +88,18 @@ def test_a_checkout_that_is_patched_in_part_or_does_not_fit(tmp_path, megatron, 
     assert code == 1 and "patched in part. Complete it: skyladder patch" in report["problems"][0]
 
 
+def test_our_flags_for_a_script_that_is_not_patched(tmp_path, megatron, capsys):
+    tree = write_tree(tmp_path)
+    megatron(doctor.releases.megatron_in(tree))
+    words = [f"{tree}/pretrain_gpt.py", *LAUNCH]
+    assert ask(capsys, *words)[0] == 0
+    code, report = ask(capsys, *words, "--skyladder-start-window", "8")
+    assert code == 1 and "flags only in a patched checkout" in report["problems"][0]
+    main(["patch", "apply", str(tree)])
+    capsys.readouterr()
+    assert ask(capsys, *words, "--skyladder-start-window", "8")[0] == 0
+
+
 def test_an_untested_megatron(tmp_path, megatron, capsys):
     megatron(doctor.releases.megatron_in(write_megatron(tmp_path, "0.12.0")))
     code, report = ask(capsys)
@@ -146,6 +158,14 @@ def test_no_gpu(tmp_path, megatron, monkeypatch, capsys):
     code, report = ask(capsys)
     assert code == 1 and "SKYLADDER_DEVICE=cpu" in report["problems"][0]
     assert report["run"]["device"] == "none"
+
+
+def test_a_device_that_is_unknown_is_one_problem(tmp_path, megatron, monkeypatch, capsys):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    monkeypatch.setenv("SKYLADDER_DEVICE", "gpu")
+    code, report = ask(capsys)
+    assert code == 1
+    assert report["problems"] == ["SKYLADDER_DEVICE=gpu is unknown. Set it to cpu or cuda."]
 
 
 def test_gpus_are_counted(monkeypatch, tmp_path, megatron, capsys):
