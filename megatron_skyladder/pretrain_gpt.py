@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from functools import partial
 from typing import Any
 
@@ -125,11 +126,22 @@ def main() -> None:
         cpu_engine.install_or_check_device()
         _launch()
     except (ValueError, releases.MegatronMismatchError) as error:
-        if os.environ.get("SKYLADDER_TRACEBACK"):
+        if os.environ.get("SKYLADDER_TRACEBACK") or not _says_it_all(error):
             raise
         if os.environ.get("RANK", "0") == "0":
             logger.error("error: %s", error)
         sys.exit(2)
+
+
+def _says_it_all(error: BaseException) -> bool:
+    """Return whether we refuse to start, the same on every rank: nobody needs the traceback.
+
+    What goes wrong elsewhere, or once training runs, may be news of this rank alone.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_by: str = frames[-1].f_globals.get("__name__", "")
+    training = any(frame.f_code is forward_step.__code__ for frame in frames)
+    return raised_by.startswith("megatron_skyladder.") and not training
 
 
 def _launch() -> None:
