@@ -19,7 +19,7 @@ from megatron_skyladder.slurm.settings import Environment, Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = 120
-# Saves for half a second once asked to leave. Listens late, as Megatron does; leaves slowly.
+# Saves for half a second once asked to leave. Listens late, as Megatron does.
 PATIENT = """\
 import atexit, os, pathlib, signal, sys, time
 rank, asked = os.environ["RANK"], []
@@ -34,7 +34,8 @@ while not asked:
     time.sleep(0.05)
 time.sleep(0.5)
 (here / f"saved.{rank}").touch()
-atexit.register(time.sleep, float(os.environ.get("LEAVING_SECONDS", "0")))
+handler = here / f"handler.{rank}"
+atexit.register(lambda: handler.write_text(repr(signal.getsignal(signal.SIGTERM))))
 sys.exit(0)
 """
 
@@ -152,17 +153,15 @@ def test_a_script_finds_its_neighbours(ranks: Ranks) -> None:
 
 def test_a_rank_that_does_not_listen_yet_or_any_longer_is_not_killed(ranks: Ranks) -> None:
     ranks.script.write_text(PATIENT)
-    ranks.environment["LEAVING_SECONDS"] = "0.5"
     rank = ranks.start("rank", str(ranks.script))
     ranks.wait_for("up.0")
     rank.send_signal(signal.SIGTERM)
     (ranks.run.path / "listen").touch()
     ranks.wait_for("listening.0")
     rank.send_signal(signal.SIGTERM)
-    ranks.wait_for("saved.0")
-    time.sleep(0.2)
-    rank.send_signal(signal.SIGTERM)
     assert rank.wait(SECONDS) == 0
+    assert (ranks.run.path / "saved.0").exists()
+    assert "SIG_IGN" in (ranks.run.path / "handler.0").read_text()
 
 
 # --- a node ---------------------------------------------------------------------------------------
@@ -195,7 +194,7 @@ def test_ranks_are_asked_to_save(ranks: Ranks, way: str) -> None:
     running = ranks.node(PATIENT)
     ranks.wait_for("up.0", "up.1")
     WAYS[way](ranks, running)
-    time.sleep(0.2)
+    time.sleep(node.POLL_SECONDS + 0.5)
     (ranks.run.path / "listen").touch()
     assert running.wait(SECONDS) == 0
     ranks.wait_for("saved.0", "saved.1")
