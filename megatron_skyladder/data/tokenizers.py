@@ -89,8 +89,9 @@ class SlowTokenizer:
                 self.path, trust_remote_code=self.trust_remote_code
             )
         except Exception as error:
+            where = "" if Path(self.path).exists() else " (not here, so taken for a hub name)"
             raise ValueError(
-                f"--tokenizer-model={self.path} could not be loaded by transformers: {error}"
+                f"--tokenizer-model={self.path}{where} could not be loaded by transformers: {error}"
             ) from error
         _fill_in_special_tokens(wrapped)
         return wrapped

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ LAYOUTS = {
     "dp2": (2, ""),
 }
 DATA = "--split 50,50,0 --micro-batch-size 2"
+HAS_WANDB = importlib.util.find_spec("wandb") is not None
 TOLERANCE = 2e-6  # relative; the log has seven digits
 
 
@@ -196,11 +200,14 @@ def attention_of(log: RunLog) -> list[tuple[float, ...]]:
 
 @pytest.fixture(scope="module")
 def measured_by_one(watched: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of one process that measures its attention, with TensorBoard."""
+    """A run of one process that measures its attention, with TensorBoard and W&B, offline."""
     folder = tmp_path_factory.mktemp("tensorboard")
+    wandb = f"--wandb-project p --wandb-exp-name n --wandb-save-dir {folder}" if HAS_WANDB else ""
     run = watched.train(
         f"{STATISTICS} --micro-batch-size 4 --tensorboard-dir {folder} "
-        f"{DATA.split(' --')[0]} --eval-iters 2 --eval-interval 2 --skyladder-eval-lengths 16"
+        f"{DATA.split(' --')[0]} --eval-iters 2 --eval-interval 2 --skyladder-eval-lengths 16 "
+        f"{wandb}",
+        environment={"WANDB_MODE": "offline"},
     )
     run.tensorboard = folder  # type: ignore[attr-defined]
     return run
@@ -264,3 +271,15 @@ def test_tensorboard_has_every_layer_and_length(measured_by_one: Run) -> None:
     assert "skyladder/loss_at_16 validation" in tags
     windows = [(event.step, event.value) for event in events.Scalars("skyladder/window")]
     assert windows == [(1, 20.0), (2, 42.0), (3, 64.0), (4, 64.0)]
+
+
+@pytest.mark.skipif(not HAS_WANDB, reason="needs wandb")
+def test_wandb_has_every_layer_and_length(measured_by_one: Run) -> None:
+    folder: Path = measured_by_one.tensorboard  # type: ignore[attr-defined]
+    (recorded,) = folder.rglob("run-*.wandb")  # W&B's own process wrote it
+    names = set(
+        re.findall(rb"skyladder/[a-z_]+(?:/layer_\d|\d+ validation)?", recorded.read_bytes())
+    )
+    layers = {f"skyladder/{name}/layer_{layer}" for name in ATTENTION for layer in range(1, 5)}
+    values = {"skyladder/window", "skyladder/tflops_per_gpu", "skyladder/loss_at_16 validation"}
+    assert {name.encode() for name in layers | values} <= names
