@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,7 +72,10 @@ def main(words: list[str]) -> int:
     told: set[int] = set()
     while torchrun.poll() is None:
         if came or any(path.exists() for path in watched):
-            told |= tell_ranks(torchrun.pid, told)
+            for rank in listening_ranks(torchrun.pid) - told:
+                with contextlib.suppress(ProcessLookupError):  # it has ended
+                    os.kill(rank, signal.SIGTERM)
+                told.add(rank)
         time.sleep(POLL_SECONDS)
     _ignore_signals()  # Python, as it ends, would let them kill us
     return torchrun.returncode if torchrun.returncode >= 0 else 128 - torchrun.returncode
@@ -85,35 +89,25 @@ def _note_signals() -> list[int]:
     return came
 
 
-def tell_ranks(torchrun: int, told: set[int]) -> set[int]:
-    """Send SIGTERM to torchrun's children, which are the ranks, once they listen for it.
+def listening_ranks(torchrun: int) -> set[int]:
+    """Return the process ids of torchrun's children, the ranks, that have a handler for SIGTERM.
 
-    Before that, and when they are on their way out, they ignore it or would die of it.
-
-    Args:
-        torchrun: its process id.
-        told: ranks that have got it.
-
-    Returns:
-        Those that got it now.
+    Before training installs it, they ignore the signal and would not know later that it came.
     """
-    now = set()
-    for children in Path(f"/proc/{torchrun}/task").glob("*/children"):
-        for child in map(int, children.read_text().split()):
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended
-                if child not in told and _listens(child):
-                    os.kill(child, signal.SIGTERM)
-                    now.add(child)
-    return now
+    children: set[int] = set()
+    for thread in Path(f"/proc/{torchrun}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            children.update(map(int, thread.read_text().split()))
+    return {child for child in children if _listens(child)}
 
 
 def _listens(process: int) -> bool:
-    """Whether a process has a handler for SIGTERM."""
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "SigCgt":
-            return bool(int(value, 16) >> (signal.SIGTERM - 1) & 1)
-    return False
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # it has ended
+    caught = re.search(r"^SigCgt:\s*(\w+)$", status, flags=re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def _ignore_signals() -> None:
