@@ -13,7 +13,10 @@ Runs on the CPU engine whatever the machine has.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
 import importlib
+import inspect
 import json
 import os
 import signal
@@ -61,6 +64,16 @@ def _prepare() -> None:
             importlib.import_module(name)
         except ImportError:  # another release: the job itself will say what it lacks
             traceback.print_exc()
+    _fork_checkpoint_helpers()
+
+
+def _fork_checkpoint_helpers() -> None:
+    """Let each rank that saves fork the process that holds its queue; a new one imports torch."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    original = filesystem_async.get_write_results_queue
+    if "mp_mode" in inspect.signature(original).parameters:
+        filesystem_async.get_write_results_queue = functools.partial(original, mp_mode="fork")
 
 
 def _run(job: dict[str, Any], answers: IO[str]) -> list[int]:
@@ -69,24 +82,30 @@ def _run(job: dict[str, Any], answers: IO[str]) -> list[int]:
     for rank in range(job["num_processes"]):
         child = os.fork()
         if child == 0:
+            os.setpgid(0, 0)
             answers.close()
             _be_rank(rank, job)  # does not return
+        os.setpgid(child, child)  # here too: whoever comes first
         ranks[child] = rank
     exit_codes: dict[int, int] = {}
     deadline = time.monotonic() + job["timeout_seconds"]
-    while len(exit_codes) < len(ranks):
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child in ranks:
-            exit_codes[ranks[child]] = os.waitstatus_to_exitcode(status)
-        late = time.monotonic() > deadline
-        if late or any(exit_codes.values()):
-            for child, rank in ranks.items():
-                if rank not in exit_codes:
-                    os.kill(child, signal.SIGKILL)
-                    os.waitpid(child, 0)
-                    exit_codes[rank] = TIMED_OUT if late else -signal.SIGKILL
-        elif child == 0:
-            time.sleep(POLL_SECONDS)
+    try:
+        while len(exit_codes) < len(ranks) and not any(exit_codes.values()):
+            child, status = os.waitpid(-1, os.WNOHANG)
+            if child in ranks:
+                exit_codes[ranks[child]] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                exit_codes |= {r: TIMED_OUT for r in ranks.values() if r not in exit_codes}
+            else:
+                time.sleep(POLL_SECONDS)
+    finally:
+        for child in ranks:  # and the processes it started, when interrupted as well
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+    for child, rank in ranks.items():
+        with contextlib.suppress(ChildProcessError):  # waited for above
+            os.waitpid(child, 0)
+        exit_codes.setdefault(rank, -signal.SIGKILL)
     return [exit_codes[rank] for rank in range(len(ranks))]
 
 
