@@ -260,6 +260,39 @@ def _check_log(log: Path, variant: str, found: examples.Example) -> None:
         assert windows[full - 1] < length and set(windows[full:]) == {length}
 
 
+# --- docs/reproduce.md ----------------------------------------------------------------------------
+
+
+def test_tests_that_the_docs_name_exist() -> None:
+    text = (LAUNCHER.parents[1] / "docs" / "reproduce.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+/)?(test_\w+\.py)`", text)
+    assert len(named) > 20
+    for folder, name in named:
+        assert (LAUNCHER.parents[1] / (folder or "tests/unit/") / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "1b-32k --skyladder-schedule stepwise",
+        "1b-32k --skyladder-schedule sinusoidal",
+        "1b-32k --skyladder-schedule exponential",
+        "1b-32k --skyladder-preset continual",
+        *(f"120m-8k --skyladder-alpha {rate}" for rate in ("1", "1/2", "1/4", "1/12")),
+        "120m-8k --skyladder-start-window 8",
+        "1b-8k --skyladder-mask sliding",
+        "1b-8k --skyladder-schedule cyclic --skyladder-expand-fraction 0.64",
+        "1b-8k --skyladder-schedule cyclic-jump --skyladder-expand-fraction 0.64",
+        "1b-8k --skyladder-schedule reversed --skyladder-expand-fraction 0.64",
+    ],
+)
+def test_flags_behind_an_example_win(words: str) -> None:
+    """The runs behind the paper's other tables, as docs/reproduce.md has them."""
+    run_name, *changes = words.split()
+    flags = [*example(run_name, "skyladder").words, "--vocab-size", "32000", *changes]
+    assert main(["plan", *flags]) == 0
+
+
 # --- the command and the launcher -----------------------------------------------------------------
 
 
