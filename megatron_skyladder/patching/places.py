@@ -132,12 +132,21 @@ def _statement(function: Function, place: Place) -> ast.stmt:
             f"{place.file}: {_where(place)} is there {len(found)} times (lines {at}), so it is not "
             f"clear where [{place.name}] belongs. Leave only one in place."
         )
-    by_text = {text: node.lineno for text, node in statements}
-    near = difflib.get_close_matches(place.anchor, by_text, NUM_CANDIDATES, cutoff=0.2)
+    shares = [(_share_of(place.anchor, text), text, node.lineno) for text, node in statements]
+    near = sorted((each for each in shares if each[0] >= 0.4), key=lambda each: -each[0])
+    candidates = [(text, lineno) for _, text, lineno in near[:NUM_CANDIDATES]]
     raise PatchError(
         f"{place.file}: looked {place.side} {_where(place)} (line {function.lineno}), for "
-        f"{place.reason}; there is none. Nearest: {_listed((t, by_text[t]) for t in near)}"
+        f"{place.reason}; there is none. Nearest: {_listed(candidates)}"
     )
+
+
+def _share_of(anchor: str, text: str) -> float:
+    """Return how much of an anchor is in a statement, whatever the statement has for its ``*``."""
+    fixed = anchor.replace("*", "")
+    compared = text if anchor.startswith("*") else text[: len(fixed)]
+    blocks = difflib.SequenceMatcher(None, fixed, compared, autojunk=False).get_matching_blocks()
+    return sum(block.size for block in blocks if block.size > 2) / len(fixed)
 
 
 def _simple_statements(function: Function) -> Iterator[ast.stmt]:

@@ -324,10 +324,12 @@ def test_a_missing_function_names_the_nearest(tmp_path, capsys):
 
 
 def test_a_missing_statement_names_the_nearest(tmp_path, capsys):
-    tree = write_tree(tmp_path, training=TRAINING.replace("initialize_megatron", "initialize_core"))
+    arguments = ", ".join(f"some_argument_{n}=its_value_{n}" for n in range(9))
+    training = TRAINING.replace("initialize_megatron(", f"initialize_core({arguments},")
+    tree = write_tree(tmp_path, training=training)
     message = refused(tree, capsys)
     assert "looked after the statement 'initialize_megatron(*)' of pretrain() (line 2)" in message
-    assert "Nearest: line 4: initialize_core(store=store)" in message
+    assert "Nearest: line 4: initialize_core(some_argument_0=its_value_0, some" in message
 
 
 def test_every_place_that_does_not_fit_is_named_at_once(tmp_path, capsys):
