@@ -10,20 +10,26 @@ cross, aligned at the bottom right: the last query of a segment sees its last ke
 |--------|------------------------------------------------------|------------------------------|
 | te     | Megatron's TEDotProductAttention on thd tensors      | transformer-engine, a GPU    |
 | varlen | torch.nn.attention.varlen                            | torch >= 2.12, a GPU         |
-| flash  | flash_attn_varlen_func                               | flash-attn 2.1 or later, GPU |
+| flash  | flash_attn_varlen_func                               | flash-attn 2.4.1 or later, GPU |
 | sdpa   | torch scaled_dot_product_attention, windows as batch | nothing                      |
+
+All but sdpa are for float16 and bfloat16: in float32 varlen and flash raise, and Transformer Engine
+falls back to attention over padded segments. --deterministic-mode holds for all of them: flash is
+told, varlen leaves cuDNN aside, varlen and sdpa follow torch.use_deterministic_algorithms, and for
+te Megatron asks for NVTE_ALLOW_NONDETERMINISTIC_ALGO=0.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
+import inspect
 import logging
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_skyladder import cpu_engine, sdpa
 from megatron_skyladder.segments import Segments
@@ -46,14 +52,16 @@ class SdpaBackend(torch.nn.Module):
 
 
 class VarlenBackend(torch.nn.Module):
-    """``torch.nn.attention.varlen``: FlashAttention as PyTorch ships it."""
+    """``torch.nn.attention.varlen``: FlashAttention, or cuDNN, as PyTorch ships them."""
 
-    def __init__(self, *, softmax_scale: float, **_: Any) -> None:
+    def __init__(self, *, config: Any, softmax_scale: float, **_: Any) -> None:
         super().__init__()
         from torch.nn.attention.varlen import varlen_attn
 
         self.softmax_scale = softmax_scale
         self.attend: Any = varlen_attn
+        if config.deterministic_mode:
+            self.attend = sdpa_kernel(SDPBackend.FLASH_ATTENTION)(varlen_attn)
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
@@ -77,11 +85,12 @@ class VarlenBackend(torch.nn.Module):
 class FlashBackend(torch.nn.Module):
     """``flash_attn_varlen_func`` of flash-attn 2."""
 
-    def __init__(self, *, softmax_scale: float, **_: Any) -> None:
+    def __init__(self, *, config: Any, softmax_scale: float, **_: Any) -> None:
         super().__init__()
         from flash_attn import flash_attn_varlen_func
 
         self.softmax_scale = softmax_scale
+        self.deterministic = config.deterministic_mode
         self.attend = flash_attn_varlen_func
 
     def forward(
@@ -99,6 +108,7 @@ class FlashBackend(torch.nn.Module):
             softmax_scale=self.softmax_scale,
             causal=True,
             window_size=_window_size(segments),
+            deterministic=self.deterministic,
         )
 
 
@@ -118,7 +128,8 @@ class TransformerEngineBackend(torch.nn.Module):
         attention = TEDotProductAttention(
             config,
             attn_mask_type=AttnMaskType.padding_causal,
-            attention_type="self",
+            # or its PyTorch attention takes the queries' lengths for those of the keys
+            attention_type="cross",
             softmax_scale=softmax_scale,
             **arguments,
         )
@@ -132,6 +143,10 @@ class TransformerEngineBackend(torch.nn.Module):
         """See the module."""
         from megatron.core.packed_seq_params import PackedSeqParams
 
+        # TE tells the layout from addresses and knows none in which contiguous keys begin later
+        key, value = (
+            x.clone() if x.storage_offset() and x.is_contiguous() else x for x in (key, value)
+        )
         (attention,) = self._attention
         attention.window_size = _window_size(segments)
         offsets_q, offsets_k = segments.cu_seqlens_q_device, segments.cu_seqlens_k_device
@@ -174,20 +189,24 @@ def make_backend(name: str, **arguments: Any) -> torch.nn.Module:
     Raises:
         ValueError: what the backend needs is not installed.
     """
-    name, reason = choose_backend(name)
+    name, reason = choose_backend(name, arguments["config"].params_dtype)
     if arguments["layer_number"] == 1:
         logger.info("attention backend %s: %s", name, reason)
     return BACKENDS[name](**arguments)
 
 
-def choose_backend(name: str) -> tuple[str, str]:
+def choose_backend(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
     """Return the backend that a name stands for here, and why; ``auto`` takes the best there is.
+
+    Args:
+        name: a key of ``BACKENDS`` or ``auto``.
+        dtype: of the model's parameters.
 
     Raises:
         ValueError: what the backend needs is not installed.
     """
     if name == "auto":
-        return pick_backend()
+        return _best_backend(dtype)
     missing = _missing(name)
     if missing:
         raise ValueError(
@@ -197,11 +216,12 @@ def choose_backend(name: str) -> tuple[str, str]:
     return name, "as --skyladder-attention-backend says"
 
 
-@lru_cache(maxsize=1)
-def pick_backend() -> tuple[str, str]:
-    """Return the best backend for this machine and why."""
+@lru_cache(maxsize=8)
+def _best_backend(dtype: torch.dtype) -> tuple[str, str]:
     if cpu_engine.is_installed() or cpu_engine.is_requested():
         return "sdpa", "the CPU engine runs, the others need a GPU"
+    if dtype == torch.float32:
+        return "sdpa", "the model is float32, the others take float16 and bfloat16"
     passed_over: list[str] = []
     for name in ("te", "flash", "varlen"):
         missing = _missing(name)
@@ -211,16 +231,39 @@ def pick_backend() -> tuple[str, str]:
     return "sdpa", "; ".join(passed_over)
 
 
+_NEEDS = {
+    "te": "transformer-engine",
+    "varlen": "torch 2.12 or later",
+    "flash": "flash-attn 2.4.1 or later",
+}
+
+
 def _missing(name: str) -> str | None:
-    """Return what a backend lacks here, or None."""
-    module = {
-        "te": "transformer_engine",
-        "flash": "flash_attn",
-        "varlen": "torch.nn.attention.varlen",
-    }
-    if name in module and importlib.util.find_spec(module[name]) is None:
-        return {"varlen": "torch >= 2.12"}.get(name, module[name])
+    """Return what a backend lacks here, or None.
+
+    A package is imported rather than looked for: one that is half installed, or built for another
+    torch, is not there either, and raises what it likes.
+    """
+    try:
+        if name == "te":
+            import transformer_engine.pytorch  # noqa: F401
+        elif name == "flash":
+            from flash_attn import flash_attn_varlen_func
+
+            _require_arguments(flash_attn_varlen_func, "window_size", "deterministic")
+        elif name == "varlen":
+            from torch.nn.attention.varlen import varlen_attn
+
+            _require_arguments(varlen_attn, "scale", "window_size", "enable_gqa")
+    except Exception as error:
+        return f"{_NEEDS[name]} ({type(error).__name__}: {error})"
     return None
+
+
+def _require_arguments(function: Any, *names: str) -> None:
+    missing = [name for name in names if name not in inspect.signature(function).parameters]
+    if missing:
+        raise ImportError(f"{function.__name__} does not take {', '.join(missing)}")
 
 
 def _window_size(segments: Segments) -> tuple[int, int]:

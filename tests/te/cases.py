@@ -8,7 +8,7 @@ not against another formula of ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -21,19 +21,30 @@ SEQ_LENGTH = 96
 
 @dataclass(frozen=True)
 class Case:
-    """A mask over one row of SEQ_LENGTH tokens.
+    """A mask over one row.
 
     Args:
         name: shown by pytest.
         window_len: tokens.
         document_ends: exclusive ends; empty for one document.
         sliding: the window moves along with the query.
+        seq_length: tokens in the row.
     """
 
     name: str
     window_len: int
     document_ends: tuple[int, ...] = ()
     sliding: bool = False
+    seq_length: int = SEQ_LENGTH
+
+    def stretched(self, factor: int) -> Case:
+        """Return the same mask with all its lengths multiplied."""
+        return replace(
+            self,
+            window_len=factor * self.window_len,
+            document_ends=tuple(factor * end for end in self.document_ends),
+            seq_length=factor * self.seq_length,
+        )
 
     @property
     def window_size(self) -> tuple[int, int]:
@@ -45,17 +56,21 @@ class Case:
         ends = np.array(self.document_ends) if self.document_ends else None
         return torch.from_numpy(
             dense_mask(
-                SEQ_LENGTH, window_len=self.window_len, document_ends=ends, sliding=self.sliding
+                self.seq_length,
+                window_len=self.window_len,
+                document_ends=ends,
+                sliding=self.sliding,
             )
         )
 
     def segments(
-        self, start: int = 0, stop: int = SEQ_LENGTH
+        self, start: int = 0, stop: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, slice]:
         """Return int32 cu_seqlens of the queries start..stop, those of their keys, and the keys."""
-        cut = SEQ_LENGTH if self.sliding else self.window_len
+        stop = self.seq_length if stop is None else stop
+        cut = self.seq_length if self.sliding else self.window_len
         cu_seqlens = fragment_cu_seqlens(
-            np.array(self.document_ends, np.int32), seq_length=SEQ_LENGTH, window_len=cut
+            np.array(self.document_ends, np.int32), seq_length=self.seq_length, window_len=cut
         ).tolist()
         lengths_q, lengths_k = [], []
         for left, right in pairwise(cu_seqlens):

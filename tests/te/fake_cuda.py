@@ -16,16 +16,13 @@ import itertools
 import logging
 import sys
 
-import numpy as np
 import stand_ins
 import torch
+from checks import call_attention, document_mask, make_attention
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_skyladder.fragments import fragment_cu_seqlens, rows_cu_seqlens
-
 logger = logging.getLogger("fake_cuda")
-SEQ_LENGTH, HEADS, GROUPS, HEAD_DIM, WINDOW = 64, 4, 2, 16, 24
 
 
 class FakeDevice(FakeTensorMode):
@@ -39,58 +36,6 @@ class FakeDevice(FakeTensorMode):
         if not on_device and device != "cuda":
             return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-def make_attention(backend: str, mask: str) -> torch.nn.Module:
-    """Build the core-attention module as a layer of a model would."""
-    from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from megatron_skyladder import clock
-    from megatron_skyladder.attention import SkyLadderAttention
-    from megatron_skyladder.config import SkyLadderConfig
-    from megatron_skyladder.schedules import WindowSchedule
-
-    schedule = WindowSchedule(start_window=WINDOW, final_window=SEQ_LENGTH, alpha=1)
-    config = SkyLadderConfig(
-        schedule=schedule,
-        seq_length=SEQ_LENGTH,
-        step_samples=1,
-        mask=mask,
-        attention_backend=backend,
-    )
-    clock.install(config, lambda: 0)
-    model = TransformerConfig(
-        num_layers=1,
-        hidden_size=HEADS * HEAD_DIM,
-        num_attention_heads=HEADS,
-        num_query_groups=GROUPS,
-        attention_dropout=0.0,
-    )
-    return SkyLadderAttention(
-        model, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self"
-    )
-
-
-def document_mask(num_rows: int) -> torch.Tensor:
-    """int32 cu_seqlens on the host, real, as the trainer hands them over."""
-    ends = np.array([5, 40], np.int32)
-    row = fragment_cu_seqlens(ends, seq_length=SEQ_LENGTH, window_len=WINDOW)
-    return torch.from_numpy(rows_cu_seqlens([row] * num_rows))
-
-
-def check(backend: str, mask: str, num_rows: int, documents: bool) -> None:
-    """Call the module once on fake tensors and look at what comes back."""
-    attention = make_attention(backend, mask)
-    host_mask = document_mask(num_rows) if documents else None
-    # as Megatron's: three views of one projection, only the last dimension dense
-    mixed = torch.empty(
-        SEQ_LENGTH, num_rows, HEADS + 2 * GROUPS, HEAD_DIM, dtype=torch.bfloat16, device="cuda"
-    )
-    query, key, value = mixed.split([HEADS, GROUPS, GROUPS], dim=2)
-    out = attention(query, key, value, host_mask)
-    assert out.shape == (SEQ_LENGTH, num_rows, HEADS * HEAD_DIM), out.shape
-    assert out.device.type == "cuda" and out.dtype == torch.bfloat16, (out.device, out.dtype)
 
 
 def check_the_fake_device() -> None:
@@ -117,7 +62,9 @@ def main(backends: list[str]) -> None:
     with FakeDevice(allow_non_fake_inputs=True):
         check_the_fake_device()
         for case in itertools.product(backends, ("local", "sliding"), (1, 2), (False, True)):
-            check(*case)
+            backend, mask, num_rows, documents = case
+            attention = make_attention(backend, mask)
+            call_attention(attention, num_rows, document_mask(num_rows) if documents else None)
             logger.info("%s: mask %s, %d rows, documents %s", *case)
 
 

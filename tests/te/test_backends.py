@@ -5,58 +5,29 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from cases import CASES, SEQ_LENGTH, Case, dense_attention
-from test_kernel_interfaces import HEAD_DIM, HEADS, PARTS, make_qkv, run
+from cases import CASES, Case
+from checks import (
+    HEADS,
+    PARTS,
+    attend_without_a_look,
+    build,
+    check_bf16,
+    make_qkv,
+    no_look_at_the_device,
+    run,
+    segments,
+)
 
-from megatron_skyladder.backends import BACKENDS, make_backend
-from megatron_skyladder.segments import Segments
+from megatron_skyladder import backends, cpu_engine
+from megatron_skyladder.backends import BACKENDS, choose_backend
 
 pytestmark = pytest.mark.te
 HERE = Path(__file__).resolve().parent
 KERNEL_BACKENDS = ["te", "varlen", "flash"]
-
-
-def model_config(kv_heads: int):
-    """The configuration of a model as small as the tensors here."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    return TransformerConfig(
-        num_layers=1,
-        hidden_size=HEADS * HEAD_DIM,
-        num_attention_heads=HEADS,
-        num_query_groups=kv_heads,
-        attention_dropout=0.0,
-    )
-
-
-def build(name: str, kv_heads: int) -> torch.nn.Module:
-    return make_backend(
-        name,
-        config=model_config(kv_heads),
-        layer_number=1,
-        softmax_scale=HEAD_DIM**-0.5,
-        pg_collection=types.SimpleNamespace(tp=None, cp=None, hcp=None),
-    )
-
-
-def segments(cu_q, cu_k, max_q: int, max_k: int, window_size: tuple[int, int]) -> Segments:
-    """Wrap offsets as the attention module does: one array where queries and keys are the same."""
-    host_q = cu_q.numpy()
-    return Segments(
-        cu_seqlens_q=host_q,
-        cu_seqlens_k=host_q if np.array_equal(host_q, cu_k.numpy()) else cu_k.numpy(),
-        max_seqlen_q=max_q,
-        max_seqlen_k=max_k,
-        sliding_window=None if window_size[0] < 0 else window_size[0] + 1,
-        grid=None,
-        device=torch.device("cpu"),
-    )
 
 
 def test_every_backend_is_tried():
@@ -77,19 +48,39 @@ def test_equals_the_dense_oracle(name: str, case: Case, part: tuple[int, int]) -
             torch.testing.assert_close(x, y, rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("name", KERNEL_BACKENDS)
-def test_bf16_is_as_exact_as_plain_attention(name: str, case: Case) -> None:
-    """The error against fp32 is at most twice that of dense attention in bf16."""
-    cu, _, _ = case.segments()
-    longest = int(cu.diff().max())
-    exact = [x.detach() for x in make_qkv(2)]
-    half = [x.bfloat16() for x in exact]
-    expected = dense_attention(*(x.float() for x in half), case.dense())
-    plain = dense_attention(*half, case.dense()).float()
-    out = build(name, 2)(*half, segments(cu, cu, longest, longest, case.window_size))
-    assert out.dtype == torch.bfloat16
-    assert (out.float() - expected).abs().max() <= 2 * (plain - expected).abs().max()
+def test_bf16_is_as_exact_as_plain_attention(name: str, case: Case, part: tuple[int, int]) -> None:
+    check_bf16(name, case, part, "cpu")
+
+
+def test_auto_takes_transformer_engine_where_it_is(monkeypatch) -> None:
+    monkeypatch.setattr(cpu_engine, "is_installed", lambda: False)
+    monkeypatch.setattr(cpu_engine, "is_requested", lambda: False)
+    backends._best_backend.cache_clear()
+    assert choose_backend("auto") == ("te", "te is installed")
+    backends._best_backend.cache_clear()
+
+
+def test_deterministic_mode_reaches_the_kernels(monkeypatch) -> None:
+    """flash is told, varlen keeps to FlashAttention, and for te Megatron wants TE to be told."""
+    import flash_attn
+    import torch.nn.attention.varlen
+
+    def record(*_, deterministic=None, window_size, scale=None, enable_gqa=None, **__):
+        return deterministic, torch._C._get_cudnn_sdp_enabled()
+
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", record)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", record)
+    cu, _, _ = CASES[0].segments()
+    offsets = segments(cu, cu, 96, 96, (-1, 0))
+    expected = {"flash": [(False, True), (True, True)], "varlen": [(None, True), (None, False)]}
+    for name, answers in expected.items():
+        for mode, answer in zip((False, True), answers, strict=True):
+            assert build(name, 2, deterministic_mode=mode)(*make_qkv(2), offsets) == answer
+    with pytest.raises(RuntimeError, match="NVTE_ALLOW_NONDETERMINISTIC_ALGO"):
+        build("te", 2, deterministic_mode=True)
 
 
 def test_fake_cuda_tensors_go_through() -> None:
@@ -105,35 +96,40 @@ def test_fake_cuda_tensors_go_through() -> None:
         assert f"{name}: mask sliding, 2 rows, documents True" in answer.stderr
 
 
-class NoLookAtTheDevice(torch.overrides.TorchFunctionMode):
-    """Fail where a tensor's value is asked for, as on a GPU it would be waited for.
-
-    Kernels run inside of one torch function, where no mode is asked: only Python above them is
-    watched, such as Transformer Engine's.
-    """
-
-    NAMES = ("item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "__bool__",
-             "__int__", "__float__", "__index__")  # fmt: skip
-    FORBIDDEN = frozenset(getattr(torch.Tensor, name) for name in NAMES)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        assert func not in self.FORBIDDEN, f"{func.__name__} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", KERNEL_BACKENDS)
 def test_no_value_is_asked_for(name: str) -> None:
-    """In bf16, where Transformer Engine goes to flash-attn as it does on a GPU."""
-    case = CASES[5]
-    cu_q, cu_k, keys = case.segments(24, 72)
-    offsets = segments(cu_q, cu_k, SEQ_LENGTH, SEQ_LENGTH, case.window_size)
-    qkv = make_qkv(2, torch.bfloat16)
-    backend = build(name, 2)
-    with NoLookAtTheDevice():
-        out = backend(qkv[0][24:72], qkv[1][keys], qkv[2][keys], offsets)
-        out.backward(torch.ones_like(out))
+    attend_without_a_look(name)
 
 
-def test_the_watch_notices():
-    with NoLookAtTheDevice(), pytest.raises(AssertionError, match="item waits for the device"):
-        torch.ones(1).item()
+def test_no_value_is_asked_for_where_keys_travel(pool, tmp_path) -> None:
+    pool.run(
+        "checks:exchange_without_a_look",
+        num_processes=2,
+        folder=tmp_path,
+        arguments={"names": KERNEL_BACKENDS},
+    )
+
+
+class Peeks(torch.autograd.Function):
+    """Looks at the device in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, look):
+        ctx.look = look
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        getattr(grad.sum(), ctx.look)()
+        return grad, None
+
+
+@pytest.mark.parametrize("look", ["item", "cpu", "tolist", "__bool__"])
+def test_the_watch_notices_in_both_passes(look) -> None:
+    x = torch.ones(1, requires_grad=True)
+    with no_look_at_the_device():
+        with pytest.raises(AssertionError, match=f"{look} waits for the device"):
+            getattr(x, look)()
+        with pytest.raises(AssertionError, match=f"{look} waits for the device"):
+            Peeks.apply(x, look).backward()
+    assert x.item() == 1

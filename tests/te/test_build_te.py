@@ -51,7 +51,7 @@ def test_a_finished_environment_is_left_alone(tmp_path, monkeypatch):
     base = build_te.describe_base(interpreter(tmp_path, output=facts()))
     (tmp_path / build_te.STAMP).write_text(json.dumps(build_te.wanted_stamp(base)))
     monkeypatch.setattr(build_te, "create_venv", lambda *_: pytest.fail("built again"))
-    build_te.build(base, tmp_path, tmp_path / "cache", max_jobs=1)
+    build_te.build(base, tmp_path, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from cases import CASES, SEQ_LENGTH, Case, dense_attention
+from cases import CASES
+from checks import HEADS, PARTS, run
 from reference_kernels import CALLS
 
 pytestmark = [pytest.mark.te, pytest.mark.usefixtures("exact")]
-
-HEADS, HEAD_DIM = 4, 16
-PARTS = {"whole_row": (0, SEQ_LENGTH), "second_chunk": (24, 48), "last_chunk": (72, 96)}
 
 
 def varlen(q, k, v, cu_q, cu_k, max_q, max_k, window_size):
@@ -59,41 +55,6 @@ def transformer_engine(q, k, v, cu_q, cu_k, max_q, max_k, window_size):
 
 INTERFACES = [varlen, flash, transformer_engine]
 COUNTERS = {varlen: "varlen_forward", flash: "flash_forward", transformer_engine: "thd_to_bshd"}
-
-
-def make_qkv(kv_heads: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        torch.randn(SEQ_LENGTH, heads, HEAD_DIM, generator=generator, dtype=torch.float64)
-        .to(dtype)
-        .requires_grad_()
-        for heads in (HEADS, kv_heads, kv_heads)
-    ]
-
-
-def run(
-    attend: Callable[..., torch.Tensor], case: Case, part: tuple[int, int], kv_heads: int, pad: int
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return [output, gradients of q, k, v] of an interface and of the oracle."""
-    start, stop = part
-    cu_q, cu_k, keys = case.segments(start, stop)
-    max_q, max_k = int(cu_q.diff().max()), int(cu_k.diff().max())
-    if torch.equal(cu_q, cu_k):
-        cu_q = cu_k = torch.cat([cu_q, cu_q[-1:].expand(pad)])
-    else:
-        cu_q, cu_k = (torch.cat([cu, cu[-1:].expand(pad)]) for cu in (cu_q, cu_k))
-    weights = torch.randn(stop - start, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(2))
-    results = []
-    for oracle in (False, True):
-        qkv = make_qkv(kv_heads)
-        q, k, v = qkv[0][start:stop], qkv[1][keys], qkv[2][keys]
-        if oracle:
-            out = dense_attention(q, k, v, case.dense()[start:stop, keys])
-        else:
-            out = attend(q, k, v, cu_q, cu_k, max_q + pad, max_k + pad, case.window_size)
-        (out * weights).sum().backward()
-        results.append([out, *(x.grad for x in qkv)])
-    return results[0], results[1]
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)

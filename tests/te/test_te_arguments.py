@@ -7,8 +7,8 @@ import types
 import pytest
 import torch
 from cases import CASES, SEQ_LENGTH, dense_attention
+from checks import HEAD_DIM, HEADS, make_qkv
 from reference_kernels import CALLS
-from test_kernel_interfaces import HEAD_DIM, HEADS, make_qkv
 
 pytestmark = [pytest.mark.te, pytest.mark.usefixtures("exact")]
 

@@ -164,6 +164,9 @@ def test_packed_sequences_and_inference_are_refused(samples):
         ({"attention_dropout": 0.1}, "--attention-dropout 0"),
         ({"window_size": (7, 0)}, "--skyladder-mask sliding"),
         ({"softmax_type": "off-by-one"}, "use vanilla"),
+        ({"cuda_graph_impl": "local"}, "replay the window"),
+        ({"fp8_dot_product_attention": True}, "--fp8-dot-product-attention cannot"),
+        ({"qk_clip": True}, "--qk-clip cannot"),
     ],
 )
 def test_models_that_windows_do_not_fit_are_refused(samples, changes, message):

@@ -1,0 +1,8 @@
+"""The cases and checks are those of tests/te, where they run on CPU stand-ins."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "te"))
