@@ -109,9 +109,11 @@ class Cluster:
     def warn(self, job: str) -> None:
         """Send a job the signal that Slurm sends ahead of the time limit.
 
-        What scancel says is ignored: on a busy machine it sends the signal twice, and complains.
+        What becomes of scancel is ignored: on a busy machine it sends the signal again and again,
+        until the job has ended, and complains.
         """
-        self.run("scancel", "--batch", "--signal=USR1", job, check=False)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.run("scancel", "--batch", "--signal=USR1", job, check=False)
 
     def fail(self, node: str) -> None:
         """Let a node fail: everything on it is gone, and Slurm has noticed."""
