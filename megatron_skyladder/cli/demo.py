@@ -121,9 +121,11 @@ class _ProgressBar:
 
 
 def _conclude(output: Path, runs: list[Any]) -> None:
-    """Print the table, write it and the plot."""
+    """Print the table, write it, the plot and the report."""
     from megatron_skyladder.demo import summary
     from megatron_skyladder.demo.runs import BATCH_SAMPLES, SEQ_LENGTH, SHAPE, schedule
+    from megatron_skyladder.report.curves import load_runs
+    from megatron_skyladder.report.page import write_report
     from megatron_skyladder.runlog import read_run
 
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
@@ -136,4 +138,5 @@ def _conclude(output: Path, runs: list[Any]) -> None:
     print(f"\n{text}\n")
     (output / "table.txt").write_text(text + "\n")
     summary.plot(constant, ladder, output / "demo.png")
-    print(f"plot: {output / 'demo.png'}\ntable: {output / 'table.txt'}")
+    page, *_ = write_report(load_runs([f"{run.name}={run.log}" for run in runs]), output / "report")
+    print(f"plot: {output / 'demo.png'}\ntable: {output / 'table.txt'}\nreport: {page}")

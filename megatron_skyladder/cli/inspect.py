@@ -37,6 +37,8 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "inspect",
         help=help_text,
+        usage="skyladder inspect PREFIX [--seq-length TOKENS] [--document N] [--json] "
+        "[tokenizer's flags]",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

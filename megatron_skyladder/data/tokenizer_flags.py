@@ -31,9 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tokenizer-type",
         choices=tuple(BUILDERS),
-        help="HuggingFaceTokenizer: a folder with tokenizer.json. SentencePieceTokenizer and "
-        "Llama2Tokenizer: a tokenizer.model. TikTokenizer: Megatron's vocabulary JSON (needs "
-        "megatron-core). NullTokenizer: texts are numbers.",
+        metavar="TYPE",
+        help="HuggingFaceTokenizer: a folder with tokenizer.json. SentencePieceTokenizer, "
+        "GPTSentencePieceTokenizer and Llama2Tokenizer: a tokenizer.model. TikTokenizer: "
+        "Megatron's vocabulary JSON (needs megatron-core). NullTokenizer: texts are numbers.",
     )
     group.add_argument(
         "--tokenizer-model",
