@@ -10,7 +10,7 @@ cross, aligned at the bottom right: the last query of a segment sees its last ke
 |--------|------------------------------------------------------|------------------------------|
 | te     | Megatron's TEDotProductAttention on thd tensors      | transformer-engine, a GPU    |
 | varlen | torch.nn.attention.varlen                            | torch >= 2.12, a GPU         |
-| flash  | flash_attn_varlen_func                               | flash-attn 2.4.1 or later, GPU |
+| flash  | flash_attn_varlen_func                               | flash-attn 2.4 or later, GPU |
 | sdpa   | torch scaled_dot_product_attention, windows as batch | nothing                      |
 
 All but sdpa are for float16 and bfloat16: in float32 varlen and flash raise, and Transformer Engine
@@ -234,7 +234,7 @@ def _best_backend(dtype: torch.dtype) -> tuple[str, str]:
 _NEEDS = {
     "te": "transformer-engine",
     "varlen": "torch 2.12 or later",
-    "flash": "flash-attn 2.4.1 or later",
+    "flash": "flash-attn 2.4 or later",
 }
 
 

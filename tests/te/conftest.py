@@ -23,9 +23,11 @@ if not Path(sys.prefix, build_te.STAMP).exists():
     collect_ignore_glob = ["test_*.py"]
 else:
     import stand_ins
+    import torch
 
     sys.path.append(str(HERE.parent / "distributed"))  # the harness of recorded training runs
     stand_ins.install()
+    torch.set_num_threads(1)  # tensors are small, and threads only wait for each other
 
 
 class StandInPool(ProcessPool):

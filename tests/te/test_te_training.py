@@ -45,6 +45,23 @@ def reference(trainer: Trainer):
     return run
 
 
+@pytest.fixture(scope="session")
+def context_parallel(trainer: Trainer):
+    """Runs of two context-parallel ranks, float32."""
+
+    @cache
+    def run(backend: str) -> Run:
+        return trainer.train(
+            f"{SAMPLES} --micro-batch-size 2 --context-parallel-size 2 {LOCAL} {UNFUSED} "
+            f"{MASKS['ragged+documents'].flags} --skyladder-attention-backend {backend}",
+            num_processes=2,
+            gradients=True,
+            environment={FLOAT32_VARIABLE: "1"},
+        )
+
+    return run
+
+
 def train(trainer: Trainer, flags: str, environment: dict[str, str] | None = None) -> Run:
     """Train in TP2 with sequence parallelism and recompute."""
     num_processes, layout = LAYOUTS["tp2-sp"]
@@ -61,11 +78,16 @@ def calls(run: Run) -> str:
     return run.log().rpartition("stand-ins called: ")[2]
 
 
-@pytest.mark.parametrize("mask", ["ragged+documents", "sliding"])
 @pytest.mark.parametrize(
-    ("backend", "spec"),
-    [("te", LOCAL), ("varlen", LOCAL), ("flash", LOCAL), ("te", FULL_TE), ("varlen", FULL_TE)],
-    ids=["te-local", "varlen-local", "flash-local", "te-full_te", "varlen-full_te"],
+    ("backend", "spec", "mask"),
+    [
+        ("te", LOCAL, "ragged+documents"),
+        ("te", FULL_TE, "ragged+documents"),
+        ("te", FULL_TE, "sliding"),
+        ("varlen", LOCAL, "sliding"),
+        ("varlen", FULL_TE, "ragged+documents"),
+        ("flash", LOCAL, "sliding"),
+    ],
 )
 def test_trains_as_sdpa_does(trainer, reference, backend, spec, mask) -> None:
     flags = f"--skyladder-attention-backend {backend} {spec} {UNFUSED}"
@@ -75,15 +97,12 @@ def test_trains_as_sdpa_does(trainer, reference, backend, spec, mask) -> None:
     assert_parity(run, reference(mask))
 
 
-@pytest.mark.parametrize("backend", ["te", "flash"])
-def test_context_parallel_equals_sdpa(trainer, backend) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_context_parallel_equals_sdpa(context_parallel, backend) -> None:
     """Each rank's queries end inside a fragment, with keys from the rank before."""
-    flags = f"{SAMPLES} --micro-batch-size 2 --context-parallel-size 2 {LOCAL} {UNFUSED}"
-    flags += f" {MASKS['ragged+documents'].flags} --skyladder-attention-backend"
-    options = {"num_processes": 2, "gradients": True, "environment": {FLOAT32_VARIABLE: "1"}}
-    run, other = (trainer.train(f"{flags} {name}", **options) for name in (backend, "sdpa"))
+    run = context_parallel(backend)
     assert KERNELS[backend] in calls(run)
-    assert_parity(run, other)
+    assert_parity(run, context_parallel("sdpa"))
 
 
 def test_full_causal_attention_trains_otherwise(trainer, reference) -> None:
