@@ -42,11 +42,13 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command."""
     plan = planning.make_plan(args, name=args.preset or "run")
+    steps = args.at if args.at is not None else list(planning.stage_steps(plan))
+    if max(steps) >= plan.total_steps:
+        plan.notes.append(f"Step {max(steps):,} lies behind the end of the run.")
     if args.plot:
         from megatron_skyladder.cli import plots
 
         plots.draw_plans(args.plot, [plan])
-    steps = args.at if args.at is not None else list(planning.stage_steps(plan))
     print(json.dumps(to_json(plan, steps), indent=2) if args.json else to_text(plan, steps))
     return 0
 

@@ -123,6 +123,8 @@ def _legend(figure: Any, panels: Sequence[Any]) -> None:
 def _figure(path: str) -> Any:
     if Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"--plot {path}: give a file that ends in {' or '.join(FORMATS)}.")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no folder {Path(path).parent}. Make it first.")
     try:
         from matplotlib.figure import Figure
     except ImportError:

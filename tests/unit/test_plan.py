@@ -84,6 +84,11 @@ def test_every_preset_plans(
     assert plan["tokens"] == 100_000 * 2**20
 
 
+def test_a_step_behind_the_end_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_json(capsys, f"{LAUNCH} --at 0,1999")["notes"] == plan_json(capsys, LAUNCH)["notes"]
+    assert "Step 2,000 lies behind the end" in call(capsys, f"plan {LAUNCH} --at 2000")
+
+
 def test_full_window(capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_json(capsys, f"{LAUNCH} --skyladder-alpha 2")
     assert plan["full_window"] == {"step": 1008, "tokens": 1008 * 8 * 2048}
@@ -438,6 +443,10 @@ def _parsed(flags: str) -> Any:
         (f"{LAUNCH} --tflops 1 --price-per-gpu-hour 0", "--price-per-gpu-hour=0: give a price"),
         (f"{LAUNCH} --price-per-gpu-hour 1", "--price-per-gpu-hour needs a time to multiply"),
         (f"{LAUNCH} --plot plan.pdf", "--plot plan.pdf: give a file that ends in .png or .svg"),
+        (
+            f"{LAUNCH} --plot nowhere/plan.png",
+            "--plot nowhere/plan.png: there is no folder nowhere",
+        ),
         (f"{LAUNCH} --at 0,x", "'0,x' is not a list of steps such as 0,8,64000"),
         (f"{LAUNCH} --at=-1", "'-1' is not a list of steps such as 0,8,64000"),
         # the same as in training
