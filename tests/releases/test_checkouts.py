@@ -123,7 +123,8 @@ def test_megatrons_own_tests_end_as_in_the_stock_checkout(checkouts, tmp_path):
     stock = own_outcomes(checkouts / "stock", tmp_path / "stock.xml")
     patched = own_outcomes(checkouts / "patched", tmp_path / "patched.xml")
     assert patched == stock
-    assert sum(not problems for problems in stock.values()) > 10  # the others need GPUs or more packages
+    num_passed = sum(not problems for problems in stock.values())
+    assert num_passed > 10  # the others need more ranks, a GPU, or packages
 
 
 def test_without_our_flags_the_patch_changes_no_bit(checkouts, data, tmp_path):
