@@ -121,19 +121,17 @@ class Job:
     def finish(self, jobs: int | None = None) -> int:
         return self.start(jobs).wait(SECONDS)
 
-    def interrupt(
-        self, *signals: signal.Signals, jobs: int | None = None, hang: bool = False
-    ) -> int:
+    def interrupt(self, *signals: signal.Signals, hang: bool = False, seconds: float = 0.3) -> int:
         """Start, send signals while it trains, and wait for the end."""
         if not (self.folder / "slow").exists():
             self.set("wait")
         if hang:
             self.set("hang")
-        job = self.start(jobs)
+        job = self.start()
         self.wait_for(lambda: (self.folder / "training").exists())
         for number in signals:
             job.send_signal(number)
-            time.sleep(0.3)
+            time.sleep(seconds)
         (self.folder / "hang").unlink(missing_ok=True)
         return job.wait(SECONDS)
 
@@ -216,7 +214,7 @@ def test_before_the_time_limit_it_saves_first_and_requeues_after(job: Job) -> No
 
 def test_the_exit_code_survives_signals(job: Job) -> None:
     job.set("exit", "5")
-    job.interrupt(signal.SIGUSR1, signal.SIGUSR1)
+    job.interrupt(*[signal.SIGUSR1] * 3, seconds=0.05)
     assert end(5, "time limit") in job.calls
 
 
