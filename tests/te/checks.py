@@ -127,7 +127,9 @@ def segments(
 def check_bf16(name: str, case: Case, part: tuple[int, int], device: str) -> None:
     """Check that the error against float32 is at most twice that of plain attention in bf16.
 
-    Output and gradients; the queries are a part of the row and lie at the end of their keys.
+    Output and gradients, in the root mean square; the largest single error, which is a matter of
+    luck but shows a wrong mask at once, at most four times. The queries are a part of the row and
+    lie at the end of their keys.
     """
     start, stop = part
     cu_q, cu_k, keys = case.segments(start, stop)
@@ -145,8 +147,10 @@ def check_bf16(name: str, case: Case, part: tuple[int, int], device: str) -> Non
     exact = with_gradients(dense, [x.float() for x in half], at)
     for what, x, low, truth in zip(("out", "q", "k", "v"), got, plain, exact, strict=True):
         assert x.dtype == torch.bfloat16, x.dtype
-        error, bar = ((y.float() - truth).abs().max().item() for y in (x, low))
-        assert error <= 2 * bar + EXACT_ZERO, f"{what}: {error} against {bar} of plain attention"
+        errors, bars = ((y.float() - truth).abs() for y in (x, low))
+        for most, norm in ((2, lambda y: y.square().mean().sqrt()), (4, torch.max)):
+            error, bar = norm(errors).item(), norm(bars).item()
+            assert error <= most * bar + EXACT_ZERO, f"{what}: {error}, plain attention {bar}"
 
 
 # ---------------------------------------------------------------- the attention module

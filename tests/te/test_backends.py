@@ -55,6 +55,12 @@ def test_bf16_is_as_exact_as_plain_attention(name: str, case: Case, part: tuple[
     check_bf16(name, case, part, "cpu")
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_stretched_case_is_the_same_mask(case: Case) -> None:
+    """tests/gpu runs rows longer than a kernel's tile."""
+    assert torch.equal(case.stretched(3).dense()[::3, ::3], case.dense())
+
+
 def test_auto_takes_transformer_engine_where_it_is(monkeypatch) -> None:
     monkeypatch.setattr(cpu_engine, "is_installed", lambda: False)
     monkeypatch.setattr(cpu_engine, "is_requested", lambda: False)
