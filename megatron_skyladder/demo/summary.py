@@ -121,8 +121,8 @@ def table(constant: Outcome, ladder: Outcome, saving: tuple[float, float]) -> st
     faster = 1 - ladder.seconds / constant.seconds
     lines.append("")
     lines.append(
-        f"SkyLadder took {100 * faster:.1f} % less time for the same tokens. By FLOPs it does "
-        f"{100 * work:.1f} % less work ({100 * attention:.1f} % less attention)."
+        f"SkyLadder took {_less(faster)} time for the same tokens. By FLOPs it does {_less(work)} "
+        f"work ({_less(attention)} attention)."
     )
     return "\n".join(lines)
 
@@ -147,12 +147,16 @@ def plot(constant: Outcome, ladder: Outcome, path: Path) -> None:
     faster = 1 - ladder.seconds / constant.seconds
     figure.suptitle(
         f"SkyLadder against a constant window of {constant.seq_length:,}: the same model, weights, "
-        f"data and kernel, {100 * faster:.0f} % less time",
+        f"data and kernel, {_less(faster)} time",
         fontsize=12,
     )
     temporary = path.with_suffix(".partial.png")
     figure.savefig(temporary, dpi=130)
     os.replace(temporary, path)
+
+
+def _less(share: float) -> str:
+    return f"{100 * abs(share):.1f} % {'less' if share >= 0 else 'more'}"
 
 
 def _draw(outcome: Outcome, window: Any, by_tokens: Any, by_time: Any, by_length: Any) -> None:
