@@ -138,6 +138,7 @@ def build_environment(venv: Path, nvidia: Path) -> dict[str, str]:
         "PATH": f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "CPATH": os.pathsep.join(includes),
         "NVTE_BUILD_USE_NVIDIA_WHEELS": "1",  # a toolkit on the machine may be of another CUDA
+        "NVTE_NO_LOCAL_VERSION": "1",  # or the wheel's name has the commit of a folder around it
         "CUDNN_PATH": str(nvidia / "cudnn"),
         "NVTE_FRAMEWORK": "pytorch",
         "NVTE_PYTORCH_FORCE_BUILD": "TRUE",
