@@ -20,6 +20,7 @@ import os
 import re
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +31,18 @@ import numpy as np
 
 LAYERS, HIDDEN, HEADS, GROUPS = 4, 256, 4, 2
 VOCAB_SIZE = 2048
+INSTALL_HOOKS = """
+from megatron_skyladder import cpu_engine
+cpu_engine.install()
+import time, types, megatron.training.training, megatron.training.checkpointing
+started = time.perf_counter()
+from megatron_skyladder import hooks
+from megatron_skyladder.config import SkyLadderConfig
+from megatron_skyladder.schedules import WindowSchedule
+config = SkyLadderConfig(WindowSchedule("constant"), seq_length=8192, step_samples=1)
+hooks.install(config, types.SimpleNamespace(attention_dropout=0.0))
+print(time.perf_counter() - started)
+"""
 _STEP = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
 _PROBE = re.compile(r"mask probe passed in ([0-9.]+) s")
 
@@ -45,7 +58,8 @@ def training_flags(seq_length: int, steps: int, extra: list[str]) -> list[str]:
         --seq-length {seq_length} --max-position-embeddings {seq_length}
         --micro-batch-size 1 --global-batch-size 1 --train-iters {steps} --lr 1e-4
         --lr-decay-style constant --mock-data --tokenizer-type NullTokenizer
-        --vocab-size {VOCAB_SIZE - 1} --log-interval 1 --eval-iters 0 --num-workers 1
+        --vocab-size {VOCAB_SIZE - 1} --log-interval 1 --eval-iters 0
+        --eval-interval 1000 --num-workers 1
     """.split()
         + extra
     )
@@ -102,7 +116,7 @@ def measure_run(pool: Any, folder: Path, flags: list[str], same_kernel: bool) ->
     }
 
 
-def bench_steps(seq_length: int, steps: int) -> None:
+def bench_steps(seq_length: int, steps: int, repeats: int) -> None:
     """Print parts 1, 2 and 4."""
     from megatron_skyladder.fragments import window_pairs
     from megatron_skyladder.testing import ProcessPool
@@ -115,7 +129,7 @@ def bench_steps(seq_length: int, steps: int) -> None:
             return measure_run(pool, Path(scratch) / name, flags, same_kernel)
 
         full = ["--skyladder-schedule", "constant"]
-        pairs = [(run(f"stock{i}", [], True), run(f"ours{i}", full)) for i in range(3)]
+        pairs = [(run(f"stock{i}", [], True), run(f"ours{i}", full)) for i in range(repeats)]
         stock = {key: statistics.median(pair[0][key] for pair in pairs) for key in pairs[0][0]}
         ours = {key: statistics.median(pair[1][key] for pair in pairs) for key in pairs[0][1]}
         print(f"\n1. Full window of {seq_length} tokens, the same kernel (goal: at most 1.02x)")
@@ -141,43 +155,33 @@ def bench_steps(seq_length: int, steps: int) -> None:
 
 
 def attention_ms(window: int, seq_length: int) -> float:
-    """Return the median time of one layer's attention, forward and backward."""
+    """Return the median time of one layer's attention on one core, forward and backward."""
     import torch
 
     from megatron_skyladder import sdpa
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)
     head_dim = HIDDEN // HEADS
     query = torch.randn(seq_length, 1, HEADS, head_dim, requires_grad=True)
     key, value = (torch.randn(seq_length, 1, GROUPS, head_dim, requires_grad=True) for _ in "kv")
     times = []
     for _ in range(7):
-        started = time.perf_counter()
+        started = time.process_time()
         sdpa.attend_grid(query, key, value, window, head_dim**-0.5).sum().backward()
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     return 1e3 * statistics.median(times[1:])
 
 
 def hooks_seconds() -> float:
-    """Return how long a fresh process takes to import and place the hooks, Megatron imported."""
-    import subprocess
-
-    code = (
-        "import time, megatron.training.training, megatron.training.checkpointing\n"
-        "started = time.perf_counter()\n"
-        "from megatron_skyladder import hooks\n"
-        "[hooks._wrap(hook) for hook in hooks.HOOKS]\n"
-        "print(time.perf_counter() - started)"
-    )
-    code = "from megatron_skyladder import cpu_engine; cpu_engine.install()\n" + code
+    """Return how long a fresh process takes to import and install the hooks, Megatron imported."""
     environment = {**os.environ, "SKYLADDER_DEVICE": "cpu"}
     result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", INSTALL_HOOKS], env=environment, stdout=subprocess.PIPE, check=True
     )
     return float(result.stdout.split()[-1])
 
 
-def bench_data(seq_length: int, num_rows: int = 2000) -> None:
+def bench_data(seq_length: int, num_rows: int, repeats: int) -> None:
     """Print part 3."""
     from megatron_skyladder import fragments
     from megatron_skyladder.data.indexed import IndexedWriter
@@ -210,7 +214,7 @@ def bench_data(seq_length: int, num_rows: int = 2000) -> None:
             "Megatron's inter-document masking": packed.__getitem__,
         }
         rates: dict[str, list[float]] = {name: [] for name in readers}
-        for _ in range(5):
+        for _ in range(repeats):
             for name, read in readers.items():
                 started = time.process_time()
                 for index in range(num_rows):
@@ -256,10 +260,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=12, help="per run; the first 3 do not count")
+    parser.add_argument("--rows", type=int, default=2000, help="read from the datasets")
+    parser.add_argument("--repeats", type=int, default=5, help="of what is compared with stock")
     args = parser.parse_args()
     os.environ["SKYLADDER_DEVICE"] = "cpu"
-    bench_data(args.seq_length)
-    bench_steps(args.seq_length, args.steps)
+    if args.steps < 4:
+        parser.error(f"--steps={args.steps}: the first 3 do not count, so give at least 4.")
+    bench_data(args.seq_length, args.rows, args.repeats)
+    bench_steps(args.seq_length, args.steps, args.repeats)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""The benchmarks run to their end at a small size; what they measure is not judged here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_skyladder.testing import requires_megatron
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(script, *flags):
+    path = os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *flags],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+
+
+@requires_megatron
+def test_overhead():
+    small = ["--seq-length", "128", "--steps", "4", "--rows", "20", "--repeats", "1"]
+    out = run("overhead.py", *small)
+    for part in ("1. Full window of 128", "2. Against", "3. Data path", "4. Start-up: the probe"):
+        assert part in out
+    assert out.count(" x") >= 5  # ratios, side by side
+
+
+@pytest.mark.parametrize("mask", ["local", "sliding"])
+def test_context_parallel(mask):
+    flags = ["--seq-length", "4096", "--document-length", "300", "--skyladder-mask", mask]
+    out = run("context_parallel.py", *flags, "--windows", "32,1000,4096")
+    assert "all-gather" in out and len(out.splitlines()) == 5
