@@ -32,7 +32,8 @@ setup(
         # Reading text: prepare, inspect, the demo. Drawing: plan --plot, report, the demo.
         "data": ["tokenizers>=0.20", "sentencepiece", "pyarrow"],
         "plot": ["matplotlib"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"],
+        # pybind11: checkouts build their dataset helpers with it
+        "dev": ["pybind11", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["skyladder=megatron_skyladder.cli:main"]},
 )
