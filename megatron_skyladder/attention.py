@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_skyladder import clock, cp_attention, sdpa
+from megatron_skyladder import clock, conflicts, cp_attention, sdpa
 from megatron_skyladder.attention_stats import LayerStatistics, recording
 from megatron_skyladder.backends import SdpaBackend, from_thd, make_backend, to_thd
 from megatron_skyladder.segments import (
@@ -206,27 +206,4 @@ def _check_model(
             f"--window-size={config.window_size} cannot be combined with SkyLadder, which sets "
             "the window itself. Drop it, or use --skyladder-mask sliding."
         )
-    _check_kernels(config)
-
-
-def _check_kernels(config: TransformerConfig) -> None:
-    """Refuse what would silently not be done, or be done with the window of another step."""
-    if getattr(config, "cuda_graph_impl", "none") != "none" or any(
-        getattr(config, name, False) for name in ("enable_cuda_graph", "external_cuda_graph")
-    ):
-        raise ValueError(
-            "CUDA graphs (--cuda-graph-impl) cannot be combined with SkyLadder: a graph would "
-            "replay the window that it was captured with. Drop them."
-        )
-    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
-        if getattr(config, name, False):
-            raise ValueError(
-                f"--{name.replace('_', '-')} cannot be combined with SkyLadder, whose attention "
-                "runs in 16 bits. Drop it; --fp8-format for the linear layers can stay."
-            )
-    for name in ("qk_clip", "log_max_attention_logit"):
-        if getattr(config, name, False):
-            raise ValueError(
-                f"--{name.replace('_', '-')} cannot be combined with SkyLadder: its attention "
-                "does not report the largest logit. Drop it."
-            )
+    conflicts.check_attention(config)

@@ -74,7 +74,7 @@ def examine(flags: argparse.Namespace, launch_flags: list[str]) -> Report:
     for module, distribution in _OPTIONAL.items():
         _optional(report, module, distribution)
     report.try_to(lambda: _device(report))
-    report.try_to(lambda: _backend(report, flags))
+    report.try_to(lambda: _backend(report, flags, launch_flags))
     report.run["flags"] = " ".join(launch_flags) or "none given"
     report.try_to(lambda: _way_in_and_schedule(report, flags, launch_flags))
     report.try_to(lambda: _script(report, flags, launch_flags))
@@ -196,10 +196,14 @@ def _device(report: Report) -> None:
     report.run["device"] = ", ".join(counted)
 
 
-def _backend(report: Report, flags: argparse.Namespace) -> None:
+def _backend(report: Report, flags: argparse.Namespace, launch_flags: list[str]) -> None:
+    import torch
+
     from megatron_skyladder import backends
 
-    name, reason = backends.choose_backend(flags.skyladder_attention_backend or "auto")
+    in_float32 = launch_flags and not {"--bf16", "--fp16"}.intersection(launch_flags)
+    dtype = torch.float32 if in_float32 else torch.bfloat16
+    name, reason = backends.choose_backend(flags.skyladder_attention_backend or "auto", dtype)
     report.run["attention backend"] = f"{name}: {reason}"
 
 

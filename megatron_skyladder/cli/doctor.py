@@ -43,6 +43,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser.set_defaults(context_parallel_size=1)
     megatron.add_argument("--step-batch-size-schedule", metavar="TOKENS:SAMPLES ...")
     megatron.add_argument("--attention-dropout", type=float, default=0.1, metavar="P")
+    megatron.add_argument("--cuda-graph-impl", metavar="NAME")
     for name in conflicts.REFUSED:
         megatron.add_argument(f"--{name.replace('_', '-')}", type=int, nargs="?", const=1)
     add_arguments(parser)

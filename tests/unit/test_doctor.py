@@ -217,6 +217,13 @@ def test_a_flag_that_cannot_be_combined(tmp_path, megatron, capsys, name):
     assert problem.startswith("SkyLadder cannot be combined with this run: ") and flag in problem
 
 
+def test_cuda_graphs_cannot_be_combined(tmp_path, megatron, capsys):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    graphs = ["--cuda-graph-impl", "local"]
+    code, report = ask(capsys, *LAUNCH, *graphs, "--skyladder-start-window", "8")
+    assert code == 1 and "a CUDA graph would replay the window" in report["problems"][0]
+
+
 def test_attention_dropout_cannot_be_combined(tmp_path, megatron, capsys):
     megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
     code, report = ask(capsys, *LAUNCH[:-2], "--skyladder-start-window", "8")
