@@ -9,7 +9,7 @@ waiting for the device.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from megatron_skyladder.config import SkyLadderConfig
 
 Batch = dict[str, torch.Tensor | None]
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+_MESSAGE_OFFSETS = 2047  # 8 KB with their number: windows of 32 in 32K tokens, and 1,000 documents
 
 
 class HostTap:
@@ -114,15 +115,25 @@ def _fragment_offsets(
 
 
 def _broadcast_host(offsets: np.ndarray | None, group: Any) -> torch.Tensor:
-    """Send a host array of unknown length from the group's first rank to the others."""
-    host_group = _host_group(tuple(torch.distributed.get_process_group_ranks(group)))
-    source = torch.distributed.get_process_group_ranks(group)[0]
-    mask = torch.empty(0, dtype=torch.int32) if offsets is None else torch.from_numpy(offsets)
-    count = torch.tensor([mask.numel()])
-    torch.distributed.broadcast(count, source, group=host_group)
-    if offsets is None:
-        mask = torch.empty(int(count), dtype=torch.int32)
-    torch.distributed.broadcast(mask, source, group=host_group)
+    """Send a host array of unknown length from the group's first rank to the others.
+
+    One message, which begins with the number of offsets, and a second one for what is left over.
+    """
+    ranks = torch.distributed.get_process_group_ranks(group)
+    send = partial(torch.distributed.broadcast, src=ranks[0], group=_host_group(tuple(ranks)))
+    message = torch.empty(1 + _MESSAGE_OFFSETS, dtype=torch.int32)
+    mask = None if offsets is None else torch.from_numpy(offsets)
+    if mask is not None:
+        message[0] = mask.numel()
+        message[1 : 1 + mask.numel()] = mask[:_MESSAGE_OFFSETS]
+    send(message)
+    count = int(message[0])
+    if mask is None:
+        mask = message[1 : 1 + count]
+        if count > _MESSAGE_OFFSETS:
+            mask = torch.cat((mask, mask.new_empty(count - _MESSAGE_OFFSETS)))
+    if count > _MESSAGE_OFFSETS:
+        send(mask[_MESSAGE_OFFSETS:])
     return mask
 
 
