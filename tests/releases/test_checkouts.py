@@ -127,17 +127,30 @@ def test_megatrons_own_tests_end_as_in_the_stock_checkout(checkouts, tmp_path):
     assert num_passed > 10  # the others need more ranks, a GPU, or packages
 
 
-def test_without_our_flags_the_patch_changes_no_bit(checkouts, data, tmp_path):
+def test_without_our_flags_no_bit_changes(checkouts, data, tmp_path):
+    """Neither in the patched script nor in our entry point."""
     results = []
-    for name in ("stock", "patched"):
-        saved = tmp_path / name
+    for name, script in (
+        ("stock", checkouts / "stock" / "pretrain_gpt.py"),
+        ("patched", checkouts / "patched" / "pretrain_gpt.py"),
+        ("stock", None),
+    ):
+        saved = tmp_path / str(len(results))
         save = ["--save", str(saved), "--save-interval", "100", "--ckpt-format", "torch_dist"]
-        log, _ = run_script(data, checkouts / name, "pp2", *save)
+        log, _ = launch(
+            data,
+            *(*save, *LAYOUTS["pp2"]),
+            megatron=checkouts / name,
+            script=script,
+            num_processes=2,
+        )
         results.append((figures(log), read_checkpoint(saved / "iter_0000006")))
-    (stock_figures, stock), (patched_figures, patched) = results
-    assert patched_figures == stock_figures
-    assert patched.keys() == stock.keys() and any("optimizer" in name for name in stock)
-    assert all(torch.equal(patched[name], stock[name]) for name in stock)
+    (stock_figures, stock), *others = results
+    assert any("optimizer" in name for name in stock)
+    for other_figures, other in others:
+        assert other_figures == stock_figures
+        assert other.keys() == stock.keys()
+        assert all(torch.equal(other[name], stock[name]) for name in stock)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "pp4"])
