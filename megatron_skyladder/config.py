@@ -86,6 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "Attention sees windows that grow over the run (arXiv:2503.15450). Any one of these flags "
         "switches it on; what is left out has the default named here.",
     )
+    _add_schedule(group)
+    _add_attention(group)
+    _add_checks(group)
+    return parser
+
+
+def _add_schedule(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--skyladder-preset",
         metavar="NAME",
@@ -152,6 +159,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="consumed samples at which the schedule starts, to continue a run that began without "
         "it. Default: 0.",
     )
+
+
+def _add_attention(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--skyladder-intra-document",
         action="store_const",
@@ -190,6 +200,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="every so many iterations log the largest attention logit, the entropy of attention "
         "and the share of heads that attend to the first token, layer by layer. Default: never.",
     )
+
+
+def _add_checks(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--skyladder-allow-unfinished",
         action="store_const",
@@ -208,7 +221,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         const=True,
         help="skip the start-up check that the mask is really applied.",
     )
-    return parser
 
 
 def is_requested(args: Any) -> bool:
