@@ -19,7 +19,7 @@ import argparse
 
 import numpy as np
 
-from megatron_skyladder.context_parallel_costs import (
+from megatron_skyladder.ladder.exchange_costs import (
     ALL_GATHER_PASSES,
     OUR_PASSES,
     RING_PASSES,
@@ -28,7 +28,7 @@ from megatron_skyladder.context_parallel_costs import (
     key_value_bytes,
     rank_costs,
 )
-from megatron_skyladder.fragments import fragment_cu_seqlens, rows_cu_seqlens
+from megatron_skyladder.ladder.fragments import fragment_cu_seqlens, rows_cu_seqlens
 
 SEED = 1
 

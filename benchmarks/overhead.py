@@ -34,13 +34,13 @@ LAYERS, HIDDEN, HEADS, GROUPS = 4, 256, 4, 2
 VOCAB_SIZE = 2048
 NUM_WORKERS = 2  # of the data loader: Megatron's default
 INSTALL_HOOKS = """
-from megatron_skyladder import cpu_engine
+from megatron_skyladder.cpu import engine as cpu_engine
 cpu_engine.install()
 import time, types, megatron.training.training, megatron.training.checkpointing
 started = time.perf_counter()
-from megatron_skyladder import hooks
-from megatron_skyladder.config import SkyLadderConfig
-from megatron_skyladder.schedules import WindowSchedule
+from megatron_skyladder.megatron_lm import hooks
+from megatron_skyladder.ladder.config import SkyLadderConfig
+from megatron_skyladder.ladder.schedules import WindowSchedule
 config = SkyLadderConfig(WindowSchedule("constant"), seq_length=8192, step_samples=1)
 hooks.install(config, types.SimpleNamespace(attention_dropout=0.0))
 print(time.perf_counter() - started)
@@ -120,7 +120,7 @@ def measure_run(pool: Any, folder: Path, flags: list[str], same_kernel: bool) ->
 
 def bench_steps(seq_length: int, steps: int, repeats: int) -> None:
     """Print parts 1, 2 and 4."""
-    from megatron_skyladder.fragments import window_pairs
+    from megatron_skyladder.ladder.fragments import window_pairs
     from megatron_skyladder.testing import ProcessPool
 
     windows = [seq_length // share for share in (64, 16, 4, 2)]
@@ -167,7 +167,7 @@ def attention_ms(window: int, seq_length: int) -> float:
     """Return the median time of one layer's attention on one core, forward and backward."""
     import torch
 
-    from megatron_skyladder import sdpa
+    from megatron_skyladder.attention import sdpa
 
     torch.set_num_threads(1)
     head_dim = HIDDEN // HEADS
@@ -192,8 +192,8 @@ def hooks_seconds() -> float:
 
 def bench_data(seq_length: int, num_rows: int, repeats: int) -> None:
     """Print part 3."""
-    from megatron_skyladder import fragments
     from megatron_skyladder.data.indexed import IndexedWriter
+    from megatron_skyladder.ladder import fragments
 
     generator = np.random.default_rng(0)
     eod = VOCAB_SIZE - 1

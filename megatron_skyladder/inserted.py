@@ -1,76 +1,14 @@
-"""What the lines call that ``skyladder patch`` inserts into a Megatron-LM checkout.
+"""Where the lines point that ``skyladder patch`` inserts into a checkout.
 
-One function for each place. Without a ``--skyladder-*`` flag each leaves everything as it was.
+Patched checkouts name this path, so it stays; the functions are in `megatron_lm.patch_calls`.
 """
 
-from __future__ import annotations
+from megatron_skyladder.megatron_lm.patch_calls import (
+    add_arguments,
+    dataset_is_built_on_rank,
+    document_mask,
+    switch_on,
+    watch,
+)
 
-import argparse
-from typing import Any
-
-from megatron_skyladder import config
-from megatron_skyladder.console import log_to_console
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """In ``add_megatron_arguments``: add our flags, once."""
-    if "--skyladder-preset" in parser._option_string_actions:
-        return parser
-    return config.add_arguments(parser)
-
-
-def switch_on() -> None:
-    """In ``pretrain``, after Megatron is initialized: install the hooks where a flag was given."""
-    from megatron_skyladder import compat, hooks
-
-    options = compat.args()
-    configuration = config.config_from_args(options)
-    if configuration is None or hasattr(options, hooks.FINGERPRINT):
-        return
-    log_to_console()
-    hooks.install(configuration, options)
-
-
-def dataset_is_built_on_rank() -> bool | None:
-    """In ``is_dataset_built_on_rank``: every stage reads rows where documents are masked.
-
-    Returns:
-        What the function has to return, or None where it decides for itself.
-    """
-    from megatron.core import mpu
-
-    from megatron_skyladder import clock
-
-    if not clock.documents_masked():
-        return None
-    return mpu.get_tensor_model_parallel_rank() == 0
-
-
-def watch(data_iterator: Any) -> Any:
-    """In ``forward_step``, before the batch: keep the next row, while it is on the host."""
-    from megatron_skyladder import batches, clock
-
-    if data_iterator is None or not clock.documents_masked():
-        return data_iterator
-    return batches.HostTap(data_iterator)
-
-
-def document_mask(data_iterator: Any, attention_mask: Any, model: Any) -> Any:
-    """In ``forward_step``, after the batch: return the mask that goes to the model.
-
-    Args:
-        data_iterator: what ``watch`` returned.
-        attention_mask: Megatron's, which stays where SkyLadder masks no documents.
-        model: this stage's model chunk; rows are seen whole in evaluation.
-    """
-    from megatron_skyladder import batches, clock
-
-    if not (clock.documents_masked() and model.training):
-        return attention_mask
-    row_batch = None
-    if data_iterator is not None:
-        if data_iterator.latest is None:  # a middle pipeline stage: Megatron reads nothing there
-            next(data_iterator)
-        row_batch = data_iterator.latest
-    active = clock.current()
-    return batches.document_mask(row_batch, active.config, active.window(training=True))
+__all__ = ["add_arguments", "dataset_is_built_on_rank", "document_mask", "switch_on", "watch"]

@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from megatron_skyladder.attention import SkyLadderAttention
+from megatron_skyladder.attention.core_attention import SkyLadderAttention
 
 SPEC_NAME = "skyladder"
 # Megatron's import_module looks into vars() of this module and calls no __getattr__; but where a
@@ -104,7 +104,7 @@ def _spec_from_environment() -> Any:
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from megatron_skyladder import from_environment
+    from megatron_skyladder.megatron_lm import from_environment
 
     options = get_args()
     if options.num_experts:  # Megatron wants one stage's block here, and does not say which

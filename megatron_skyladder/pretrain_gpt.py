@@ -14,9 +14,10 @@ import traceback
 from functools import partial
 from typing import Any
 
-from megatron_skyladder import cpu_engine, releases
-from megatron_skyladder.config import config_from_args
-from megatron_skyladder.console import log_to_console
+from megatron_skyladder.cpu import engine as cpu_engine
+from megatron_skyladder.ladder.config import config_from_args
+from megatron_skyladder.megatron_lm import releases
+from megatron_skyladder.runtime.console import log_to_console
 
 logger = logging.getLogger("megatron_skyladder.pretrain_gpt")  # __name__ is __main__ here
 SPIKY_LOSS_FACTOR = 10  # a loss this many times the largest so far is spiky, as in Megatron
@@ -27,7 +28,7 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_timers
 
-    from megatron_skyladder.batches import get_batch
+    from megatron_skyladder.runtime.document_mask import get_batch
 
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
@@ -99,7 +100,8 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
     from megatron.training import get_args
 
-    from megatron_skyladder import clock, compat
+    from megatron_skyladder.ladder import clock
+    from megatron_skyladder.megatron_lm import compat
 
     options = get_args()
 
@@ -145,7 +147,7 @@ def _says_it_all(error: BaseException) -> bool:
 
 
 def _launch() -> None:
-    from megatron_skyladder import compat, hooks, inserted
+    from megatron_skyladder.megatron_lm import compat, hooks, patch_calls
 
     def on_arguments(options: Any) -> None:
         options.create_attention_mask_in_dataloader = False  # the datasets below make none
@@ -156,7 +158,7 @@ def _launch() -> None:
     compat.launch(
         datasets_provider,
         forward_step,
-        extra_args_provider=inserted.add_arguments,
+        extra_args_provider=patch_calls.add_arguments,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
         on_arguments=on_arguments,
     )

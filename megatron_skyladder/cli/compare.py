@@ -10,14 +10,14 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from megatron_skyladder.cli import budget, planning, run_flags
-from megatron_skyladder.cli.budget import Fit
 from megatron_skyladder.cli.plan import to_json as to_plan_json
-from megatron_skyladder.cli.plan_text import WIDTH, amount, scientific, table, wrap
-from megatron_skyladder.cli.planning import Plan
-from megatron_skyladder.config import DEFAULT_SCHEDULE
-from megatron_skyladder.presets import PAPER_RUNS, SCHEDULE_PRESETS
-from megatron_skyladder.schedules import SCHEDULES, WindowSchedule, exact
+from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
+from megatron_skyladder.ladder.presets import PAPER_RUNS, SCHEDULE_PRESETS
+from megatron_skyladder.ladder.schedules import SCHEDULES, WindowSchedule, exact
+from megatron_skyladder.planning import budget, estimate, run_flags
+from megatron_skyladder.planning.budget import Fit
+from megatron_skyladder.planning.estimate import Plan
+from megatron_skyladder.planning.text import WIDTH, amount, scientific, table, wrap
 
 _WITHOUT_RATE = ("constant", "staged")
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     plans = make_plans(args)
     fits = make_fits(args, plans)
     if args.plot:
-        from megatron_skyladder.cli import plots
+        from megatron_skyladder.planning import plots
 
         plots.draw_plans(args.plot, plans)
     print(json.dumps(to_json(plans, fits), indent=2) if args.json else to_text(plans, fits))
@@ -105,7 +105,7 @@ def make_plans(args: argparse.Namespace) -> list[Plan]:
     plans: list[Plan] = []
     for name, preset, changes in _entries(args):
         own = argparse.Namespace(**{**vars(args), **changes})
-        plan = planning.make_plan(own, name=name, preset=preset)
+        plan = estimate.make_plan(own, name=name, preset=preset)
         same = [p for p in plans if (p.shape, p.tokens) == (plan.shape, plan.tokens)]
         same = [p for p in same if p.config.seq_length == plan.config.seq_length]
         if not same and plan.config.schedule.schedule != "constant":
@@ -159,7 +159,7 @@ def make_fits(args: argparse.Namespace, plans: list[Plan]) -> list[tuple[str, Fi
     plan = next((p for p in plans if p.config.schedule.schedule not in _WITHOUT_RATE), None)
     if plan is None:
         return []
-    share = args.budget_share or planning.RECOMMENDED_SHARES[1]
+    share = args.budget_share or estimate.RECOMMENDED_SHARES[1]
     if share > 1:
         raise ValueError(f"--budget-share={float(share):g} is above 1. Give a share such as 0.64.")
     if args.budget_tokens:
@@ -195,7 +195,7 @@ def to_json(plans: list[Plan], fits: list[tuple[str, Fit | None]]) -> dict[str, 
 
 
 def _plan_json(plan: Plan) -> dict[str, Any]:
-    result = to_plan_json(plan, list(planning.stage_steps(plan)))
+    result = to_plan_json(plan, list(estimate.stage_steps(plan)))
     del result["notes"]
     return {"name": plan.name, **result}
 

@@ -126,7 +126,7 @@ def _conclude(output: Path, runs: list[Any]) -> None:
     from megatron_skyladder.demo.runs import BATCH_SAMPLES, SEQ_LENGTH, SHAPE, schedule
     from megatron_skyladder.report.curves import load_runs
     from megatron_skyladder.report.page import write_report
-    from megatron_skyladder.runlog import read_run
+    from megatron_skyladder.report.runlog import read_run
 
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     constant, ladder = (

@@ -9,9 +9,10 @@ import textwrap
 from dataclasses import asdict
 from typing import Any
 
-from megatron_skyladder import conflicts, doctor
-from megatron_skyladder.config import add_arguments
-from megatron_skyladder.doctor import Report
+from megatron_skyladder.ladder.config import add_arguments
+from megatron_skyladder.megatron_lm import conflicts
+from megatron_skyladder.planning import doctor
+from megatron_skyladder.planning.doctor import Report
 
 _WIDTH = 100
 _INTEGERS = (  # what the schedule is made of, beside our own flags

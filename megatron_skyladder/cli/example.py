@@ -6,9 +6,9 @@ import argparse
 import json
 from typing import Any
 
-from megatron_skyladder import examples
-from megatron_skyladder.layouts import GPU_MEMORY_GIB
-from megatron_skyladder.presets import PAPER_RUNS
+from megatron_skyladder.ladder.presets import PAPER_RUNS
+from megatron_skyladder.planning import examples
+from megatron_skyladder.planning.layouts import GPU_MEMORY_GIB
 
 DESCRIPTION = """\
 Print Megatron's flags for one of the paper's runs, one a line, each with the table or the reason it

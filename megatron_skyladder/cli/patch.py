@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_skyladder.patching import checkout, definitions
-from megatron_skyladder.patching.checkout import FileState
-from megatron_skyladder.patching.places import MARK
+from megatron_skyladder.megatron_lm.patching import checkout, definitions
+from megatron_skyladder.megatron_lm.patching.checkout import FileState
+from megatron_skyladder.megatron_lm.patching.places import MARK
 
 
 def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:

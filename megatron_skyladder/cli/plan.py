@@ -7,10 +7,10 @@ import json
 import textwrap
 from typing import Any
 
-from megatron_skyladder.cli import planning, run_flags
-from megatron_skyladder.cli.context_parallel_plan import mean_max_over_mean, parallel_costs
-from megatron_skyladder.cli.plan_text import to_text
-from megatron_skyladder.cli.planning import Plan
+from megatron_skyladder.planning import estimate, run_flags
+from megatron_skyladder.planning.estimate import Plan
+from megatron_skyladder.planning.parallel import mean_max_over_mean, parallel_costs
+from megatron_skyladder.planning.text import to_text
 
 
 def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
@@ -41,12 +41,12 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command."""
-    plan = planning.make_plan(args, name=args.preset or "run")
-    steps = args.at if args.at is not None else list(planning.stage_steps(plan))
+    plan = estimate.make_plan(args, name=args.preset or "run")
+    steps = args.at if args.at is not None else list(estimate.stage_steps(plan))
     if max(steps) >= plan.total_steps:
         plan.notes.append(f"Step {max(steps):,} lies behind the end of the run.")
     if args.plot:
-        from megatron_skyladder.cli import plots
+        from megatron_skyladder.planning import plots
 
         plots.draw_plans(args.plot, [plan])
     print(json.dumps(to_json(plan, steps), indent=2) if args.json else to_text(plan, steps))
@@ -119,17 +119,17 @@ def _documents_json(plan: Plan) -> dict[str, Any]:
             "attention_fraction": float(pairs / plan.causal_pairs),
             "flops": plan.flops(pairs),
         }
-        for ladder, masked, pairs in planning.work_under_masks(plan)
+        for ladder, masked, pairs in estimate.work_under_masks(plan)
     }
     return {
         "documents": documents.num_documents,
         "tokens": documents.num_tokens,
         "length_quantiles": {
             f"{share:g}": int(documents.lengths[round(share * (documents.lengths.size - 1))])
-            for share in planning.QUANTILES
+            for share in estimate.QUANTILES
         },
         "visible_context_quantiles": {
-            f"{share:g}": documents.rows.context_quantile(share) for share in planning.QUANTILES
+            f"{share:g}": documents.rows.context_quantile(share) for share in estimate.QUANTILES
         },
         "work": work,
     }

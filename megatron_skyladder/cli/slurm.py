@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_skyladder.cli import run_flags
+from megatron_skyladder.planning import run_flags
 from megatron_skyladder.slurm import script
 from megatron_skyladder.slurm.settings import DEFAULT_ENTRY, Settings, from_file
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_skyladder.costs import DecoderShape
-from megatron_skyladder.schedules import WindowSchedule
+from megatron_skyladder.ladder.costs import DecoderShape
+from megatron_skyladder.ladder.schedules import WindowSchedule
 
 NUM_RANKS = 2
 BATCH_SAMPLES = 2

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_skyladder import costs
-from megatron_skyladder.config import SkyLadderConfig
-from megatron_skyladder.runlog import RunLog
-from megatron_skyladder.schedules import WindowSchedule
+from megatron_skyladder.ladder import costs
+from megatron_skyladder.ladder.config import SkyLadderConfig
+from megatron_skyladder.ladder.schedules import WindowSchedule
+from megatron_skyladder.report.runlog import RunLog
 
 COLOURS = {"constant": "#7f7f7f", "skyladder": "#0b6e99"}
 LABELS = {"constant": "constant window", "skyladder": "SkyLadder"}

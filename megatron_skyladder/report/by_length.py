@@ -16,7 +16,7 @@ from megatron_skyladder.report.drawing import (
     name_runs,
     noise_band,
 )
-from megatron_skyladder.runlog import Validation
+from megatron_skyladder.report.runlog import Validation
 
 
 def loss_by_length(runs: list[Run]) -> Any:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_skyladder.runlog import Iteration, RunLog, Validation, read_run
+from megatron_skyladder.report.runlog import Iteration, RunLog, Validation, read_run
 
 _MEANINGLESS = {"train", "log", "logs", "out", "output", "stdout", "console", "run"}
 

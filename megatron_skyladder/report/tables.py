@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from megatron_skyladder.report.curves import Run
+from megatron_skyladder.report.runlog import Validation
 from megatron_skyladder.report.stability import VOLATILITY_WIDTH, stability
-from megatron_skyladder.runlog import Validation
 
 # What a reader wants to know of a run, in this order, besides what differs.
 MAIN_SETTINGS = (

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_skyladder.examples import DEFAULT_GPU, example
-from megatron_skyladder.layouts import GPUS_PER_NODE
+from megatron_skyladder.planning.examples import DEFAULT_GPU, example
+from megatron_skyladder.planning.layouts import GPUS_PER_NODE
 
 FILE_NAME = "settings.json"
 DEFAULT_ENTRY = "megatron_skyladder.pretrain_gpt"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron_skyladder import batches
+from megatron_skyladder.runtime import document_mask
 
 
 def send_offsets() -> None:
@@ -16,10 +16,10 @@ def send_offsets() -> None:
         group = torch.distributed.new_group(ranks)
         if rank not in ranks:
             continue
-        full = batches._MESSAGE_OFFSETS
+        full = document_mask._MESSAGE_OFFSETS
         for count in (2, full - 1, full, full + 1, 3 * full, 5):
             offsets = np.arange(count, dtype=np.int32) * 7
-            mask = batches._broadcast_host(offsets if rank == ranks[0] else None, group)
+            mask = document_mask._broadcast_host(offsets if rank == ranks[0] else None, group)
             assert mask.dtype == torch.int32 and mask.numpy().tolist() == offsets.tolist()
-        batches._host_group.cache_clear()  # training has one group only
+        document_mask._host_group.cache_clear()  # training has one group only
     torch.distributed.destroy_process_group()

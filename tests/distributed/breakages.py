@@ -10,9 +10,10 @@ def look_up_documents() -> None:
 
     Wrong as soon as a forward pass is recomputed after other micro-batches have been read.
     """
-    from megatron_skyladder import attention, batches
+    from megatron_skyladder.attention import core_attention
+    from megatron_skyladder.runtime import document_mask
 
-    get_batch, forward = batches.get_batch, attention.SkyLadderAttention.forward
+    get_batch, forward = document_mask.get_batch, core_attention.SkyLadderAttention.forward
     latest: Any = None
 
     def keeping_get_batch(*args: Any, **kwargs: Any) -> Any:
@@ -23,13 +24,13 @@ def look_up_documents() -> None:
     def looking_up(self: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
         return forward(self, query, key, value, None if mask is None else latest, **kwargs)
 
-    batches.get_batch = keeping_get_batch
-    attention.SkyLadderAttention.forward = looking_up
+    document_mask.get_batch = keeping_get_batch
+    core_attention.SkyLadderAttention.forward = looking_up
 
 
 def window_one_longer() -> None:
     """See W + 1 tokens, the classic."""
-    from megatron_skyladder import clock
+    from megatron_skyladder.ladder import clock
 
     window = clock.Clock.window
 
@@ -41,7 +42,7 @@ def window_one_longer() -> None:
 
 def documents_end_before_eod() -> None:
     """Let a document end before its end-of-document token rather than after it."""
-    from megatron_skyladder import fragments
+    from megatron_skyladder.ladder import fragments
 
     document_ends = fragments.document_ends
 

@@ -19,12 +19,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from megatron_skyladder import clock
-from megatron_skyladder.attention import SkyLadderAttention
-from megatron_skyladder.config import SkyLadderConfig
-from megatron_skyladder.context_parallel_costs import rank_costs
-from megatron_skyladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens
-from megatron_skyladder.schedules import WindowSchedule
+from megatron_skyladder.attention.core_attention import SkyLadderAttention
+from megatron_skyladder.ladder import clock
+from megatron_skyladder.ladder.config import SkyLadderConfig
+from megatron_skyladder.ladder.exchange_costs import rank_costs
+from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens
+from megatron_skyladder.ladder.schedules import WindowSchedule
 
 HEAD_DIM = 4
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from runs import GLOBAL_BATCH_SIZE, SEQ_LENGTH, Run, Trainer
 
-from megatron_skyladder.runlog import RunLog, Validation, parse
+from megatron_skyladder.report.runlog import RunLog, Validation, parse
 from megatron_skyladder.testing import ProcessPool, requires_megatron
 
 pytestmark = requires_megatron

@@ -33,10 +33,10 @@ def train(
 
 
 def _evaluate_densely(window: int) -> None:
-    from megatron_skyladder import batches
+    from megatron_skyladder.runtime import document_mask
     from megatron_skyladder.testing import megatron_dense_mask
 
-    get_batch = batches.get_batch
+    get_batch = document_mask.get_batch
 
     def get_batch_with_mask(data_iterator: Any, *, training: bool, **kwargs: Any) -> Any:
         batch, mask = get_batch(data_iterator, training=training, **kwargs)
@@ -45,14 +45,16 @@ def _evaluate_densely(window: int) -> None:
             mask = megatron_dense_mask(tokens, window_len=window, eod=None, sliding=False)
         return batch, mask
 
-    batches.get_batch = get_batch_with_mask
+    document_mask.get_batch = get_batch_with_mask
 
 
 def _count_densely(file: Any) -> None:
-    from megatron_skyladder import batches, clock, compat
+    from megatron_skyladder.ladder import clock
+    from megatron_skyladder.megatron_lm import compat
+    from megatron_skyladder.runtime import document_mask
     from megatron_skyladder.testing import megatron_dense_mask
 
-    get_batch = batches.get_batch
+    get_batch = document_mask.get_batch
 
     def counting_get_batch(data_iterator: Any, *, training: bool, **kwargs: Any) -> Any:
         batch, mask = get_batch(data_iterator, training=training, **kwargs)
@@ -73,7 +75,7 @@ def _count_densely(file: Any) -> None:
             file.write(json.dumps(entry) + "\n")
         return batch, mask
 
-    batches.get_batch = counting_get_batch
+    document_mask.get_batch = counting_get_batch
 
 
 def _note_state_after_evaluation(file: Any) -> None:
@@ -81,7 +83,7 @@ def _note_state_after_evaluation(file: Any) -> None:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
     from megatron.training import training
 
-    from megatron_skyladder import compat
+    from megatron_skyladder.megatron_lm import compat
 
     original = training.evaluate_and_print_results
 

@@ -15,8 +15,8 @@ pytest.importorskip("megatron.core")
 from cases import CASES, Case  # noqa: E402
 from checks import PARTS, call_attention, check_bf16, document_mask, make_attention  # noqa: E402
 
-from megatron_skyladder import cpu_engine  # noqa: E402
-from megatron_skyladder.backends import BACKENDS, choose_backend  # noqa: E402
+from megatron_skyladder.attention.backends import BACKENDS, choose_backend  # noqa: E402
+from megatron_skyladder.cpu import engine as cpu_engine  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_skyladder import releases, runlog
 from megatron_skyladder.data.indexed import IndexedWriter
+from megatron_skyladder.megatron_lm import releases
+from megatron_skyladder.report import runlog
 
 REPOSITORY = Path(__file__).parents[2]
 EOD = 127  # ends each document of the data below
@@ -97,7 +98,7 @@ def launch(
     """
     entry = ["-m", "megatron_skyladder.pretrain_gpt"]
     if script is not None:
-        entry = ["-m", "megatron_skyladder.cpu_engine", str(script)]
+        entry = ["-m", "megatron_skyladder.cpu", str(script)]
     path = [str(folder) for folder in (megatron, REPOSITORY) if folder]
     result = subprocess.run(
         [

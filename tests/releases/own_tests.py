@@ -1,6 +1,6 @@
 """Run tests of Megatron's own in one process on the CPU engine.
 
-    python -m megatron_skyladder.cpu_engine own_tests.py <words for pytest>
+    python -m megatron_skyladder.cpu own_tests.py <words for pytest>
 
 They run with gloo where they ask for NCCL; and where there is no Transformer Engine, it has the
 version 0.0.0 in 0.16 too, whose tests trip over None, as it has in later releases.

@@ -17,8 +17,8 @@ import pytest
 import torch
 from launches import DOCUMENTS_MASKED, LADDER, REPOSITORY, figures, launch, require
 
-from megatron_skyladder import releases
 from megatron_skyladder.cli import main as skyladder
+from megatron_skyladder.megatron_lm import releases
 from megatron_skyladder.testing import read_checkpoint, requires_megatron
 
 VARIABLE = "SKYLADDER_MEGATRON_CHECKOUTS"
@@ -101,7 +101,7 @@ def own_outcomes(checkout, report):
     words += ["--override-ini", "addopts=", "--junit-xml", str(report)]
     runner = str(Path(__file__).with_name("own_tests.py"))
     subprocess.run(
-        [sys.executable, "-m", "megatron_skyladder.cpu_engine", runner, *words],
+        [sys.executable, "-m", "megatron_skyladder.cpu", runner, *words],
         cwd=checkout,
         env={
             **os.environ,

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_skyladder.releases import RELEASES
+from megatron_skyladder.megatron_lm.releases import RELEASES
 
 INSTALLED = "0.19.2"  # by setup.py; all other tests run with it
 OLDER = [release.wheel for release in RELEASES.values() if release.wheel not in (None, INSTALLED)]

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_skyladder import clock, pretrain_gpt
+from megatron_skyladder import pretrain_gpt
+from megatron_skyladder.ladder import clock
 from megatron_skyladder.slurm.rank import ATTEMPT_VARIABLE, RUN_VARIABLE
 
 RUN = Path(os.environ[RUN_VARIABLE])

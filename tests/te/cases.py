@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from megatron_skyladder.fragments import dense_mask, fragment_cu_seqlens
+from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens
 
 SEQ_LENGTH = 96
 

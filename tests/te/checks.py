@@ -16,9 +16,9 @@ import pytest
 import torch
 from cases import CASES, SEQ_LENGTH, Case, dense_attention
 
-from megatron_skyladder.backends import make_backend
-from megatron_skyladder.fragments import fragment_cu_seqlens, rows_cu_seqlens
-from megatron_skyladder.segments import Segments
+from megatron_skyladder.attention.backends import make_backend
+from megatron_skyladder.attention.segments import Segments
+from megatron_skyladder.ladder.fragments import fragment_cu_seqlens, rows_cu_seqlens
 
 HEADS, HEAD_DIM = 4, 16
 PARTS = {"whole_row": (0, SEQ_LENGTH), "second_chunk": (24, 48), "last_chunk": (72, 96)}
@@ -162,10 +162,10 @@ def make_attention(backend: str, mask: str) -> torch.nn.Module:
     """Build the core-attention module as a layer of a model would."""
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_skyladder import clock
-    from megatron_skyladder.attention import SkyLadderAttention
-    from megatron_skyladder.config import SkyLadderConfig
-    from megatron_skyladder.schedules import WindowSchedule
+    from megatron_skyladder.attention.core_attention import SkyLadderAttention
+    from megatron_skyladder.ladder import clock
+    from megatron_skyladder.ladder.config import SkyLadderConfig
+    from megatron_skyladder.ladder.schedules import WindowSchedule
 
     config = SkyLadderConfig(
         schedule=WindowSchedule(start_window=WINDOW, final_window=ROW, alpha=1),
@@ -249,8 +249,8 @@ def attend_without_a_look(name: str) -> None:
 
 def exchange_without_a_look(names: list[str]) -> None:
     """The same as one of several context-parallel ranks, with keys that travel."""
-    from megatron_skyladder import cp_attention
-    from megatron_skyladder.segments import MaskCache, ParallelSegments, Rows
+    from megatron_skyladder.attention import context_parallel
+    from megatron_skyladder.attention.segments import MaskCache, ParallelSegments, Rows
 
     torch.distributed.init_process_group("gloo")
     group = torch.distributed.group.WORLD
@@ -262,6 +262,6 @@ def exchange_without_a_look(names: list[str]) -> None:
         backend = build(name, 2, context_parallel_size=size)
         qkv = make_qkv(2, torch.bfloat16, seq_length=ROW * 2 // size)
         with no_look_at_the_device():
-            out = cp_attention.attend(backend, *qkv, parallel, group)
+            out = context_parallel.attend(backend, *qkv, parallel, group)
             out.backward(torch.ones_like(out))
         assert all(x.grad is not None for x in qkv)

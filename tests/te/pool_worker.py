@@ -21,6 +21,6 @@ if __name__ == "__main__":
     atexit.register(lambda: print(f"stand-ins called: {dict(CALLS)}"))  # ends each rank's log
     os.dup2(answers, 1)
     os.close(answers)
-    from megatron_skyladder import testing_worker
+    from megatron_skyladder.testing import worker
 
-    testing_worker.main()
+    worker.main()

@@ -36,7 +36,7 @@ def install() -> None:
 
     # Megatron then takes torch's AdamW and its own gradient norm: those kernels have no stand-in.
     sys.modules["transformer_engine.pytorch.optimizers"] = None  # type: ignore[assignment]
-    from megatron_skyladder import cpu_engine
+    from megatron_skyladder.cpu import engine as cpu_engine
 
     cpu_engine.install()
     register_varlen()

@@ -22,8 +22,9 @@ from checks import (
     segments,
 )
 
-from megatron_skyladder import backends, cpu_engine
-from megatron_skyladder.backends import BACKENDS, choose_backend
+from megatron_skyladder.attention import backends
+from megatron_skyladder.attention.backends import BACKENDS, choose_backend
+from megatron_skyladder.cpu import engine as cpu_engine
 
 pytestmark = pytest.mark.te
 HERE = Path(__file__).resolve().parent

@@ -43,8 +43,8 @@ def measure_weights(words: list[str], results: str) -> None:
     """Build a model with the reference initialisation and write each matrix's mean and std."""
     import torch
 
-    from megatron_skyladder import hooks
-    from megatron_skyladder.initialization import with_reference_weights
+    from megatron_skyladder.megatron_lm import hooks
+    from megatron_skyladder.runtime.weights import with_reference_weights
 
     options, config = _prepare_model(words)
     hooks.install(config, options)
@@ -72,8 +72,8 @@ def _parse(words: list[str], world_size: int) -> tuple[Any, Any]:
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.global_vars import destroy_global_vars
 
-    from megatron_skyladder import cpu_engine
-    from megatron_skyladder.config import add_arguments, config_from_args
+    from megatron_skyladder.cpu import engine as cpu_engine
+    from megatron_skyladder.ladder.config import add_arguments, config_from_args
 
     def add_all(parser: Any) -> Any:
         cpu_engine.set_argument_defaults(parser)
@@ -93,7 +93,7 @@ def _prepare_model(words: list[str]) -> tuple[Any, Any]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from megatron_skyladder import clock
+    from megatron_skyladder.ladder import clock
 
     options, config = _parse(words, int(os.environ["WORLD_SIZE"]))
     clock.install(config, lambda: 0)
@@ -105,6 +105,6 @@ def _prepare_model(words: list[str]) -> tuple[Any, Any]:
 
 
 def _model(options: Any) -> Any:
-    from megatron_skyladder import compat
+    from megatron_skyladder.megatron_lm import compat
 
     return compat.gpt_model(pre_process=True, post_process=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_skyladder.fragments import window_pairs
-from megatron_skyladder.schedules import WindowSchedule
+from megatron_skyladder.ladder.fragments import window_pairs
+from megatron_skyladder.ladder.schedules import WindowSchedule
 
 SEQ_LENGTH, BATCH, STEPS, GPUS = 8192, 128, 100_000, 8
 LENGTHS = (512, 4096, 8192)

@@ -9,11 +9,11 @@ pytest.importorskip("megatron.core")
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_skyladder import clock  # noqa: E402
-from megatron_skyladder.attention import SkyLadderAttention  # noqa: E402
-from megatron_skyladder.config import SkyLadderConfig  # noqa: E402
-from megatron_skyladder.fragments import dense_mask, fragment_cu_seqlens  # noqa: E402
-from megatron_skyladder.schedules import WindowSchedule  # noqa: E402
+from megatron_skyladder.attention.core_attention import SkyLadderAttention  # noqa: E402
+from megatron_skyladder.ladder import clock  # noqa: E402
+from megatron_skyladder.ladder.config import SkyLadderConfig  # noqa: E402
+from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens  # noqa: E402
+from megatron_skyladder.ladder.schedules import WindowSchedule  # noqa: E402
 
 LENGTH, ROWS, HEADS, GROUPS, DIM = 48, 2, 4, 2, 8
 

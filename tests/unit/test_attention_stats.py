@@ -14,15 +14,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
-from megatron_skyladder import attention_stats, compat  # noqa: E402
-from megatron_skyladder.attention_stats import LayerStatistics, Sums, measure  # noqa: E402
-from megatron_skyladder.config import add_arguments, config_from_args  # noqa: E402
-from megatron_skyladder.fragments import (  # noqa: E402
-    dense_mask,
-    fragment_cu_seqlens,
-    rows_cu_seqlens,
-)
-from megatron_skyladder.segments import Segments  # noqa: E402
+from megatron_skyladder.attention import statistics  # noqa: E402
+from megatron_skyladder.attention.segments import Segments  # noqa: E402
+from megatron_skyladder.attention.statistics import LayerStatistics, Sums, measure  # noqa: E402
+from megatron_skyladder.ladder.config import add_arguments, config_from_args  # noqa: E402
+from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens  # noqa: E402
+from megatron_skyladder.megatron_lm import compat  # noqa: E402
 
 LENGTH, ROWS, HEADS, GROUPS, DIM = 160, 2, 4, 2, 8
 SCALE = 0.9
@@ -84,7 +81,7 @@ def check(sums: Sums, rows: list[tuple[float, float, int, float, int]]) -> None:
 @pytest.fixture(params=[1 << 24, 9000], ids=["whole", "blocks"])
 def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits held at a time: all, or those of a few queries."""
-    monkeypatch.setattr(attention_stats, "BLOCK_ELEMENTS", request.param)
+    monkeypatch.setattr(statistics, "BLOCK_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("block_elements")
@@ -141,7 +138,7 @@ def test_queries_whose_keys_came_from_another_rank(window: int | None) -> None:
 
 
 def test_a_row_too_long_for_the_block_goes_query_by_query(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_stats, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(statistics, "BLOCK_ELEMENTS", 1)
     query, key = random_tokens(HEADS, 0, rows=1), random_tokens(GROUPS, 1, rows=1)
     found = measure(query, key, segments_of(np.array([0, LENGTH], np.int32)), SCALE)
     check(found, [dense(query, key, dense_mask(LENGTH, window_len=LENGTH), [0])])
@@ -191,10 +188,10 @@ def test_layers_are_reported_over_the_stages(
 ) -> None:
     zeros = torch.zeros
     monkeypatch.setattr(
-        attention_stats.torch, "zeros", lambda *size, **kw: zeros(*size, dtype=kw.get("dtype"))
+        statistics.torch, "zeros", lambda *size, **kw: zeros(*size, dtype=kw.get("dtype"))
     )
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
-    monkeypatch.setattr(attention_stats, "_layers", attention_stats.WeakSet())
+    monkeypatch.setattr(statistics, "_layers", statistics.WeakSet())
     query, key = random_tokens(HEADS, 0, rows=1), random_tokens(GROUPS, 1, rows=1)
     layers = [LayerStatistics(number, 1, SCALE) for number in (1, 2, 3)]
     for layer, length in ((layers[0], LENGTH), (layers[2], 32)):
@@ -202,7 +199,7 @@ def test_layers_are_reported_over_the_stages(
         assert record is not None
         offsets = fragment_cu_seqlens(np.array([]), seq_length=LENGTH, window_len=length)
         record(query, key, segments_of(offsets))
-    found = attention_stats.by_layer(3)
+    found = statistics.by_layer(3)
     assert np.isfinite(found["attention_entropy"]).tolist() == [True, False, True]
     assert np.isfinite(found["attention_sink"]).tolist() == [True, False, False]
     assert found["max_attention_logit"][1] == -np.inf
@@ -215,7 +212,7 @@ def test_summary_has_the_largest_logit_and_the_means_over_layers() -> None:
         "attention_entropy": [2.0, 3.0],
         "attention_sink": [float("nan"), float("nan")],
     }
-    assert attention_stats.summary(layers) == {
+    assert statistics.summary(layers) == {
         "skyladder/max_attention_logit": 7.0,
         "skyladder/attention_entropy": 2.5,
     }

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_skyladder.batch_sizes import BatchSizes, batch_sizes
+from megatron_skyladder.ladder.batch_sizes import BatchSizes, batch_sizes
 
 
 def growing(text, seq_length=64):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_skyladder.calibration import calibrate
+from megatron_skyladder.planning.calibration import calibrate
 
 
 def log_line(iteration: int, milliseconds: float, fraction: float, *, batch: int = 8) -> str:

@@ -9,8 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from megatron_skyladder import backends, cpu_engine  # noqa: E402
-from megatron_skyladder.backends import choose_backend  # noqa: E402
+from megatron_skyladder.attention import backends  # noqa: E402
+from megatron_skyladder.attention.backends import choose_backend  # noqa: E402
+from megatron_skyladder.cpu import engine as cpu_engine  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

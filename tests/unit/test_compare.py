@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_skyladder.cli import budget, main, planning, run_flags
+from megatron_skyladder.cli import main
+from megatron_skyladder.planning import budget, estimate, run_flags
 
 BASE = "--preset 1b-8k"
 TIMED = f"{BASE} --tflops 100 --gpus 8"
@@ -138,7 +139,7 @@ def test_the_smallest_share_that_fits_is_found() -> None:
     """Against all hundred shares, for budgets between those of the shortest and longest growth."""
     parser = argparse.ArgumentParser()
     run_flags.add_run_flags(parser)
-    plan = planning.make_plan(parser.parse_args(TIMED.split()), name="run")
+    plan = estimate.make_plan(parser.parse_args(TIMED.split()), name="run")
     hours = {
         percent: budget.fit_share(plan, Fraction(percent, 100)).hours or 0.0
         for percent in range(1, 101)

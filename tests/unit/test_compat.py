@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_skyladder import releases
-from megatron_skyladder.releases import (
+from megatron_skyladder.megatron_lm import releases
+from megatron_skyladder.megatron_lm.releases import (
     ALLOW_VARIABLE,
     RELEASES,
     Megatron,
@@ -73,7 +73,7 @@ def test_a_checkout_has_a_script_of_its_own(tmp_path):
 def installed_with(*path):
     """Ask a fresh Python with this path which Megatron it has."""
     program = (
-        "from megatron_skyladder import releases\n"
+        "from megatron_skyladder.megatron_lm import releases\n"
         "try:\n"
         "    found = releases.installed()\n"
         "    print(found.version, found.folder)\n"
@@ -152,7 +152,7 @@ def test_nothing_else_asks_for_a_version():
         ):
             asking.append(path.relative_to(REPOSITORY).as_posix())
     # these two say where they look, in a message
-    assert set(asking) <= {"megatron_skyladder/patching/checkout.py"}
+    assert set(asking) <= {"megatron_skyladder/megatron_lm/patching/checkout.py"}
 
 
 # --- calls -------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_nothing_else_asks_for_a_version():
 
 @requires_megatron
 def test_arguments_are_passed_by_name_where_the_function_takes_them():
-    from megatron_skyladder.compat import _accepted
+    from megatron_skyladder.megatron_lm.compat import _accepted
 
     def share(batch, cp_size, is_sft=False): ...
 
@@ -170,7 +170,7 @@ def test_arguments_are_passed_by_name_where_the_function_takes_them():
 
 @requires_megatron
 def test_a_function_that_needs_something_unknown():
-    from megatron_skyladder.compat import _accepted
+    from megatron_skyladder.megatron_lm.compat import _accepted
 
     def share(batch, cp_size, new_in_2027): ...
 
@@ -180,7 +180,7 @@ def test_a_function_that_needs_something_unknown():
 
 @requires_megatron
 def test_a_place_to_hook_that_is_not_there():
-    from megatron_skyladder import hooks
+    from megatron_skyladder.megatron_lm import hooks
 
     hook = hooks.Hook("megatron.training.training", "Gone.method", lambda f: f, "to see")
     with pytest.raises(MegatronMismatchError, match=r"no megatron.*Gone\.method.*\(to see\)"):
@@ -191,7 +191,7 @@ def test_a_place_to_hook_that_is_not_there():
 def test_a_place_that_somebody_else_has_wrapped(monkeypatch):
     from megatron.training import training
 
-    from megatron_skyladder import hooks
+    from megatron_skyladder.megatron_lm import hooks
 
     original = training.evaluate
     wrapper = functools.wraps(original)(lambda *args: original(*args))
@@ -207,22 +207,23 @@ def test_a_place_that_somebody_else_has_wrapped(monkeypatch):
 def test_flags_are_added_once():
     import argparse
 
-    from megatron_skyladder import inserted
+    from megatron_skyladder.megatron_lm import patch_calls
 
     parser = argparse.ArgumentParser()
-    assert inserted.add_arguments(inserted.add_arguments(parser)) is parser
+    assert patch_calls.add_arguments(patch_calls.add_arguments(parser)) is parser
     assert parser.parse_args(["--skyladder-start-window", "8"]).skyladder_start_window == 8
 
 
 @requires_megatron
 def test_without_flags_the_inserted_calls_leave_all_as_it_is(monkeypatch):
-    from megatron_skyladder import clock, compat, inserted
+    from megatron_skyladder.ladder import clock
+    from megatron_skyladder.megatron_lm import compat, patch_calls
 
     monkeypatch.setattr(compat, "args", lambda: SimpleNamespace(skyladder_preset=None))
-    inserted.switch_on()
+    patch_calls.switch_on()
     assert clock.installed() is None
-    assert inserted.dataset_is_built_on_rank() is None
+    assert patch_calls.dataset_is_built_on_rank() is None
     iterator, mask = iter([]), object()
-    assert inserted.watch(iterator) is iterator and inserted.watch(None) is None
+    assert patch_calls.watch(iterator) is iterator and patch_calls.watch(None) is None
     model = SimpleNamespace(training=True)
-    assert inserted.document_mask(iterator, mask, model) is mask
+    assert patch_calls.document_mask(iterator, mask, model) is mask

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_skyladder.config import (
+from megatron_skyladder.ladder.config import (
     BACKENDS,
     MASKS,
     SkyLadderConfig,
@@ -19,7 +19,7 @@ from megatron_skyladder.config import (
     config_from_args,
     is_requested,
 )
-from megatron_skyladder.schedules import WindowSchedule
+from megatron_skyladder.ladder.schedules import WindowSchedule
 
 ROWS = 128
 

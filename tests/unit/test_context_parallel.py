@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_skyladder.context_parallel import (
+from megatron_skyladder.ladder.exchange_costs import gathered_tokens, key_value_bytes, rank_costs
+from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens
+from megatron_skyladder.ladder.key_exchange import (
     Launch,
     RankPlan,
     Span,
@@ -20,12 +22,6 @@ from megatron_skyladder.context_parallel import (
     merge_spans,
     needed_tails,
 )
-from megatron_skyladder.context_parallel_costs import (
-    gathered_tokens,
-    key_value_bytes,
-    rank_costs,
-)
-from megatron_skyladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens
 
 
 def offsets(window_len: int, ends: tuple[int, ...] = (), seq_length: int = 16) -> np.ndarray:

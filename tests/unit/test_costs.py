@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_skyladder import costs
-from megatron_skyladder.cli import run_flags
-from megatron_skyladder.config import SkyLadderConfig
-from megatron_skyladder.costs import DecoderShape, StepTime, flops, megatron_flops, step_time
-from megatron_skyladder.fragments import dense_mask, window_pairs
-from megatron_skyladder.presets import MODELS, PAPER_RUNS, PaperRun
-from megatron_skyladder.schedules import WindowSchedule
+from megatron_skyladder.ladder import costs
+from megatron_skyladder.ladder.config import SkyLadderConfig
+from megatron_skyladder.ladder.costs import DecoderShape, StepTime, flops, megatron_flops, step_time
+from megatron_skyladder.ladder.fragments import dense_mask, window_pairs
+from megatron_skyladder.ladder.presets import MODELS, PAPER_RUNS, PaperRun
+from megatron_skyladder.ladder.schedules import WindowSchedule
+from megatron_skyladder.planning import run_flags
 
 # --- parameters ---------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ def run(code, **environment):
 def test_importing_the_package_loads_and_changes_nothing():
     code = """
 import sys
-import megatron_skyladder, megatron_skyladder.config, megatron_skyladder.cli
+import megatron_skyladder, megatron_skyladder.ladder.config, megatron_skyladder.cli
 assert not {"torch", "numpy", "megatron"} & set(sys.modules), sorted(sys.modules)
 """
     assert run(code).returncode == 0
@@ -46,7 +46,7 @@ def test_an_unknown_device_is_refused():
 def test_it_does_not_load_where_cuda_is_visible_or_megatron_is_imported():
     code = """
 import torch
-from megatron_skyladder import cpu_engine
+from megatron_skyladder.cpu import engine as cpu_engine
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 8
 try:
@@ -72,7 +72,7 @@ assert not cpu_engine.is_installed()
 def test_cuda_calls_land_on_the_cpu():
     code = """
 import torch
-from megatron_skyladder import cpu_engine
+from megatron_skyladder.cpu import engine as cpu_engine
 cpu_engine.install()
 cpu_engine.install()
 cpu = torch.device("cpu")
@@ -110,7 +110,7 @@ def test_cuda_calls_land_on_the_cpu_in_nested_backward_passes():
     """As in sequence parallelism under full recompute: a backward inside a backward allocates."""
     code = """
 import torch
-from megatron_skyladder import cpu_engine
+from megatron_skyladder.cpu import engine as cpu_engine
 cpu_engine.install()
 
 class Inner(torch.autograd.Function):

@@ -11,9 +11,10 @@ import pytest
 from test_compat import write_megatron
 from test_patching import write_tree
 
-from megatron_skyladder import conflicts, doctor
 from megatron_skyladder.cli import main
-from megatron_skyladder.doctor import Report, disagreements
+from megatron_skyladder.megatron_lm import conflicts
+from megatron_skyladder.planning import doctor
+from megatron_skyladder.planning.doctor import Report, disagreements
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = ["--seq-length", "128", "--global-batch-size", "8", "--train-iters", "100"]

@@ -9,9 +9,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
-from megatron_skyladder import evaluation  # noqa: E402
-from megatron_skyladder.config import add_arguments, config_from_args  # noqa: E402
-from megatron_skyladder.evaluation import EXTRA_WORK, Sample, choose_sample  # noqa: E402
+from megatron_skyladder.ladder.config import add_arguments, config_from_args  # noqa: E402
+from megatron_skyladder.runtime import evaluation  # noqa: E402
+from megatron_skyladder.runtime.evaluation import EXTRA_WORK, Sample, choose_sample  # noqa: E402
 
 
 @pytest.mark.parametrize(

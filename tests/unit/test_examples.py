@@ -14,12 +14,17 @@ from typing import Any
 
 import pytest
 
-from megatron_skyladder import examples, layouts
 from megatron_skyladder.cli import main
-from megatron_skyladder.costs import DEVICES, DecoderShape
-from megatron_skyladder.examples import VARIANTS, example
-from megatron_skyladder.layouts import GPU_MEMORY_GIB, GPUS_PER_NODE, LAYOUTS, estimated_gib
-from megatron_skyladder.presets import PAPER_RUNS
+from megatron_skyladder.ladder.costs import DEVICES, DecoderShape
+from megatron_skyladder.ladder.presets import PAPER_RUNS
+from megatron_skyladder.planning import examples, layouts
+from megatron_skyladder.planning.examples import VARIANTS, example
+from megatron_skyladder.planning.layouts import (
+    GPU_MEMORY_GIB,
+    GPUS_PER_NODE,
+    LAYOUTS,
+    estimated_gib,
+)
 from megatron_skyladder.testing import ProcessPool, requires_megatron
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "pretrain.sh"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_skyladder.fragments import (
+from megatron_skyladder.ladder.fragments import (
     dense_mask,
     document_ends,
     fragment_cu_seqlens,

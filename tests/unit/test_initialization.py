@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_skyladder import clock
-from megatron_skyladder.config import SkyLadderConfig, add_arguments, config_from_args
-from megatron_skyladder.examples import example
-from megatron_skyladder.initialization import reference_stds, with_reference_weights
-from megatron_skyladder.schedules import WindowSchedule
+from megatron_skyladder.ladder import clock
+from megatron_skyladder.ladder.config import SkyLadderConfig, add_arguments, config_from_args
+from megatron_skyladder.ladder.schedules import WindowSchedule
+from megatron_skyladder.planning.examples import example
+from megatron_skyladder.runtime.weights import reference_stds, with_reference_weights
 from megatron_skyladder.testing import ProcessPool, requires_megatron
 
 OUTPUT_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_skyladder import from_environment
+from megatron_skyladder.megatron_lm import from_environment
 from megatron_skyladder.testing import requires_megatron
 
 
@@ -34,7 +34,7 @@ class Attention:
 
 @requires_megatron
 def test_core_attention_is_replaced_wherever_it_is_and_nothing_else():
-    from megatron_skyladder.attention import SkyLadderAttention
+    from megatron_skyladder.attention.core_attention import SkyLadderAttention
     from megatron_skyladder.layer_specs import with_skyladder
 
     inner = Attention(core_attention="stock", linear="linear")
@@ -48,7 +48,7 @@ def test_core_attention_is_replaced_wherever_it_is_and_nothing_else():
 
 @requires_megatron
 def test_a_partial_and_a_function_that_makes_the_spec():
-    from megatron_skyladder.attention import SkyLadderAttention
+    from megatron_skyladder.attention.core_attention import SkyLadderAttention
     from megatron_skyladder.layer_specs import with_skyladder
 
     spec = Part(submodules=partial(Attention, core_attention="stock"))
@@ -69,7 +69,7 @@ def test_a_spec_without_attention_is_refused():
 def test_megatrons_own_specs_get_ours_in_every_layer():
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from megatron_skyladder.attention import SkyLadderAttention
+    from megatron_skyladder.attention.core_attention import SkyLadderAttention
     from megatron_skyladder.layer_specs import with_skyladder
 
     stock = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -188,11 +188,11 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch):
-    import megatron_skyladder
+    from megatron_skyladder import megatron_lm
 
     recorder = Recorder()
-    monkeypatch.setitem(sys.modules, "megatron_skyladder.hooks", recorder)
-    monkeypatch.setattr(megatron_skyladder, "hooks", recorder, raising=False)
+    monkeypatch.setitem(sys.modules, "megatron_skyladder.megatron_lm.hooks", recorder)
+    monkeypatch.setattr(megatron_lm, "hooks", recorder, raising=False)
     monkeypatch.setattr(from_environment, "log_to_console", lambda: None)  # caplog listens instead
     for name in list(from_environment.os.environ):
         if name.startswith("SKYLADDER_"):

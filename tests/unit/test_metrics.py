@@ -10,15 +10,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.training")
 
-from megatron_skyladder import clock, metrics  # noqa: E402
-from megatron_skyladder.config import SkyLadderConfig  # noqa: E402
-from megatron_skyladder.fragments import (  # noqa: E402
-    dense_mask,
-    fragment_cu_seqlens,
-    rows_cu_seqlens,
-)
-from megatron_skyladder.metrics import Meter, Outlook, Work  # noqa: E402
-from megatron_skyladder.schedules import WindowSchedule  # noqa: E402
+from megatron_skyladder.ladder import clock  # noqa: E402
+from megatron_skyladder.ladder.config import SkyLadderConfig  # noqa: E402
+from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens  # noqa: E402
+from megatron_skyladder.ladder.schedules import WindowSchedule  # noqa: E402
+from megatron_skyladder.runtime import metrics  # noqa: E402
+from megatron_skyladder.runtime.metrics import Meter, Outlook, Work  # noqa: E402
 
 LENGTH = 48
 CAUSAL = LENGTH * (LENGTH + 1) // 2

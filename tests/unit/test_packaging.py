@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_skyladder.patching import definitions
+from megatron_skyladder.megatron_lm.patching import definitions
 from megatron_skyladder.slurm import script
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDED = ("setup.py", "pyproject.toml", "README.md", "megatron_skyladder", "patches", "slurm")
 FIND_THEM = """
-from megatron_skyladder.patching import definitions
+from megatron_skyladder.megatron_lm.patching import definitions
 from megatron_skyladder.slurm import script
 print(definitions.patches_folder())
 print(script.template())

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_skyladder import inserted
 from megatron_skyladder.cli import main
-from megatron_skyladder.patching import checkout, definitions, places
-from megatron_skyladder.patching.definitions import PatchError, Place
-from megatron_skyladder.releases import RELEASES
+from megatron_skyladder.megatron_lm.patching import checkout, definitions, places
+from megatron_skyladder.megatron_lm.patching.definitions import PatchError, Place
+from megatron_skyladder.megatron_lm.releases import RELEASES
 
 # A checkout in miniature: the places of Megatron's that the patches look for, in our own words.
 ARGUMENTS = '''
@@ -118,7 +119,6 @@ def test_the_patches_do_not_drift_apart():
 
 
 def test_inserted_lines_call_only_functions_that_exist():
-    from megatron_skyladder import inserted
 
     for place in definitions.load("0.19").places:
         for line in place.lines:
@@ -133,13 +133,13 @@ def test_apply_inserts_marked_lines_only(tree, capsys):
     before = contents(tree)
     code, out, _ = skyladder(capsys, "apply", tree)
     assert code == 0 and "is applied" in out
-    inserted = 0
+    count = 0
     for path, content in contents(tree).items():
         lines = content.decode().splitlines(keepends=True)
         marked = [line for line in lines if line.rstrip().endswith(places.MARK)]
-        inserted += len(marked)
+        count += len(marked)
         assert "".join(line for line in lines if line not in marked).encode() == before[path]
-    assert inserted == sum(len(place.lines) for place in definitions.load("0.19").places)
+    assert count == sum(len(place.lines) for place in definitions.load("0.19").places)
 
 
 def test_lines_stand_at_their_places_with_the_anchors_indentation(tree, capsys):

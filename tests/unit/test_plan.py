@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_skyladder.cli import main, plots
+from megatron_skyladder.cli import main
 from megatron_skyladder.data.indexed import IndexedWriter
-from megatron_skyladder.fragments import window_pairs
+from megatron_skyladder.ladder.fragments import window_pairs
+from megatron_skyladder.planning import plots
 
 # A launch line as people have it: 2,000 steps of 8 rows of 2,048 tokens.
 LAUNCH = (
@@ -373,10 +374,10 @@ def test_a_picture_needs_matplotlib(
 
 
 def test_the_lines_of_a_picture_end_where_the_table_does() -> None:
-    from megatron_skyladder.cli import planning, run_flags
+    from megatron_skyladder.planning import estimate, run_flags
 
     args = _parsed(f"{LAUNCH} --train-iters 40 --tflops 100")
-    plan = planning.make_plan(args, name="run")
+    plan = estimate.make_plan(args, name="run")
     assert plan.time
     steps = plots._steps(plan)
     cost = plots._cumulated(plan, steps, [plan.window(step) for step in steps])
@@ -387,7 +388,7 @@ def test_the_lines_of_a_picture_end_where_the_table_does() -> None:
 def _parsed(flags: str) -> Any:
     import argparse
 
-    from megatron_skyladder.cli import run_flags
+    from megatron_skyladder.planning import run_flags
 
     parser = argparse.ArgumentParser()
     run_flags.add_run_flags(parser)

@@ -14,12 +14,7 @@ import pytest
 
 from megatron_skyladder.data import tokenizer_flags
 from megatron_skyladder.data.tokenizer_flags import add_arguments, build_tokenizer
-from megatron_skyladder.data.tokenizers import (
-    FastTokenizer,
-    SlowTokenizer,
-    Tokenizer,
-    fingerprint,
-)
+from megatron_skyladder.data.tokenizers import FastTokenizer, SlowTokenizer, Tokenizer, fingerprint
 
 TEXTS = tiny.make_texts(20)
 

@@ -7,9 +7,9 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_skyladder.config import add_arguments, config_from_args
-from megatron_skyladder.presets import MODELS, PAPER_RUNS, SCHEDULE_PRESETS
-from megatron_skyladder.schedules import FINAL_WINDOW
+from megatron_skyladder.ladder.config import add_arguments, config_from_args
+from megatron_skyladder.ladder.presets import MODELS, PAPER_RUNS, SCHEDULE_PRESETS
+from megatron_skyladder.ladder.schedules import FINAL_WINDOW
 
 # arXiv:2503.15450, Table 12: layers, hidden, FFN, heads, query groups, vocabulary
 SHAPES = {

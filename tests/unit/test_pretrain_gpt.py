@@ -4,8 +4,9 @@ import logging
 
 import pytest
 
-from megatron_skyladder import pretrain_gpt, releases
-from megatron_skyladder.schedules import WindowSchedule
+from megatron_skyladder import pretrain_gpt
+from megatron_skyladder.ladder.schedules import WindowSchedule
+from megatron_skyladder.megatron_lm import releases
 from megatron_skyladder.testing import requires_megatron
 
 

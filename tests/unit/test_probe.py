@@ -6,11 +6,11 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
-from megatron_skyladder.clock import Clock
-from megatron_skyladder.config import SkyLadderConfig
-from megatron_skyladder.fragments import dense_mask
-from megatron_skyladder.probe import questions
-from megatron_skyladder.schedules import WindowSchedule
+from megatron_skyladder.ladder.clock import Clock
+from megatron_skyladder.ladder.config import SkyLadderConfig
+from megatron_skyladder.ladder.fragments import dense_mask
+from megatron_skyladder.ladder.schedules import WindowSchedule
+from megatron_skyladder.runtime.probe import questions
 
 
 def clock_of(length, window, mask, documents):

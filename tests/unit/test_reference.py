@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_skyladder.fragments import fragment_cu_seqlens
-from megatron_skyladder.schedules import WindowSchedule
+from megatron_skyladder.ladder.fragments import fragment_cu_seqlens
+from megatron_skyladder.ladder.schedules import WindowSchedule
 
 FIGURES = json.loads(
     (Path(__file__).parents[1] / "data" / "reference_outputs.json").read_text(encoding="utf-8")

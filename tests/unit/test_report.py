@@ -10,13 +10,13 @@ import pytest
 from report_logs import BATCH, GPUS, SEQ_LENGTH, STEPS, write_log
 
 from megatron_skyladder.cli import main
+from megatron_skyladder.ladder.schedules import WindowSchedule
 from megatron_skyladder.report.curves import Run, axes_of, load_runs
 from megatron_skyladder.report.drawing import smoothed
 from megatron_skyladder.report.pictures import PICTURES, Picture
+from megatron_skyladder.report.runlog import parse
 from megatron_skyladder.report.stability import Stability, loss_ratios, stability
 from megatron_skyladder.report.tables import differing_settings, summary
-from megatron_skyladder.runlog import parse
-from megatron_skyladder.schedules import WindowSchedule
 
 pytest.importorskip("matplotlib")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_skyladder.runlog import parse, read_run
+from megatron_skyladder.report.runlog import parse, read_run
 
 ARGUMENTS = """using world size: 2, data-parallel size: 2
 ------------------------ arguments ------------------------

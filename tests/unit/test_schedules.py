@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_skyladder.schedules import (
+from megatron_skyladder.ladder.schedules import (
     FINAL_WINDOW,
     SCHEDULES,
     Stage,

@@ -9,13 +9,9 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from megatron_skyladder import sdpa  # noqa: E402
-from megatron_skyladder.fragments import (  # noqa: E402
-    dense_mask,
-    fragment_cu_seqlens,
-    rows_cu_seqlens,
-)
-from megatron_skyladder.segments import Segments  # noqa: E402
+from megatron_skyladder.attention import sdpa  # noqa: E402
+from megatron_skyladder.attention.segments import Segments  # noqa: E402
+from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens  # noqa: E402
 
 CPU = torch.device("cpu")
 SCALE = 0.3

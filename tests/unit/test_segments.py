@@ -5,7 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from megatron_skyladder.segments import (  # noqa: E402
+from megatron_skyladder.attention.segments import (  # noqa: E402
     MaskCache,
     ParallelSegments,
     Rows,

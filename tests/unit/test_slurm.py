@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_skyladder.cli import main
-from megatron_skyladder.examples import example
+from megatron_skyladder.planning.examples import example
 from megatron_skyladder.slurm import script
 from megatron_skyladder.slurm.settings import Environment, Settings, from_file
 

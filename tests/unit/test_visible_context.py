@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_skyladder import visible_context
 from megatron_skyladder.data.indexed import IndexedWriter
-from megatron_skyladder.fragments import fragment_cu_seqlens, visible_pairs, window_pairs
-from megatron_skyladder.visible_context import PackedRows, measure, pack
+from megatron_skyladder.ladder.fragments import fragment_cu_seqlens, visible_pairs, window_pairs
+from megatron_skyladder.planning import visible_context
+from megatron_skyladder.planning.visible_context import PackedRows, measure, pack
 
 EOD = 2
 

@@ -1,0 +1,208 @@
+"""Attention under context parallelism: keys and values travel while what needs none is computed.
+
+Shapes: T own tokens of a rank, R tokens received, H query heads, G key/value heads, D head size.
+
+    forward                                         backward, by autograd
+    start:  send key/value slices (asynchronous)    <- gradients have come back: add them up
+    own:    attention that needs no remote key      <- own attention, meanwhile
+    arrive: wait for the remote keys                <- start sending their gradients back
+    joined: attention that needs them               <- joined attention
+
+Which slices go where is decided on the host (`context_parallel`), so no rank waits for its device,
+and all ranks of the group come to the same decision whether there is an exchange at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from megatron_skyladder.attention.segments import ParallelSegments, Segments
+from megatron_skyladder.ladder.key_exchange import Launch, RankPlan, Span
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments], torch.Tensor]
+
+
+def attend(
+    backend: Attend,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: ParallelSegments,
+    group: Any,
+) -> torch.Tensor:
+    """Attend with the keys of other ranks; every rank of the group has to call this.
+
+    Args:
+        backend: see `backends`.
+        query: [T, H, D]; key, value: [T, G, D]: this rank's tokens, row after row.
+        segments: made from a plan of this rank with ``exchanges`` set.
+        group: the context-parallel group.
+
+    Returns:
+        [T, H, D].
+    """
+    plan = segments.plan
+    exchange = _Exchange(plan, group)
+    received = _Start.apply(exchange, key, value)
+    launches = [launch for launch in (plan.own, plan.joined) if launch is not None]
+    query = take(tuple(span for launch in launches for span in launch.queries), query)
+    num_own = 0 if plan.own is None else int(plan.own.cu_seqlens_q[-1])
+    own_query, joined_query = query.split((num_own, query.shape[0] - num_own))
+    out = own_query
+    if plan.own is not None:
+        assert segments.own is not None
+        keys, values = (take(plan.own.keys, tensor) for tensor in (key, value))
+        out = backend(own_query, keys, values, segments.own)
+    # the output passes through, so that every rank takes part in the backward exchange
+    received, out = _Arrive.apply(exchange, received, out)
+    if plan.joined is None:
+        return take(_restoring_spans(launches), out)
+    assert segments.joined is not None
+    received_key, received_value = received.unbind(1)
+    keys = take(plan.joined.keys, key, received_key)
+    values = take(plan.joined.keys, value, received_value)
+    joined_out = backend(joined_query, keys, values, segments.joined)
+    return take(_restoring_spans(launches), out, joined_out)
+
+
+def _restoring_spans(launches: list[Launch]) -> tuple[Span, ...]:
+    """Return the spans that put the launches' outputs, one after the other, back in order."""
+    placed = []
+    offset = 0
+    for start, stop in (span for launch in launches for span in launch.queries):
+        placed.append((start, (offset, offset + stop - start)))
+        offset += stop - start
+    return tuple(span for _, span in sorted(placed))
+
+
+def take(
+    spans: tuple[Span, ...], first: torch.Tensor, second: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the spans of ``first`` and, counting on after it, of ``second``, one after the other.
+
+    Copies slices, and adds them up in a fixed order in the backward pass, so that gradients are the
+    same in every run; an index would have been added up by atomics.
+    """
+    if second is None and spans == ((0, first.shape[0]),):
+        return first
+    return _Take.apply(spans, first, first[:0] if second is None else second)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, spans: tuple[Span, ...], first: torch.Tensor, second: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.spans, ctx.sizes = spans, (first.shape[0], second.shape[0])
+        return torch.cat(_slices(spans, first, second))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        first, second = (grad.new_zeros(size, *grad.shape[1:]) for size in ctx.sizes)
+        _add_slices(ctx.spans, grad, first, second)
+        return None, first, second
+
+
+def _slices(
+    spans: tuple[Span, ...], first: torch.Tensor, second: torch.Tensor
+) -> list[torch.Tensor]:
+    size = first.shape[0]
+    return [
+        first[start:stop] if stop <= size else second[start - size : stop - size]
+        for start, stop in spans
+    ]
+
+
+def _add_slices(
+    spans: tuple[Span, ...], grad: torch.Tensor, first: torch.Tensor, second: torch.Tensor
+) -> None:
+    parts = grad.split([stop - start for start, stop in spans])
+    for target, part in zip(_slices(spans, first, second), parts, strict=True):
+        target += part
+
+
+class _Exchange:
+    """One forward exchange and, in the backward pass, its reverse; at most one under way."""
+
+    def __init__(self, plan: RankPlan, group: Any) -> None:
+        self.group = group
+        self.sends = plan.sends
+        self.send_sizes = [sum(stop - start for start, stop in spans) for spans in plan.sends]
+        self.receive_sizes = list(plan.receives)
+        self._under_way: tuple[Any, torch.Tensor, torch.Tensor] | None = None
+
+    def start(
+        self, outgoing: torch.Tensor, send_sizes: list[int], receive_sizes: list[int]
+    ) -> torch.Tensor:
+        """Send slices of the first dimension; return where the incoming ones will be."""
+        incoming = outgoing.new_empty(sum(receive_sizes), *outgoing.shape[1:])
+        work = torch.distributed.all_to_all_single(
+            incoming, outgoing, receive_sizes, send_sizes, group=self.group, async_op=True
+        )
+        self._under_way = work, outgoing, incoming
+        return incoming
+
+    def wait(self) -> torch.Tensor:
+        """Return the incoming tensor, usable by what is launched from here on."""
+        assert self._under_way is not None
+        work, _, incoming = self._under_way
+        work.wait()
+        self._under_way = None
+        return incoming
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, exchange: _Exchange, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Send; returns [R, 2, G, D], keys and values, not to be read before `_Arrive`."""
+        ctx.exchange, ctx.shape, ctx.dtype = exchange, key.shape, key.dtype
+        spans = [span for destination in exchange.sends for span in destination]
+        outgoing = key.new_empty(sum(exchange.send_sizes), 2, *key.shape[1:])
+        offset = 0
+        for start, stop in spans:
+            part = outgoing[offset : offset + stop - start]
+            part[:, 0], part[:, 1] = key[start:stop], value[start:stop]
+            offset += stop - start
+        return exchange.start(outgoing, exchange.send_sizes, exchange.receive_sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Add up what the other ranks' queries say about this rank's keys, in float32 at least."""
+        returned = ctx.exchange.wait()
+        total = torch.zeros(
+            (ctx.shape[0], 2, *ctx.shape[1:]),
+            dtype=torch.promote_types(ctx.dtype, torch.float32),
+            device=returned.device,
+        )
+        spans = tuple(span for destination in ctx.exchange.sends for span in destination)
+        _add_slices(spans, returned, total, total[:0])
+        total = total.to(ctx.dtype)
+        return None, total[:, 0], total[:, 1]
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, exchange: _Exchange, received: torch.Tensor, out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.exchange = exchange
+        exchange.wait()
+        return received.view_as(received), out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Start sending the gradients back; `_Start` collects them from the exchange."""
+        grad_received, grad_out = grads
+        exchange = ctx.exchange
+        exchange.start(grad_received.contiguous(), exchange.receive_sizes, exchange.send_sizes)
+        return None, grad_received, grad_out

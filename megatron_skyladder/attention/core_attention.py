@@ -1,0 +1,211 @@
+"""The core-attention module that takes the place of Megatron's, in every layer spec.
+
+Megatron hands a core attention ``[s, b, h, d]`` tensors and whatever stands in ``attention_mask``,
+through activation recompute too. The mask is made of two things: the window, which is constant over
+a step and looked up from the clock, and the documents, which change with the micro-batch and
+therefore travel in ``attention_mask`` (int32 cu_seqlens on the host, see `segments`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_skyladder.attention import context_parallel, sdpa
+from megatron_skyladder.attention.backends import SdpaBackend, from_thd, make_backend, to_thd
+from megatron_skyladder.attention.segments import (
+    MaskCache,
+    ParallelSegments,
+    Rows,
+    Segments,
+    grid_segments,
+)
+from megatron_skyladder.attention.statistics import LayerStatistics, recording
+from megatron_skyladder.ladder import clock
+from megatron_skyladder.megatron_lm import conflicts
+
+_masks = MaskCache()
+
+
+class SkyLadderAttention(MegatronModule):
+    """Causal attention within the current window, and within documents where a mask says so.
+
+    Shapes: s tokens of a row on this context-parallel rank, b rows of the micro-batch, h query
+    heads and g key/value heads of this tensor-parallel rank, d head size.
+
+    The arguments are those with which Megatron builds any core attention.
+
+    Raises:
+        ValueError: the model asks for something that windows cannot be combined with.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **backend_arguments: Any,
+    ) -> None:
+        super().__init__(config=config)
+        _check_model(config, attn_mask_type, attention_type, attention_dropout)
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self._clock = clock.current()
+        self._cp_group = _context_parallel_group(config, pg_collection)
+        self.backend = make_backend(
+            self._clock.config.attention_backend,
+            config=config,
+            layer_number=layer_number,
+            softmax_scale=self.softmax_scale,
+            pg_collection=pg_collection,
+            **backend_arguments,
+        )
+        interval = self._clock.config.attention_stats_interval
+        self._statistics = (
+            LayerStatistics(layer_number, interval, self.softmax_scale) if interval else None
+        )
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        /,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [s, b, h, d]; key, value: [s, b, g, d].
+            attention_mask: None where only the window cuts the rows; else int32 [N + 1] on the
+                host: cu_seqlens of the fragments over all rows, row after row; of the whole rows
+                on every context-parallel rank.
+
+        Returns:
+            [s, b, h * d].
+
+        Raises:
+            ValueError: the mask is not one of ours, or the call is one of inference.
+        """
+        if packed_seq_params is not None or attention_bias is not None:
+            raise ValueError(
+                "SkyLadder attention got packed sequences or an attention bias. Switch off "
+                "Megatron's own packing (--sft, --dataloader-inter-document-masking) and use "
+                "--skyladder-intra-document to keep documents apart."
+            )
+        if key.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"SkyLadder attention got {query.shape[0]} queries for {key.shape[0]} keys. It "
+                "trains and evaluates whole rows; for generation build the model without it."
+            )
+        segments = self._segments(query, attention_mask)
+        backend, record = self.backend, None
+        if self._statistics is not None and self.training:
+            record = self._statistics.recorder(query.device)
+        if isinstance(segments, ParallelSegments):
+            tokens = to_thd(query), to_thd(key), to_thd(value)
+            measured = backend if record is None else recording(backend, record)
+            out = context_parallel.attend(measured, *tokens, segments, self._cp_group)
+            return from_thd(out, query.shape[1])
+        if record is not None:
+            record(to_thd(query), to_thd(key), segments)
+        if segments.grid is not None and isinstance(backend, SdpaBackend):
+            return sdpa.attend_grid(query, key, value, segments.grid, self.softmax_scale)
+        out = backend(to_thd(query), to_thd(key), to_thd(value), segments)
+        return from_thd(out, query.shape[1])
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # a checkpoint of Megatron's own attention may hold Transformer Engine's (empty) FP8 state
+        state_dict.pop(f"{prefix}_extra_state", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _segments(
+        self, query: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> Segments | ParallelSegments:
+        cp_size, cp_rank = 1, 0
+        if self._cp_group is not None:
+            cp_size, cp_rank = self._cp_group.size(), self._cp_group.rank()
+        seq_length = query.shape[0] * cp_size
+        rows = Rows(
+            seq_length=seq_length,
+            num_rows=query.shape[1],
+            window_len=min(self._clock.window(training=self.training), seq_length),
+            sliding=self._clock.config.mask == "sliding",
+            device=query.device,
+            cp_size=cp_size,
+            cp_rank=cp_rank,
+        )
+        if attention_mask is None:
+            return grid_segments(rows)
+        _check_mask(attention_mask, seq_length * rows.num_rows)
+        return _masks.get(attention_mask, rows)
+
+
+def _context_parallel_group(config: TransformerConfig, pg_collection: Any) -> Any:
+    """Return the group over which rows are shared out, or None where they are whole."""
+    if config.context_parallel_size == 1:
+        return None
+    if pg_collection is None:
+        from megatron.core import mpu
+
+        return mpu.get_context_parallel_group()
+    return pg_collection.cp
+
+
+def _check_mask(mask: torch.Tensor, num_tokens: int) -> None:
+    """Reject any other mask than ours: Megatron's dense one must not be taken for cu_seqlens."""
+    if mask.dtype != torch.int32 or mask.dim() != 1 or mask.device.type != "cpu":
+        raise ValueError(
+            f"SkyLadder attention got a mask of shape {tuple(mask.shape)}, {mask.dtype} on "
+            f"{mask.device}; it takes int32 cu_seqlens on the host, or None. Switch off "
+            "--create-attention-mask-in-dataloader, --reset-attention-mask."
+        )
+    if mask[-1] != num_tokens:
+        raise ValueError(
+            f"the document mask ends at {int(mask[-1])} tokens, but the micro-batch has "
+            f"{num_tokens}. The mask belongs to another micro-batch."
+        )
+
+
+def _check_model(
+    config: TransformerConfig,
+    attn_mask_type: AttnMaskType,
+    attention_type: str,
+    attention_dropout: float | None,
+) -> None:
+    dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+    if dropout:
+        raise ValueError(
+            f"--attention-dropout={dropout} cannot be combined with SkyLadder: its kernels have "
+            "no dropout. Set --attention-dropout 0."
+        )
+    if attention_type != "self" or attn_mask_type not in (
+        AttnMaskType.causal,
+        AttnMaskType.padding_causal,
+    ):
+        raise ValueError(
+            f"SkyLadder attention is causal self-attention; this layer asks for {attention_type} "
+            f"attention with a {attn_mask_type.name} mask."
+        )
+    if getattr(config, "softmax_type", "vanilla") != "vanilla":
+        raise ValueError(
+            f"--softmax-type={config.softmax_type} cannot be combined with SkyLadder: use vanilla."
+        )
+    if getattr(config, "window_size", None) is not None:
+        raise ValueError(
+            f"--window-size={config.window_size} cannot be combined with SkyLadder, which sets "
+            "the window itself. Drop it, or use --skyladder-mask sliding."
+        )
+    conflicts.check_attention(config)

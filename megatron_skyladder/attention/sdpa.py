@@ -1,0 +1,233 @@
+"""The ``sdpa`` backend: windows and fragments through PyTorch's scaled-dot-product attention.
+
+Shapes: T tokens (Tq of queries, Tk of keys), H query heads, G key/value heads (H a multiple of G),
+D head size, S row length, B rows, W window.
+
+No S x S mask is ever made: equal windows become the batch of one causal call; fragments are padded
+to a few lengths and each length is one causal call (a padded key lies after every real query, so
+causality alone hides it); only where a query's keys do not start at its segment's start (sliding
+windows, keys fetched from another rank) are masks needed, of one block of queries at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_skyladder.attention.segments import Segments, to_device
+
+_SMALLEST_BUCKET = 16  # tokens; below it a call costs more than the padding
+_MIN_BLOCK, _MAX_BLOCK = 128, 512  # queries that share one mask in a band
+
+
+def attend_grid(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window_len: int, scale: float
+) -> torch.Tensor:
+    """Attend within equal windows of each row.
+
+    Args:
+        query: [S, B, H, D]; key, value: [S, B, G, D].
+        window_len: tokens; the last window of a row may be shorter.
+        scale: factor on the logits.
+
+    Returns:
+        [S, B, H * D].
+    """
+    seq_length, num_rows, num_heads, head_dim = query.shape
+    whole = seq_length // window_len * window_len
+    parts = []
+    for start, stop, width in ((0, whole, window_len), (whole, seq_length, seq_length - whole)):
+        if start == stop:
+            continue
+        # rows join the heads, not the windows: [S, B, H, D] -> [S/W, B*H, W, D] is always a view,
+        # and query head b*H + i still meets key head b*G + i*G//H
+        q, k, v = (
+            tensor[start:stop]
+            .reshape((stop - start) // width, width, -1, tensor.shape[-1])
+            .transpose(1, 2)
+            for tensor in (query, key, value)
+        )
+        out = _causal(q, k, v, scale)
+        parts.append(out.transpose(1, 2).reshape(stop - start, num_rows, num_heads * head_dim))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def attend_segments(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float
+) -> torch.Tensor:
+    """Attend within segments of any lengths.
+
+    Args:
+        query: [Tq, H, D]; key, value: [Tk, G, D].
+        segments: offsets into Tq and Tk.
+        scale: factor on the logits.
+
+    Returns:
+        [Tq, H, D].
+    """
+    layout = _layout(segments)
+    parts = []
+    if layout.shapes:
+        sizes = [count * length for count, length in layout.shapes]
+        q, k, v = (
+            tensor.index_select(0, index).split(sizes)
+            for tensor, index in (
+                (query, layout.gather_q),
+                (key, layout.gather_k),
+                (value, layout.gather_k),
+            )
+        )
+        for (count, length), *qkv in zip(layout.shapes, q, k, v, strict=True):
+            batched = [x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in qkv]
+            out = _causal(batched[0], batched[1], batched[2], scale)
+            parts.append(out.transpose(1, 2).flatten(0, 1))
+    for q_start, q_stop, k_start, k_stop in layout.bands:
+        parts.append(
+            _attend_band(
+                query[q_start:q_stop],
+                key[k_start:k_stop],
+                value[k_start:k_stop],
+                segments.sliding_window,
+                scale,
+            )
+        )
+    return torch.cat(parts).index_select(0, layout.restore)
+
+
+def _causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """[batch, heads, length, D] each; grouped queries where the heads differ."""
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+    )
+
+
+def _attend_band(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sliding_window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attend in one segment whose last query sees the last key, a block of queries at a time.
+
+    Args:
+        query: [M, H, D]; key, value: [N, G, D] with N >= M.
+
+    Returns:
+        [M, H, D].
+    """
+    num_queries, offset = query.shape[0], key.shape[0] - query.shape[0]
+    block = min(max(sliding_window or _MAX_BLOCK, _MIN_BLOCK), _MAX_BLOCK)
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    grouped = q.shape[1] != k.shape[1]
+    parts = []
+    for start in range(0, num_queries, block):
+        stop = min(start + block, num_queries)
+        first = 0 if sliding_window is None else max(0, offset + start - sliding_window + 1)
+        last = offset + stop
+        mask = _band_mask(stop - start, last - first, sliding_window, query.device)
+        out = scaled_dot_product_attention(
+            q[:, :, start:stop],
+            k[:, :, first:last],
+            v[:, :, first:last],
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=grouped,
+        )
+        parts.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=32)
+def _band_mask(
+    num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device
+) -> torch.Tensor:
+    """bool [M, N], True where visible; the last query sees the last key."""
+    positions = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    keys = torch.arange(num_keys, device=device)[None, :]
+    visible = keys <= positions
+    if sliding_window is not None:
+        visible &= keys > positions - sliding_window
+    return visible
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where each segment goes.
+
+    ``shapes``: (segments, padded length) of each causal call; ``gather_*``: the tokens of all
+    calls, one call after the other; ``bands``: (q_start, q_stop, k_start, k_stop) of the segments
+    that need a mask, after the calls; ``restore``: for each query token, where its output stands.
+    """
+
+    shapes: list[tuple[int, int]]
+    gather_q: torch.Tensor
+    gather_k: torch.Tensor
+    bands: list[tuple[int, int, int, int]]
+    restore: torch.Tensor
+
+
+_layouts: WeakKeyDictionary[Segments, _Layout] = WeakKeyDictionary()
+
+
+def _layout(segments: Segments) -> _Layout:
+    """Return the layout of segments, made on first use and kept with them."""
+    layout = _layouts.get(segments)
+    if layout is None:
+        layout = _layouts[segments] = _make_layout(segments)
+    return layout
+
+
+def _make_layout(segments: Segments) -> _Layout:
+    lengths = segments.lengths_q
+    starts_q, starts_k = segments.cu_seqlens_q[:-1], segments.cu_seqlens_k[:-1]
+    longest_plain = segments.sliding_window or segments.max_seqlen_q
+    plain = (lengths == segments.lengths_k) & (lengths <= longest_plain) & (lengths > 0)
+    buckets = _bucket_lengths(lengths)
+    restore = np.empty(int(segments.cu_seqlens_q[-1]), dtype=np.int64)
+    shapes: list[tuple[int, int]] = []
+    gather_q, gather_k = [], []
+    filled = 0
+    for length in np.unique(buckets[plain]).tolist():
+        chosen = np.flatnonzero(plain & (buckets == length))
+        steps = np.arange(length)
+        # padding repeats the segment's last token: a key that comes after every real query
+        within = np.minimum(steps, lengths[chosen, None] - 1)
+        gather_q.append((starts_q[chosen, None] + within).ravel())
+        gather_k.append((starts_k[chosen, None] + within).ravel())
+        real = steps < lengths[chosen, None]
+        slots = filled + np.arange(len(chosen) * length).reshape(len(chosen), length)
+        restore[gather_q[-1].reshape(slots.shape)[real]] = slots[real]
+        shapes.append((len(chosen), length))
+        filled += slots.size
+    bands = []
+    for index in np.flatnonzero(~plain & (lengths > 0)).tolist():
+        q_start, q_stop = (int(x) for x in segments.cu_seqlens_q[index : index + 2])
+        k_start, k_stop = (int(x) for x in segments.cu_seqlens_k[index : index + 2])
+        bands.append((q_start, q_stop, k_start, k_stop))
+        restore[q_start:q_stop] = filled + np.arange(q_stop - q_start)
+        filled += q_stop - q_start
+
+    def index_tensor(parts: list[np.ndarray]) -> torch.Tensor:
+        joined = np.concatenate(parts) if parts else np.empty(0)
+        return to_device(joined.astype(np.int64), segments.device)
+
+    return _Layout(
+        shapes, index_tensor(gather_q), index_tensor(gather_k), bands, index_tensor([restore])
+    )
+
+
+def _bucket_lengths(lengths: np.ndarray) -> np.ndarray:
+    """Round lengths up to 4, 5, 6 or 7 times a power of two: at most a quarter is padding."""
+    padded = np.maximum(lengths, _SMALLEST_BUCKET).astype(np.int64)
+    exponent = np.maximum(np.floor(np.log2(padded)).astype(np.int64) - 2, 0)
+    unit = np.int64(1) << exponent
+    return (padded + unit - 1) // unit * unit

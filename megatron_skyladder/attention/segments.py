@@ -1,0 +1,213 @@
+"""What one attention call needs to know, made once per mask from offsets on the host.
+
+Shapes: T tokens of all rows of a micro-batch, row after row; N segments.
+
+The mask travels through Megatron as a host tensor of cu_seqlens in the place of
+``attention_mask`` (None: the window grid alone). From it every layer needs the same device tensors
+and host lengths, so they are kept for as long as the mask is in use. An entry holds the mask's own
+memory, which makes its address a safe key: the memory cannot be reused while the entry lives.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+
+from megatron_skyladder.ladder.fragments import fragment_cu_seqlens, rows_cu_seqlens
+from megatron_skyladder.ladder.key_exchange import Launch, RankPlan, exchange_plan
+
+_MIN_PADDED_SEGMENTS = 16
+_KEPT_MASKS = 256  # more than the micro-batches in flight of any pipeline schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Causal attention runs within each segment; queries lie at the end of their keys.
+
+    Args:
+        cu_seqlens_q: int32 host array [N + 1], offsets into the query tokens.
+        cu_seqlens_k: int32 host array [N + 1], offsets into the key tokens; each segment has at
+            least as many keys as queries, and the last query sees the last key (bottom right).
+        max_seqlen_q: host bound on the longest segment's queries, in tokens.
+        max_seqlen_k: the same for keys.
+        sliding_window: tokens a query sees at most, itself included; None: all of its segment.
+        grid: the window length where the grid alone cuts every row (no documents, no sliding,
+            queries and keys the same tokens): windows can be batched without gathering.
+        device: where the tensors go.
+    """
+
+    cu_seqlens_q: np.ndarray
+    cu_seqlens_k: np.ndarray
+    max_seqlen_q: int
+    max_seqlen_k: int
+    sliding_window: int | None
+    grid: int | None
+    device: torch.device
+
+    @cached_property
+    def cu_seqlens_q_device(self) -> torch.Tensor:
+        """int32 [padded N + 1]: trailing empty segments make the count one of a few sizes."""
+        return to_device(_pad_count(self.cu_seqlens_q), self.device)
+
+    @cached_property
+    def cu_seqlens_k_device(self) -> torch.Tensor:
+        """int32 [padded N + 1]; the very same tensor as for queries where the offsets are."""
+        if self.cu_seqlens_k is self.cu_seqlens_q:
+            return self.cu_seqlens_q_device
+        return to_device(_pad_count(self.cu_seqlens_k), self.device)
+
+    @cached_property
+    def lengths_q(self) -> np.ndarray:
+        """Queries in each segment, [N]."""
+        return np.diff(self.cu_seqlens_q)
+
+    @cached_property
+    def lengths_k(self) -> np.ndarray:
+        """Keys in each segment, [N]."""
+        return np.diff(self.cu_seqlens_k)
+
+
+@dataclass(frozen=True, eq=False)
+class ParallelSegments:
+    """What a context-parallel rank needs to know where keys travel between the ranks.
+
+    Args:
+        plan: what to send, receive and attend to.
+        own: the segments of ``plan.own``; None where it has no such launch.
+        joined: the same for ``plan.joined``.
+    """
+
+    plan: RankPlan
+    own: Segments | None
+    joined: Segments | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a micro-batch: all that their segments depend on, but for the documents.
+
+    Args:
+        seq_length: tokens in a whole row, of which a rank holds ``seq_length / cp_size``.
+        num_rows: rows in the micro-batch.
+        window_len: tokens, 1 <= window_len <= seq_length.
+        sliding: whether the window moves along with the query.
+        device: where attention runs.
+        cp_size: context-parallel ranks.
+        cp_rank: this one among them.
+    """
+
+    seq_length: int
+    num_rows: int
+    window_len: int
+    sliding: bool
+    device: torch.device
+    cp_size: int = 1
+    cp_rank: int = 0
+
+    @property
+    def sliding_window(self) -> int | None:
+        """See `Segments`."""
+        return self.window_len if self.sliding and self.window_len < self.seq_length else None
+
+    @property
+    def cut(self) -> int:
+        """The distance of the grid that cuts the rows; with the sliding mask they are not cut."""
+        return self.seq_length if self.sliding else self.window_len
+
+
+class MaskCache:
+    """Segments by the host tensor that carries the mask, the latest few hundred."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[
+            tuple[object, ...], tuple[torch.Tensor, Segments | ParallelSegments]
+        ] = OrderedDict()
+
+    def get(self, mask: torch.Tensor, rows: Rows) -> Segments | ParallelSegments:
+        """Return the segments of a mask, made on first use.
+
+        Args:
+            mask: int32 [N + 1] on the host, cu_seqlens over all whole rows of the micro-batch.
+            rows: the rows that it cuts.
+        """
+        key = (mask.data_ptr(), mask.numel(), mask._version, rows)
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = (mask, _make_segments(mask.numpy(), rows, documents=True))
+            if len(self._entries) > _KEPT_MASKS:
+                self._entries.popitem(last=False)
+        return entry[1]
+
+
+@lru_cache(maxsize=8)
+def grid_segments(rows: Rows) -> Segments | ParallelSegments:
+    """Return the segments of rows that only the window cuts.
+
+    With the sliding mask a row is one segment and the window moves along with the query.
+    """
+    row = fragment_cu_seqlens(
+        np.empty(0, np.int32), seq_length=rows.seq_length, window_len=rows.cut
+    )
+    return _make_segments(rows_cu_seqlens([row] * rows.num_rows), rows, documents=False)
+
+
+def _make_segments(
+    cu_seqlens: np.ndarray, rows: Rows, *, documents: bool
+) -> Segments | ParallelSegments:
+    """Return this rank's segments of whole rows."""
+    grid = rows.cut if not documents and rows.sliding_window is None else None
+    if rows.cp_size == 1:
+        return Segments(
+            cu_seqlens, cu_seqlens, rows.cut, rows.cut, rows.sliding_window, grid, rows.device
+        )
+    plan = exchange_plan(
+        cu_seqlens,
+        cp_size=rows.cp_size,
+        rank=rows.cp_rank,
+        seq_length=rows.seq_length,
+        sliding_window=rows.sliding_window,
+    )
+    if plan.exchanges:
+        own, joined = (
+            None if launch is None else _launch_segments(launch, rows, grid=None)
+            for launch in (plan.own, plan.joined)
+        )
+        return ParallelSegments(plan, own, joined)
+    assert plan.own is not None  # the windows end with the chunks: all keys are at hand
+    return _launch_segments(plan.own, rows, grid=grid)
+
+
+def _launch_segments(launch: Launch, rows: Rows, *, grid: int | None) -> Segments:
+    longest_run = rows.seq_length // rows.cp_size  # of the last rank, whose chunks are neighbours
+    return Segments(
+        launch.cu_seqlens_q,
+        launch.cu_seqlens_k,
+        min(rows.cut, longest_run),
+        rows.cut,
+        rows.sliding_window,
+        grid,
+        rows.device,
+    )
+
+
+def _pad_count(cu_seqlens: np.ndarray) -> np.ndarray:
+    """Repeat the last offset until the number of segments is a power of two.
+
+    Kernels plan, and Transformer Engine caches, by the number of segments: one that changed with
+    every row would cost a plan per micro-batch.
+    """
+    num_segments = max(_MIN_PADDED_SEGMENTS, len(cu_seqlens) - 1)
+    padded = 1 << (num_segments - 1).bit_length()
+    return np.pad(cu_seqlens, (0, padded + 1 - len(cu_seqlens)), mode="edge")
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Return a device tensor of a host array, without waiting for the device."""
+    host = torch.from_numpy(array)
+    if device.type != "cuda":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)  # does not wait for the device

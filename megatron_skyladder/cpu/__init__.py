@@ -1,0 +1,1 @@
+"""Megatron's training loop without a GPU (``SKYLADDER_DEVICE=cpu``)."""

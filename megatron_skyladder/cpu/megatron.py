@@ -1,0 +1,105 @@
+"""What Megatron refuses or gets wrong on a CPU, without Transformer Engine and Apex, put right.
+
+Part of the CPU engine; `prepare()` runs once, when the engine is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import torch
+
+from megatron_skyladder.cpu.engine import set_argument_defaults
+
+
+def prepare() -> None:
+    """Change Megatron in this process."""
+    _set_flag_defaults()
+    _skip_building_helpers()
+    _allow_norms_under_sequence_parallel()
+    _resume_distributed_optimizer()
+
+
+def _set_flag_defaults() -> None:
+    from megatron.training import arguments
+
+    original = arguments.add_megatron_arguments
+
+    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = original(parser)
+        set_argument_defaults(parser)
+        return parser
+
+    arguments.add_megatron_arguments = add_megatron_arguments
+
+
+def _skip_building_helpers() -> None:
+    """The wheel has the compiled helpers but no Makefile, and make's failure ends the process."""
+    from megatron.core.datasets import utils
+
+    folder = os.path.dirname(utils.__file__)
+    if not os.path.exists(os.path.join(folder, "Makefile")):
+        utils.compile_helpers = lambda: None
+
+
+def _allow_norms_under_sequence_parallel() -> None:
+    from megatron.core.transformer import torch_norm
+
+    make_norm = torch_norm.WrappedTorchNorm.__new__
+
+    def make_norm_under_sequence_parallel(
+        cls: Any, config: Any, *args: Any, **kwargs: Any
+    ) -> torch.nn.Module:
+        sequence_parallel = config.sequence_parallel
+        config.sequence_parallel = False  # the only thing the original looks at it for is to refuse
+        try:
+            norm = make_norm(cls, config, *args, **kwargs)
+        finally:
+            config.sequence_parallel = sequence_parallel
+        for parameter in norm.parameters():  # so that Megatron sums its gradient over the TP ranks
+            parameter.sequence_parallel = sequence_parallel
+        return norm
+
+    torch_norm.WrappedTorchNorm.__new__ = make_norm_under_sequence_parallel
+
+
+def _resume_distributed_optimizer() -> None:
+    """Let the distributed optimizer load a checkpoint with torch's own Adam.
+
+    Without Apex and Transformer Engine, Megatron asks torch's Adam for its step before it has taken
+    one, which fails; gives all parameters one step tensor, which each of them counts up; and looks
+    for the step among the tensors of a checkpoint, where it is missing or that of before loading.
+    The right one is in the parameter groups.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    shard, load = DistributedOptimizer.sharded_state_dict, DistributedOptimizer.load_state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inner = self.optimizer
+        if not inner.state and isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+            for group in inner.param_groups:
+                for parameter in group["params"]:
+                    inner.state[parameter] = {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        return shard(self, *args, **kwargs)
+
+    def load_state_dict(self: Any, *args: Any, **kwargs: Any) -> None:
+        with torch.no_grad():  # in fp32 it writes into views of parameters
+            load(self, *args, **kwargs)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if "step" in group else ():
+                self.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
+
+    def set_main_param_and_optimizer_states(self: Any, parameter: Any, tensors: Any) -> None:
+        set_states(self, parameter, {"step": torch.zeros(()), **tensors})
+
+    DistributedOptimizer.sharded_state_dict = sharded_state_dict
+    DistributedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states

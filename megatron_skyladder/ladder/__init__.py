@@ -1,0 +1,1 @@
+"""Windows, clock, fragments, key exchange, costs: arithmetic, standard library and numpy."""

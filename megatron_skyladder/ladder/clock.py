@@ -1,0 +1,110 @@
+"""The window right now: a pure function of Megatron's consumed samples, looked up, never counted.
+
+One `Clock` per process, installed before the model is built. Nothing here imports Megatron until
+the first look-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from megatron_skyladder.ladder.config import SkyLadderConfig
+from megatron_skyladder.ladder.fragments import window_pairs
+
+
+class Clock:
+    """Tells the window of the global batch that is being trained.
+
+    Args:
+        config: the checked configuration.
+        consumed_samples: returns the training samples consumed before the current global batch;
+            Megatron's ``args.consumed_train_samples`` changes only between batches, so every
+            micro-batch, pipeline stage and recompute of a step sees the same number.
+    """
+
+    def __init__(self, config: SkyLadderConfig, consumed_samples: Callable[[], int]) -> None:
+        self.config = config
+        self._consumed_samples = consumed_samples
+        self._samples = -1
+        self._window = config.seq_length
+        self._override: int | None = None
+
+    def window(self, *, training: bool) -> int:
+        """Return the window in tokens; evaluation sees the full row."""
+        if self._override is not None:
+            return self._override
+        if not training:
+            return self.config.seq_length
+        samples = self._consumed_samples()
+        if samples != self._samples:
+            self._samples = samples
+            self._window = self.config.window_at_samples(samples)
+        return self._window
+
+    @property
+    def last_window(self) -> int:
+        """The window of the latest training step that looked it up; for logging."""
+        return self._window
+
+    def attention_fraction(self, window: int) -> float:
+        """Return attention work under the window grid alone, relative to full causal."""
+        length = self.config.seq_length
+        sliding = self.config.mask == "sliding"
+        return window_pairs(window, length, sliding=sliding) / window_pairs(length, length)
+
+    @contextlib.contextmanager
+    def override(self, window: int) -> Iterator[None]:
+        """Use this window for a while, in training and evaluation alike."""
+        before, self._override = self._override, window
+        try:
+            yield
+        finally:
+            self._override = before
+
+
+_clock: Clock | None = None
+
+
+def install(config: SkyLadderConfig, consumed_samples: Callable[[], int] | None = None) -> Clock:
+    """Make this the process's clock; by default it reads Megatron's arguments."""
+    global _clock
+    _clock = Clock(config, consumed_samples or _megatron_consumed_samples)
+    return _clock
+
+
+def uninstall() -> None:
+    """Forget the process's clock; for tests."""
+    global _clock
+    _clock = None
+
+
+def installed() -> Clock | None:
+    """Return the process's clock, or None where SkyLadder is off."""
+    return _clock
+
+
+def documents_masked() -> bool:
+    """Return whether training masks documents: every pipeline stage then needs the rows."""
+    return _clock is not None and _clock.config.intra_document
+
+
+def current() -> Clock:
+    """Return the process's clock.
+
+    Raises:
+        RuntimeError: none was installed.
+    """
+    if _clock is None:
+        raise RuntimeError(
+            "SkyLadder attention was built, but no schedule is installed. Start training through "
+            "megatron_skyladder.pretrain_gpt, or call megatron_skyladder.clock.install(config) "
+            "before the model is built."
+        )
+    return _clock
+
+
+def _megatron_consumed_samples() -> int:
+    from megatron.training import get_args
+
+    return get_args().consumed_train_samples

@@ -1,0 +1,1 @@
+"""Megatron-LM's trainer: the only place that knows its releases, signatures and hooks."""

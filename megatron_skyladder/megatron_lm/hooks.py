@@ -1,0 +1,196 @@
+"""What we change inside a running Megatron, all in one table.
+
+Each hook wraps one function of Megatron's trainer where the trainer looks it up; nothing else of
+Megatron is touched. A place that somebody else has wrapped already is refused, naming both.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_skyladder.ladder import clock
+from megatron_skyladder.ladder.config import SkyLadderConfig
+from megatron_skyladder.layer_specs import with_skyladder
+from megatron_skyladder.megatron_lm import compat, conflicts
+from megatron_skyladder.runtime.metrics import counting_windows, logging_metrics
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT = "skyladder_fingerprint"  # an attribute of the arguments that checkpoints carry
+_OWNER = "__skyladder_hook__"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One wrapped function (or ``Class.method``): where it is looked up, what wraps it, and why."""
+
+    module: str
+    name: str
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    reason: str
+
+
+def install(config: SkyLadderConfig, options: Any) -> None:
+    """Switch SkyLadder on for this process, before the model is built.
+
+    Args:
+        config: the checked configuration.
+        options: Megatron's validated arguments; the fingerprint is noted in them, so that every
+            checkpoint carries it.
+
+    Raises:
+        ValueError: a Megatron flag that cannot be combined with SkyLadder.
+    """
+    check_options(config, options)
+    if getattr(options, "create_attention_mask_in_dataloader", False):
+        logger.info(
+            "the data loader makes no dense attention masks: create_attention_mask_in_dataloader "
+            "True -> False"
+        )
+        options.create_attention_mask_in_dataloader = False
+    setattr(options, FINGERPRINT, config.fingerprint)
+    clock.install(config)
+    for hook in HOOKS:
+        _wrap(hook)
+    logger.info("%s", config.fingerprint)
+
+
+def check_options(config: SkyLadderConfig, options: Any) -> None:
+    """Refuse what cannot be combined, before anything is built."""
+    conflicts.check(options)
+    if config.intra_document:
+        compat.eod_token()
+
+
+def _wrap(hook: Hook) -> None:
+    owner: Any = importlib.import_module(hook.module)
+    *parents, name = hook.name.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent, None)
+    original = getattr(owner, name, None)
+    if original is None:
+        raise compat.MegatronMismatchError(
+            f"Megatron has no {hook.module}.{hook.name}, which SkyLadder hooks ({hook.reason}). "
+            "Use a tested release (see the README)."
+        )
+    if getattr(original, _OWNER, False):
+        return
+    if hasattr(original, "__wrapped__"):
+        raise compat.MegatronMismatchError(
+            f"{hook.module}.{hook.name} is already wrapped by {original.__module__}, and "
+            f"{__name__} needs it too ({hook.reason}). Load only one of them."
+        )
+    wrapped = hook.wrap(original)
+    setattr(wrapped, _OWNER, True)
+    setattr(owner, name, wrapped)
+
+
+def _with_skyladder_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        spec = given.arguments["transformer_layer_spec"]
+        given.arguments["transformer_layer_spec"] = with_skyladder(spec)
+        original(*given.args, **given.kwargs)
+
+    return __init__
+
+
+def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
+    def train(forward_step_func: Any, model: list[Any], *args: Any, **kwargs: Any) -> Any:
+        active = clock.current()
+        if active.config.probe:
+            from megatron_skyladder.runtime.probe import probe_mask
+
+            probe_mask(model, active)
+        return original(forward_step_func, model, *args, **kwargs)
+
+    return train
+
+
+def _evaluate_by_length(original: Callable[..., Any]) -> Callable[..., Any]:
+    from megatron_skyladder.runtime.evaluation import with_lengths
+
+    return with_lengths(original) if clock.current().config.eval_lengths else original
+
+
+def _check_schedule_of_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
+        compare_fingerprints(
+            getattr(checkpoint_args, FINGERPRINT, None),
+            clock.current().config.fingerprint,
+            allow_change=bool(getattr(compat.args(), "skyladder_allow_schedule_change", None)),
+        )
+        return original(checkpoint_args, *args, **kwargs)
+
+    return check_checkpoint_args
+
+
+def compare_fingerprints(saved: str | None, wanted: str, *, allow_change: bool) -> None:
+    """Make sure that a resumed run goes on under the schedule it began with.
+
+    Raises:
+        ValueError: the checkpoint was trained under another schedule.
+    """
+    if saved == wanted:
+        return
+    if saved is None:
+        logger.warning(
+            "the checkpoint was trained without SkyLadder; from here on: %s. The schedule counts "
+            "from sample 0 unless --skyladder-begin-samples says otherwise.",
+            wanted,
+        )
+        return
+    if not allow_change:
+        raise ValueError(
+            f"the checkpoint was trained under another schedule.\n  checkpoint: {saved}\n"
+            f"  this run:   {wanted}\nUse the checkpoint's flags, or add "
+            "--skyladder-allow-schedule-change to go on under the new schedule."
+        )
+    logger.warning("schedule changed on resume, as allowed.\n  was: %s\n  now: %s", saved, wanted)
+
+
+HOOKS = (
+    Hook(
+        "megatron.core.models.gpt.gpt_model",
+        "GPTModel.__init__",
+        _with_skyladder_attention,
+        "to build its layers with SkyLadder's core attention",
+    ),
+    Hook(
+        "megatron.training.training",
+        "train",
+        _probe_before_training,
+        "to try the mask on the real model before training",
+    ),
+    Hook(
+        "megatron.training.training",
+        "training_log",
+        logging_metrics,
+        "to log the window and what it costs beside the losses",
+    ),
+    Hook(
+        "megatron.training.training",
+        "num_floating_point_operations",
+        counting_windows,
+        "to count the attention that windows leave, in all of Megatron's rates",
+    ),
+    Hook(
+        "megatron.training.training",
+        "evaluate",
+        _evaluate_by_length,
+        "to report validation losses by context length",
+    ),
+    Hook(
+        "megatron.training.checkpointing",
+        "check_checkpoint_args",
+        _check_schedule_of_checkpoint,
+        "to refuse a resume under another schedule",
+    ),
+)

@@ -1,0 +1,293 @@
+"""What is installed, how SkyLadder would enter, what does not fit: facts for ``skyladder doctor``.
+
+Nothing here changes anything, and every part is asked on its own, so that one that is broken does
+not hide the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_skyladder import __version__
+from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE, config_from_args, is_requested
+from megatron_skyladder.megatron_lm import conflicts, from_environment, releases
+from megatron_skyladder.megatron_lm.releases import Megatron, MegatronMismatchError
+
+# Environment that decides how a run behaves, and so has to be the same on all ranks.
+_VARIABLE_PREFIXES = ("SKYLADDER_", "NVTE_", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTHONPATH")
+_SPEC_MODULE = "megatron_skyladder.layer_specs"  # as --spec names it
+_OPTIONAL = {  # import name: distribution name
+    "transformer_engine": "transformer-engine",
+    "flash_attn": "flash-attn",
+    "apex": "apex",
+}
+
+
+@dataclass
+class Report:
+    """What was found on one rank.
+
+    Args:
+        installed: part -> version, or what is wrong with it.
+        run: how a training run on this machine would be set up.
+        ways: way in -> whether and how it can be used.
+        problems: what does not fit and what to do, one sentence or two each.
+    """
+
+    installed: dict[str, str] = field(default_factory=dict)
+    run: dict[str, str] = field(default_factory=dict)
+    ways: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def try_to(self, find: Callable[[], None]) -> None:
+        """Do one part; what it raises for the user to fix becomes a problem."""
+        try:
+            find()
+        except (ValueError, MegatronMismatchError) as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+
+
+def examine(flags: argparse.Namespace, launch_flags: list[str]) -> Report:
+    """Look at this process's environment.
+
+    Args:
+        flags: the ``skyladder_*`` values, those of Megatron's flags that the schedule needs, and
+            those that cannot be combined with it.
+        launch_flags: all flags of the launch, as they were given.
+    """
+    report = Report()
+    report.installed["python"] = f"{platform.python_version()} ({sys.executable})"
+    report.installed["megatron-skyladder"] = f"{__version__} ({Path(__file__).parents[1]})"
+    _torch(report)
+    report.try_to(lambda: _megatron(report))
+    for module, distribution in _OPTIONAL.items():
+        _optional(report, module, distribution)
+    report.try_to(lambda: _device(report))
+    report.try_to(lambda: _backend(report, flags, launch_flags))
+    report.run["flags"] = " ".join(launch_flags) or "none given"
+    report.try_to(lambda: _way_in_and_schedule(report, flags, launch_flags))
+    report.try_to(lambda: _script(report, flags, launch_flags))
+    return report
+
+
+def _torch(report: Report) -> None:
+    try:
+        import torch
+    except ImportError as error:
+        report.installed["torch"] = f"does not import: {error}"
+        report.problems.append("torch does not import. Install it: pip install torch.")
+        return
+    report.installed["torch"] = torch.__version__
+    report.installed["cuda"] = torch.version.cuda or "none: torch was built without it"
+    try:
+        nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
+    except (AttributeError, RuntimeError):
+        nccl = "none"
+    report.installed["nccl"] = nccl
+
+
+def _megatron(report: Report) -> None:
+    folders = [folder for entry in sys.path if (folder := Path(entry or ".").resolve()).is_dir()]
+    others = [found for folder in dict.fromkeys(folders) if (found := releases.megatron_in(folder))]
+    report.installed["megatron"] = "none"
+    found = releases.installed()
+    kind = "checkout" if found.is_checkout else "wheel"
+    text = f"{found.version}, {kind} in {found.folder}"
+    hidden = [f"{each.version} in {each.folder}" for each in others if each.folder != found.folder]
+    if hidden:
+        text += f"; it hides {', '.join(hidden)}"
+    here = releases.megatron_in(Path.cwd())
+    if here is not None and here.folder not in (found.folder, *(each.folder for each in others)):
+        text += f"; scripts in this folder import its own {here.version}: ask with PYTHONPATH=."
+    report.installed["megatron"] = text
+    _ways(report, found)
+    release = releases.release_of(found)
+    tested = release.checkout if found.is_checkout else release.wheel
+    report.run["release"] = f"{release.line}, tested with {tested or release.checkout}"
+    _dataset_helpers(report, found)
+
+
+def _dataset_helpers(report: Report, found: Megatron) -> None:
+    """Megatron builds its C++ helpers with make on the first run; a missing tool ends that run."""
+    folder = found.folder / "megatron" / "core" / "datasets"
+    if any(folder.glob("helpers_cpp*.so")) or not (folder / "Makefile").exists():
+        return
+    if importlib.util.find_spec("pybind11") is None:
+        report.problems.append(
+            f"Megatron's dataset helpers are not built in {folder}, and building them on the first "
+            "run needs pybind11. Install it: pip install pybind11."
+        )
+
+
+def _ways(report: Report, found: Megatron) -> None:
+    report.ways["entry point"] = "torchrun ... -m megatron_skyladder.pretrain_gpt <flags>"
+    if not found.is_checkout:
+        report.ways["spec"] = report.ways["patch"] = "for checkouts; this Megatron is a wheel"
+        return
+    script = found.folder / "pretrain_gpt.py"
+    report.ways["spec"] = (
+        f"torchrun ... {script} <flags> --spec megatron_skyladder.layer_specs skyladder; windows "
+        "only, from SKYLADDER_* variables"
+    )
+    from megatron_skyladder.megatron_lm.patching import checkout
+
+    apply = f"skyladder patch apply {found.folder}"
+    try:
+        states = checkout.examine(found.folder, checkout.choose_patch(found.folder))
+    except ValueError as error:
+        report.ways["patch"] = f"does not fit: {error}"
+        return
+    if all(state.current == state.patched for state in states):
+        report.ways["patch"] = f"applied: torchrun ... {script} <flags>"
+    elif all(state.current == state.stock for state in states):
+        report.ways["patch"] = f"fits, not applied: {apply}"
+    else:
+        report.ways["patch"] = "applied in part or by another version"
+        report.problems.append(f"the checkout is patched in part. Complete it: {apply}.")
+
+
+def _optional(report: Report, module: str, distribution: str) -> None:
+    """Note a module that may be missing, but not be broken."""
+    report.installed[distribution] = "not installed"
+    if importlib.util.find_spec(module) is None:
+        return
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown version"
+    report.installed[distribution] = version
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever a foreign extension raises when it does not load
+        report.installed[distribution] = f"{version}, does not import"
+        report.problems.append(
+            f"{distribution} {version} is installed but does not import ({error}). Install a build "
+            "for this torch and CUDA, or uninstall it."
+        )
+
+
+def _device(report: Report) -> None:
+    from megatron_skyladder.cpu import engine as cpu_engine
+
+    report.run["device"] = "none"
+    if cpu_engine.is_requested():
+        report.run["device"] = f"CPU engine ({cpu_engine.DEVICE_VARIABLE}=cpu)"
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "no CUDA device is visible to torch. Run where there is one, or set "
+            f"{cpu_engine.DEVICE_VARIABLE}=cpu for small runs on the CPU."
+        )
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    counted = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    report.run["device"] = ", ".join(counted)
+
+
+def _backend(report: Report, flags: argparse.Namespace, launch_flags: list[str]) -> None:
+    import torch
+
+    from megatron_skyladder.attention import backends
+
+    in_float32 = launch_flags and not {"--bf16", "--fp16"}.intersection(launch_flags)
+    dtype = torch.float32 if in_float32 else torch.bfloat16
+    name, reason = backends.choose_backend(flags.skyladder_attention_backend or "auto", dtype)
+    report.run["attention backend"] = f"{name}: {reason}"
+
+
+def _way_in_and_schedule(
+    report: Report, flags: argparse.Namespace, launch_flags: list[str]
+) -> None:
+    if _SPEC_MODULE in launch_flags:
+        report.run["way in"] = "spec, with the flags from SKYLADDER_* variables"
+        for name, value in vars(from_environment.flags(os.environ)).items():
+            setattr(flags, name, value)
+        flags.skyladder_schedule = flags.skyladder_schedule or DEFAULT_SCHEDULE
+    elif report.ways.get("patch", "").startswith("applied"):
+        report.run["way in"] = "the patched pretrain_gpt.py, or the entry point"
+    else:
+        report.run["way in"] = "the entry point"
+    report.run["schedule"] = "off: no --skyladder-* flag was given"
+    if not is_requested(flags):
+        return
+    report.run["schedule"] = "unknown"
+    batch_size = flags.global_batch_size or flags.step_batch_size_schedule
+    needed = {"--seq-length": flags.seq_length, "--global-batch-size": batch_size}
+    missing = [name for name, value in needed.items() if value is None]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} is missing, so the schedule cannot be told. Give the flags "
+            "of your launch."
+        )
+    config = config_from_args(flags)
+    assert config is not None
+    report.run["schedule"] = config.fingerprint
+    conflicts.check(flags)
+
+
+def _script(report: Report, flags: argparse.Namespace, launch_flags: list[str]) -> None:
+    stock = report.run["way in"] == "the entry point"
+    named = any(Path(word).name == "pretrain_gpt.py" for word in launch_flags)
+    if stock and named and is_requested(flags):
+        raise ValueError(
+            "pretrain_gpt.py knows the --skyladder-* flags only in a patched checkout, and this "
+            "Megatron is none (see Ways in). Patch it, or launch -m "
+            "megatron_skyladder.pretrain_gpt."
+        )
+
+
+def fingerprint_of_rank(report: Report) -> dict[str, str]:
+    """Return what has to be the same on all ranks."""
+    variables = {
+        f"${name}": value
+        for name, value in os.environ.items()
+        if name.startswith(_VARIABLE_PREFIXES)
+    }
+    return {**report.installed, **report.run, **variables}
+
+
+def disagreements(ranks: list[tuple[str, dict[str, str]]]) -> list[str]:
+    """Return a sentence for everything that is not the same on all ranks.
+
+    Args:
+        ranks: each rank's host name and `fingerprint_of_rank`, in order.
+    """
+    names = dict.fromkeys(name for _, facts in ranks for name in facts)
+    complaints = []
+    for name in names:
+        holders: dict[str, list[str]] = {}
+        for rank, (host, facts) in enumerate(ranks):
+            holders.setdefault(facts.get(name, "unset"), []).append(f"{rank} ({host})")
+        if len(holders) > 1:
+            values = "; ".join(
+                f"{value!r} on rank {', '.join(who[:4])}{' and more' if len(who) > 4 else ''}"
+                for value, who in holders.items()
+            )
+            complaints.append(f"the ranks disagree on {name}: {values}. Make them the same.")
+    return complaints
+
+
+def compare_ranks(report: Report) -> list[str]:
+    """Exchange facts with all other ranks over gloo; every rank returns the same complaints."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (socket.gethostname(), fingerprint_of_rank(report)))
+    finally:
+        dist.destroy_process_group()
+    return disagreements(gathered)

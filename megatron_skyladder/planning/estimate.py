@@ -1,0 +1,270 @@
+"""From flags to figures: what ``plan`` prints and ``compare`` puts side by side."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import cached_property
+
+from megatron_skyladder.ladder import costs
+from megatron_skyladder.ladder.config import (
+    DEFAULT_SCHEDULE,
+    ROUND_TO_AUTO,
+    SkyLadderConfig,
+    config_from_args,
+)
+from megatron_skyladder.ladder.costs import DecoderShape
+from megatron_skyladder.ladder.fragments import window_pairs
+from megatron_skyladder.ladder.presets import PAPER_RUNS
+from megatron_skyladder.ladder.schedules import WindowSchedule, explain_multiple
+from megatron_skyladder.planning import run_flags
+from megatron_skyladder.planning.time_model import TimeModel, time_model
+from megatron_skyladder.planning.visible_context import Documents, measure
+
+RECOMMENDED_SHARES = (Fraction(60, 100), Fraction(64, 100))  # arXiv:2503.15450
+QUANTILES = (0.1, 0.5, 0.9, 0.99)  # of document lengths and visible context
+PAPER_SAVINGS = {"1b-8k": 13.1, "1b-32k": 22.2}  # percent of wall time, measured (Table 8)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has not happened yet.
+
+    Args:
+        name: what to call it in a table.
+        config: the schedule and the masks.
+        shape: the model.
+        total_steps: global batches.
+        documents: what was measured in the data, or None.
+        time: the time model, or None where no device and no log was given.
+        notes: what the reader has to know about the figures.
+        context_parallel_size: ranks that share a row.
+        tensor_parallel_size: ranks that share the heads.
+    """
+
+    name: str
+    config: SkyLadderConfig
+    shape: DecoderShape
+    total_steps: int
+    documents: Documents | None
+    time: TimeModel | None
+    notes: list[str] = field(default_factory=list)
+    context_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Runs of equal windows, ``(first_step, end_step, window)``."""
+        return costs.window_runs(self.config, self.total_steps)
+
+    @cached_property
+    def pairs(self) -> Callable[[int], float]:
+        """Window -> visible pairs of a row, under the masks that can be counted."""
+        if not self.counts_documents:
+            return costs.grid_pairs(self.config)
+        assert self.documents is not None
+        windows = [window for _, _, window in self.runs]
+        return self.documents.rows.pairs_by_window(
+            [*windows, self.config.seq_length], sliding=self.config.mask == "sliding"
+        )
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a global batch."""
+        return self.config.step_samples * self.config.seq_length
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the run."""
+        return self.total_steps * self.batch_tokens
+
+    @property
+    def causal_pairs(self) -> int:
+        """Visible pairs of a row under the plain causal mask."""
+        return window_pairs(self.config.seq_length, self.config.seq_length)
+
+    @property
+    def counts_documents(self) -> bool:
+        """Whether the run's own work is counted with documents masked."""
+        return self.config.intra_document and self.documents is not None
+
+    @property
+    def full_step(self) -> int | None:
+        """The step from which the window stays at the row's length, or None."""
+        first, _, window = self.runs[-1]
+        return first if window == self.config.seq_length else None
+
+    def window(self, step: int) -> int:
+        """Return the window at a step."""
+        return self.config.window_at_samples(step * self.config.step_samples)
+
+    def context(self, window: int) -> float:
+        """Return how many tokens a token sees on average, itself included."""
+        return self.pairs(window) / self.config.seq_length
+
+    def fraction(self, window: int) -> float:
+        """Return attention work at this window, relative to full causal without documents."""
+        return self.pairs(window) / self.causal_pairs
+
+    @property
+    def mean_fraction(self) -> float:
+        """Attention work of the run, relative to full causal without documents."""
+        return float(self.mean_pairs / self.causal_pairs)
+
+    @property
+    def constant_fraction(self) -> float:
+        """The same for the run without the ladder: 1, or less where documents are masked."""
+        return self.fraction(self.config.seq_length)
+
+    @cached_property
+    def mean_pairs(self) -> Fraction | float:
+        """Visible pairs of a row, averaged over the run."""
+        return costs.mean_pairs(self.runs, self.pairs)
+
+    def flops(self, pairs: Fraction | float) -> float:
+        """Return the run's FLOPs, by the paper's count, for these mean pairs of a row."""
+        return costs.flops(
+            self.shape, seq_length=self.config.seq_length, pairs=pairs, tokens=self.tokens
+        )
+
+    @property
+    def constant_flops(self) -> float:
+        """FLOPs of the run without the ladder."""
+        return self.flops(self.pairs(self.config.seq_length))
+
+    @property
+    def ladder_flops(self) -> float:
+        """FLOPs of the run."""
+        return self.flops(self.mean_pairs)
+
+    @property
+    def is_the_papers(self) -> bool:
+        """Whether this is a run of the paper, unchanged."""
+        run = PAPER_RUNS.get(self.name)
+        if run is None or self.total_steps != run.train_steps:
+            return False
+        schedule = WindowSchedule(
+            "linear", run.start_window, run.seq_length, run.alpha, total_steps=run.train_steps
+        )
+        config = SkyLadderConfig(schedule, run.seq_length, run.global_batch_size)
+        return self.config == config and self.shape == DecoderShape.of_paper(run.model)
+
+    def pairs_under(self, *, ladder: bool, documents: bool) -> Fraction | float:
+        """Return the mean pairs of a row with each mask on or off; needs measured documents."""
+        assert self.documents is not None
+        other = self
+        if documents != self.config.intra_document:
+            other = replace(self, config=replace(self.config, intra_document=documents))
+        return other.mean_pairs if ladder else other.pairs(self.config.seq_length)
+
+
+def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None) -> Plan:
+    """Return the plan for parsed flags.
+
+    Args:
+        args: what `run_flags.add_run_flags` parsed.
+        name: for the first column of a table.
+        preset: a run of the paper, in place of ``--preset``.
+
+    Raises:
+        ValueError: a flag is wrong; the message says which and what to do.
+    """
+    flags = run_flags.complete(args, preset)
+    notes = _notes_on_flags(args)
+    if config_from_args(flags) is None:
+        flags.skyladder_schedule = DEFAULT_SCHEDULE
+        notes.append(
+            "No --skyladder-* flag was given: planned with the defaults. Training needs one flag "
+            f"to switch it on, such as --skyladder-schedule {DEFAULT_SCHEDULE}."
+        )
+    config = config_from_args(flags)
+    assert config is not None
+    shape = run_flags.decoder_shape(flags)
+    documents = _documents(flags, config, notes)
+    time = time_model(flags, shape, notes)
+    total_steps = run_flags.total_steps(flags)
+    _note_layout(flags, notes)
+    return Plan(
+        name,
+        config,
+        shape,
+        total_steps,
+        documents,
+        time,
+        notes,
+        flags.context_parallel_size,
+        flags.tensor_model_parallel_size,
+    )
+
+
+def _notes_on_flags(args: argparse.Namespace) -> list[str]:
+    if not args.ignored:
+        return []
+    names = ", ".join(dict.fromkeys(args.ignored))
+    return [f"Left out, as they change nothing here: {names}."]
+
+
+def _note_layout(flags: argparse.Namespace, notes: list[str]) -> None:
+    if flags.skyladder_round_to == ROUND_TO_AUTO:
+        notes.append(explain_multiple(flags.seq_length, flags.context_parallel_size))
+    if flags.context_parallel_size > 1:
+        notes.append(
+            "Times count the attention work of the average context-parallel rank; the busiest one "
+            "has more, as the table says, and the others wait for it."
+        )
+
+
+def _documents(
+    flags: argparse.Namespace, config: SkyLadderConfig, notes: list[str]
+) -> Documents | None:
+    if not flags.data_path:
+        if config.intra_document:
+            notes.append(
+                "--skyladder-intra-document cuts attention further than counted here: give "
+                "--data-path to measure the documents."
+            )
+        return None
+    here = any(os.path.exists(f"{word}.idx") for word in flags.data_path)
+    if not here and not config.intra_document:
+        notes.append(f"--data-path {' '.join(flags.data_path)} is not here: not measured.")
+        return None
+    documents = measure(flags.data_path, config.seq_length)
+    if not documents.same_end:
+        notes.append(
+            "The documents do not all end with the same token. Training finds documents by their "
+            "end-of-document token: prepare the data with one (--append-eod)."
+        )
+    return documents
+
+
+def grid_fraction(config: SkyLadderConfig, window: int) -> float:
+    """Return attention work at this window relative to full causal, documents left aside."""
+    length = config.seq_length
+    return costs.grid_pairs(config)(window) / window_pairs(length, length)
+
+
+def alpha_for_share(config: SkyLadderConfig, total_steps: int, share: Fraction) -> Fraction:
+    """Return the rate, in tokens per step, that grows the window over this share of the run."""
+    span = config.schedule.final_window - config.schedule.start_window
+    return span / (share * total_steps)
+
+
+def stage_steps(plan: Plan, count: int = 9) -> Sequence[int]:
+    """Return the steps to show: every window where there are few, else evenly over the ramp."""
+    if len(plan.runs) <= count + 1:
+        return [first for first, _, _ in plan.runs]
+    end = plan.full_step if plan.full_step is not None else plan.total_steps - 1
+    steps = {round(end * part / (count - 1)) for part in range(count)}
+    return sorted(steps | {plan.total_steps - 1})
+
+
+def work_under_masks(plan: Plan) -> list[tuple[bool, bool, Fraction | float]]:
+    """Return (ladder, documents masked, mean pairs of a row) for the four combinations."""
+    return [
+        (ladder, masked, plan.pairs_under(ladder=ladder, documents=masked))
+        for ladder in (False, True)
+        for masked in (False, True)
+    ]

@@ -1,0 +1,93 @@
+"""What context parallelism costs at each window, balance and traffic: counted for ``plan``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_skyladder.ladder.exchange_costs import (
+    OUR_PASSES,
+    RankCosts,
+    gathered_tokens,
+    key_value_bytes,
+    rank_costs,
+)
+from megatron_skyladder.ladder.fragments import fragment_cu_seqlens
+
+if TYPE_CHECKING:
+    from megatron_skyladder.planning.estimate import Plan
+
+SAMPLE_TOKENS = 1 << 19  # of measured documents; counting looks at every token
+SAMPLE_STEPS = 48  # for the mean over a run
+NUM_BYTES = 2  # bf16
+
+
+@dataclass(frozen=True)
+class ParallelCosts:
+    """Costs of one window, per row.
+
+    Args:
+        work: attention work of each rank, in pairs.
+        waiting_share: of the attention work, what sees a key of another rank and waits for it.
+        received_bytes: keys and values that a rank receives in one layer, and gradients that come
+            back, on average over the ranks.
+        gather_share: the same relative to gathering all keys.
+    """
+
+    work: tuple[float, ...]
+    waiting_share: float
+    received_bytes: float
+    gather_share: float
+
+    @property
+    def max_over_mean(self) -> float:
+        """The busiest rank's work relative to the mean, 1.0 where all have the same."""
+        return max(self.work) * len(self.work) / sum(self.work)
+
+
+def parallel_costs(plan: Plan, window: int) -> ParallelCosts:
+    """Return the costs of a window under the plan's layout and masks."""
+    cu_seqlens = _offsets(plan, window)
+    length, cp_size = plan.config.seq_length, plan.context_parallel_size
+    num_rows = int(cu_seqlens[-1]) // length
+    sliding_window = window if plan.config.mask == "sliding" else None
+    costs: RankCosts = rank_costs(
+        cu_seqlens, cp_size=cp_size, seq_length=length, sliding_window=sliding_window
+    )
+    tokens = float(costs.received.mean()) / num_rows
+    groups = max(1, plan.shape.num_query_groups // plan.tensor_parallel_size)
+    size = key_value_bytes(
+        tokens, num_groups=groups, head_dim=plan.shape.kv_channels, num_bytes=NUM_BYTES
+    )
+    return ParallelCosts(
+        work=tuple(float(pairs) / num_rows for pairs in costs.pairs),
+        waiting_share=float(costs.waiting_pairs.sum() / costs.pairs.sum()),
+        received_bytes=OUR_PASSES * size,
+        gather_share=tokens / gathered_tokens(cp_size, length),
+    )
+
+
+def mean_max_over_mean(plan: Plan) -> float:
+    """Return the busiest rank's attention work over the mean rank's, of the whole run."""
+    steps = np.unique(np.linspace(0, plan.total_steps - 1, SAMPLE_STEPS).round().astype(int))
+    windows, counts = np.unique([plan.window(int(step)) for step in steps], return_counts=True)
+    works = [parallel_costs(plan, int(window)).work for window in windows]
+    busiest = sum(count * max(work) for count, work in zip(counts, works, strict=True))
+    mean = sum(count * sum(work) / len(work) for count, work in zip(counts, works, strict=True))
+    return float(busiest / mean)
+
+
+def _offsets(plan: Plan, window: int) -> np.ndarray:
+    """Return cu_seqlens over one row, or over a sample of the measured ones."""
+    length = plan.config.seq_length
+    cut = length if plan.config.mask == "sliding" else window
+    if not plan.counts_documents:
+        return fragment_cu_seqlens(np.empty(0, np.int32), seq_length=length, window_len=cut)
+    assert plan.documents is not None
+    rows = plan.documents.rows
+    num_tokens = min(rows.num_rows, max(1, SAMPLE_TOKENS // length)) * length
+    document_ends = np.cumsum(rows.ends - rows.starts)
+    grid = (np.arange(0, num_tokens, length)[:, None] + np.arange(0, length, cut)).ravel()
+    return np.union1d(np.append(grid, num_tokens), document_ends[document_ends < num_tokens])

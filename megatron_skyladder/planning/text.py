@@ -1,0 +1,265 @@
+"""A plan as text for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+
+from megatron_skyladder.planning import estimate
+from megatron_skyladder.planning.estimate import Plan
+from megatron_skyladder.planning.parallel import mean_max_over_mean, parallel_costs
+
+WIDTH = 88
+
+
+def to_text(plan: Plan, steps: list[int]) -> str:
+    """Return the plan as text of at most WIDTH columns."""
+    parts = [_head(plan), _stage_table(plan, steps), _work(plan)]
+    if plan.documents:
+        parts.append(_documents(plan))
+    if plan.context_parallel_size > 1:
+        parts.append(_context_parallel(plan, steps))
+    parts.append(_time(plan))
+    parts.append(_advice(plan))
+    parts += [wrap("Note", note) for note in plan.notes]
+    return "\n\n".join(part for part in parts if part)
+
+
+def amount(value: float) -> str:
+    """Write a count with a unit: 104.9B."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if value >= limit:
+            return f"{value / limit:.1f}{unit}"
+    return f"{value:,.0f}"
+
+
+def _head(plan: Plan) -> str:
+    shape, config = plan.shape, plan.config
+    full = "not reached within the run"
+    if plan.full_step is not None:
+        tokens = plan.full_step * plan.batch_tokens
+        full = (
+            f"from step {plan.full_step:,}, after {amount(tokens)} tokens "
+            f"({plan.full_step / plan.total_steps:.0%} of the run)"
+        )
+    return "\n".join(
+        [
+            wrap(
+                "Model",
+                f"{shape.num_parameters:,} parameters: {shape.num_layers} layers, hidden "
+                f"{shape.hidden_size}, FFN {shape.ffn_hidden_size}, {shape.num_attention_heads} "
+                f"heads in {shape.num_query_groups} groups, vocabulary {shape.vocab_size:,} "
+                "(padded)",
+            ),
+            wrap(
+                "Run",
+                f"{plan.total_steps:,} steps of {config.step_samples} rows of "
+                f"{config.seq_length:,} tokens: {amount(plan.tokens)} tokens",
+            ),
+            wrap("Schedule", config.fingerprint),
+            wrap("Full window", full),
+        ]
+    )
+
+
+def _stage_table(plan: Plan, steps: list[int]) -> str:
+    header = ["step", "tokens", "window", "visible context", "attention work"]
+    if plan.time:
+        header.append("s/step")
+    rows = [header]
+    for step in steps:
+        window = plan.window(step)
+        row = [
+            f"{step:,}",
+            amount(step * plan.batch_tokens),
+            f"{window:,}",
+            f"{plan.context(window):,.1f}",
+            f"{plan.fraction(window):.1%}",
+        ]
+        if plan.time:
+            row.append(_seconds(plan.time.step.seconds(plan.fraction(window))))
+        rows.append(row)
+    legend = (
+        "visible context: tokens that a token sees on average, itself included; attention work: "
+        "relative to the full causal mask"
+    )
+    return table(rows) + "\n" + textwrap.fill(legend, WIDTH)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.4f}" if value < 1 else f"{value:.2f}"
+
+
+def _work(plan: Plan) -> str:
+    masked = ", documents masked" if plan.counts_documents else ""
+    saved = 1 - plan.ladder_flops / plan.constant_flops
+    return "\n".join(
+        [
+            wrap("Attention", f"{plan.mean_fraction:.1%} of full causal, mean over the run"),
+            wrap(
+                "FLOPs",
+                f"{scientific(plan.constant_flops)} with a constant window{masked}, "
+                f"{scientific(plan.ladder_flops)} with the ladder: {saved:.1%} saved",
+            ),
+            textwrap.fill(
+                "(6 N + 12 layers hidden S) tokens as in the paper's Table 8: N all parameters "
+                "above, S = mean of sum(l^2) / L over the windows l of a row",
+                WIDTH,
+                initial_indent=" " * 13,
+                subsequent_indent=" " * 13,
+            ),
+        ]
+    )
+
+
+def scientific(value: float) -> str:
+    """Write 1.157e21 as 11.57e20, the paper's unit, and smaller ones to four digits."""
+    return f"{value / 1e20:.2f}e20" if value >= 1e20 else f"{value:.3e}"
+
+
+def _documents(plan: Plan) -> str:
+    documents = plan.documents
+    assert documents is not None
+    lengths = documents.lengths
+    spread = ", ".join(
+        f"{share:.0%} up to {lengths[round(share * (lengths.size - 1))]:,}"
+        for share in estimate.QUANTILES
+    )
+    seen = ", ".join(
+        f"{share:.0%} up to {documents.rows.context_quantile(share):,}"
+        for share in estimate.QUANTILES
+    )
+    rows = [["window", "documents", "visible context", "attention work", "FLOPs"]]
+    for ladder, masked, pairs in estimate.work_under_masks(plan):
+        rows.append(
+            [
+                "ladder" if ladder else "full",
+                "masked" if masked else "joined",
+                f"{float(pairs / plan.config.seq_length):,.1f}",
+                f"{float(pairs / plan.causal_pairs):.1%}",
+                scientific(plan.flops(pairs)),
+            ]
+        )
+    return "\n".join(
+        [
+            wrap(
+                "Documents",
+                f"{documents.num_documents:,} with {amount(documents.num_tokens)} tokens; "
+                f"length: {spread}, longest {lengths[-1]:,}",
+            ),
+            wrap("", f"a token sees, with documents masked and the full window: {seen}"),
+            table(rows),
+        ]
+    )
+
+
+def _context_parallel(plan: Plan, steps: list[int]) -> str:
+    rows = [["step", "window", "max / mean work", "waits", "MB per layer and row", "of gather"]]
+    for step in steps:
+        window = plan.window(step)
+        costs = parallel_costs(plan, window)
+        rows.append(
+            [
+                f"{step:,}",
+                f"{window:,}",
+                f"{costs.max_over_mean:.3f}",
+                f"{costs.waiting_share:.1%}",
+                f"{costs.received_bytes / 1e6:,.3f}",
+                f"{costs.gather_share:.2%}",
+            ]
+        )
+    legend = (
+        "max / mean work: attention work of the busiest rank over the mean; waits: share of the "
+        "work that sees keys of another rank, the rest is done while they travel; MB: keys, values "
+        "and gradients that a rank receives in bf16; of gather: relative to gathering all keys"
+    )
+    head = wrap(
+        "CP",
+        f"{plan.context_parallel_size} ranks share a row, in Megatron's zigzag; over the run the "
+        f"busiest has {mean_max_over_mean(plan) - 1:.1%} more attention work than the mean",
+    )
+    return "\n".join([head, table(rows), textwrap.fill(legend, WIDTH)])
+
+
+def _time(plan: Plan) -> str:
+    time = plan.time
+    if time is None:
+        return wrap("Time", "give --device (with --gpus), --tflops or --calibrate LOG")
+    ladder, constant = plan.mean_fraction, plan.constant_fraction
+    low, high = time.saved_range(ladder, constant)
+    lines = [wrap("Time", f"on {time.basis}")]
+    for name, fraction in (("constant", constant), ("ladder", ladder)):
+        gpu_hours = time.gpu_hours(plan.total_steps, fraction)
+        text = f"{name:9}{gpu_hours:,.4g} GPU-hours"
+        if time.gpus:
+            text += (
+                f", {gpu_hours / time.gpus:,.4g} hours on {time.gpus} GPU{'s' * (time.gpus > 1)}"
+            )
+        if time.price:
+            text += f", costs {gpu_hours * time.price:,.0f}"
+        lines.append(wrap("", text))
+    saved = time.step.saved(ladder, constant)
+    lines.append(wrap("", f"saved    {saved:.1%} of the time ({low:.1%} to {high:.1%})"))
+    if time.calibration:
+        lines.append(
+            wrap(
+                "",
+                f"a step takes {time.step.fixed:.4g} s + {time.step.attention:.4g} s x attention "
+                "work; the range is two standard errors",
+            )
+        )
+    return "\n".join(lines + _paper_comparison(plan, saved))
+
+
+def _paper_comparison(plan: Plan, saved: float) -> list[str]:
+    assert plan.time is not None
+    measured = estimate.PAPER_SAVINGS.get(plan.name)
+    if measured is None or plan.time.calibration or not plan.is_the_papers:
+        return []
+    return [
+        wrap(
+            "",
+            f"The paper measured {measured:.1f} % on A100-40G; this model says {saved:.1%}. FLOPs "
+            "alone overstate the saving, as causal kernels skip half of each window; attention "
+            "runs below the rate of matrix products, which works the other way. One relative "
+            "cost of attention cannot give both of the paper's runs (1b-8k 13.1 %, 1b-32k "
+            "22.2 %): the model is fitted to both, and its range is what either would need.",
+        )
+    ]
+
+
+def _advice(plan: Plan) -> str:
+    schedule = plan.config.schedule
+    if schedule.schedule in ("constant", "staged") or plan.full_step is None:
+        return ""
+    share = plan.full_step / plan.total_steps
+    low, high = estimate.RECOMMENDED_SHARES
+    advice = f"the window grows over {share:.0%} of the run; the paper found 60 to 64 % best"
+    if not 0.95 * low <= share <= 1.05 * high:
+        alpha = estimate.alpha_for_share(plan.config, plan.total_steps, high)
+        advice += f": --skyladder-expand-fraction={float(high):g}, or alpha {float(alpha):.4g}"
+    return wrap("Advice", advice)
+
+
+def table(rows: list[list[str]], *, left: int = 0) -> str:
+    """Return rows as columns, the first ``left`` of them aligned left and all others right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            f"{cell:<{width}}" if column < left else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def wrap(label: str, text: str) -> str:
+    """Return a labelled paragraph of at most WIDTH columns."""
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=f"{label:<13}",
+        subsequent_indent=" " * 13,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

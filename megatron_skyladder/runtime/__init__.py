@@ -1,0 +1,1 @@
+"""What every trainer shares: document mask, metrics, probe, evaluation, weights."""

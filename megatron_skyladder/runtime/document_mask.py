@@ -1,0 +1,145 @@
+"""One micro-batch for one pipeline stage: Megatron's tensors, and the document mask beside them.
+
+Megatron lets only the first and last pipeline stage read data. With documents masked every stage
+needs their ends, so every stage's tensor-parallel rank 0 reads the row; the other ranks of its
+group get the offsets over a host group, because only the host can know their number without
+waiting for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import mpu
+
+from megatron_skyladder.ladder import clock, fragments
+from megatron_skyladder.ladder.config import SkyLadderConfig
+from megatron_skyladder.megatron_lm import compat
+from megatron_skyladder.runtime import metrics
+
+Batch = dict[str, torch.Tensor | None]
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+_MESSAGE_OFFSETS = 2047  # 8 KB with their number: windows of 32 in 32K tokens, and 1,000 documents
+
+
+class HostTap:
+    """An iterator that keeps the row it handed on, while it is still on the host."""
+
+    def __init__(self, iterator: Iterator[dict[str, torch.Tensor]]) -> None:
+        self._iterator = iterator
+        self.latest: dict[str, torch.Tensor] | None = None
+
+    def __iter__(self) -> HostTap:
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        # a shallow copy: Megatron moves the tensors to the device in the dict it gets
+        self.latest = next(self._iterator)
+        return dict(self.latest)
+
+
+def get_batch(
+    data_iterator: Any, *, vp_stage: int | None, training: bool
+) -> tuple[Batch, torch.Tensor | None]:
+    """Return this rank's part of the next micro-batch.
+
+    Args:
+        data_iterator: yields Megatron's batches of host tensors on tensor-parallel rank 0, is
+            None on the other ranks.
+        vp_stage: the virtual pipeline stage, where there are several.
+        training: False in evaluation, where rows are seen whole.
+
+    Returns:
+        ``BATCH_KEYS`` on the device, cut to this context-parallel rank's part, each None where the
+        stage has no use for it; and the mask for the attention, int32 [N + 1] on the host, or None
+        where the window alone decides.
+    """
+    active = clock.installed()
+    masks_documents = training and active is not None and active.config.intra_document
+    has_data = compat.is_first_or_last_pipeline_stage(vp_stage)
+    batch: Batch = dict.fromkeys(BATCH_KEYS)
+    if not has_data and not masks_documents:
+        return batch, None
+    tap = HostTap(data_iterator)
+    if has_data:
+        batch = compat.cp_batch(compat.tp_batch(tap if data_iterator is not None else None))
+    elif data_iterator is not None:
+        next(tap)
+    if not masks_documents:
+        return batch, None
+    assert active is not None
+    window = active.window(training=True)
+    mask = document_mask(tap.latest, active.config, window)
+    metrics.meter().count(mask, window, num_rows=int(mask[-1]) // active.config.seq_length)
+    return batch, mask
+
+
+def document_mask(
+    row_batch: dict[str, torch.Tensor] | None, config: SkyLadderConfig, window_len: int
+) -> torch.Tensor:
+    """Return cu_seqlens of the fragments over all rows of a micro-batch, on every TP rank.
+
+    Args:
+        row_batch: the dataset's batch on the host, on tensor-parallel rank 0; elsewhere unused.
+        config: the checked configuration.
+        window_len: tokens.
+
+    Returns:
+        int32 [N + 1], on the host.
+    """
+    group = mpu.get_tensor_model_parallel_group()
+    offsets = None
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        assert row_batch is not None
+        offsets = _fragment_offsets(row_batch, config, window_len)
+    return _broadcast_host(offsets, group) if group.size() > 1 else torch.from_numpy(offsets)
+
+
+def _fragment_offsets(
+    row_batch: dict[str, torch.Tensor], config: SkyLadderConfig, window_len: int
+) -> np.ndarray:
+    tokens = row_batch["tokens"].numpy()
+    given = row_batch.get("cu_seqlens")
+    cut = config.seq_length if config.mask == "sliding" else window_len
+    rows = []
+    for index, row in enumerate(tokens):
+        if given is not None:  # the dataset knows its documents; trailing entries are padding
+            ends = np.unique(given[index].numpy())
+            ends = ends[(ends > 0) & (ends <= row.shape[0])]
+        else:
+            ends = fragments.document_ends(row, compat.eod_token())
+        rows.append(fragments.fragment_cu_seqlens(ends, seq_length=row.shape[0], window_len=cut))
+    return fragments.rows_cu_seqlens(rows)
+
+
+def _broadcast_host(offsets: np.ndarray | None, group: Any) -> torch.Tensor:
+    """Send a host array of unknown length from the group's first rank to the others.
+
+    One message, which begins with the number of offsets, and a second one for what is left over.
+    """
+    ranks = torch.distributed.get_process_group_ranks(group)
+    send = partial(torch.distributed.broadcast, src=ranks[0], group=_host_group(tuple(ranks)))
+    message = torch.empty(1 + _MESSAGE_OFFSETS, dtype=torch.int32)
+    mask = None if offsets is None else torch.from_numpy(offsets)
+    if mask is not None:
+        message[0] = mask.numel()
+        message[1 : 1 + mask.numel()] = mask[:_MESSAGE_OFFSETS]
+    send(message)
+    count = int(message[0])
+    if mask is None:
+        mask = message[1 : 1 + count]
+        if count > _MESSAGE_OFFSETS:
+            mask = torch.cat((mask, mask.new_empty(count - _MESSAGE_OFFSETS)))
+    if count > _MESSAGE_OFFSETS:
+        send(mask[_MESSAGE_OFFSETS:])
+    return mask
+
+
+@lru_cache(maxsize=1)
+def _host_group(ranks: tuple[int, ...]) -> Any:
+    """Return a gloo group of these ranks; made once, by all of them at the same time."""
+    return torch.distributed.new_group(list(ranks), backend="gloo", use_local_synchronization=True)

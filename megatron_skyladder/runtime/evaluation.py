@@ -1,0 +1,338 @@
+"""Validation loss at several context lengths, measured with every plain validation.
+
+Plain validation sees whole rows. Some of the rows it has read are then run again, once for each
+shorter length l, under blocked windows of l tokens (0..l-1, l..2l-1, ... of the row, whatever mask
+training uses), so that no token sees more than l tokens. Every length is measured on the same
+tokens: the losses at the full length are those of the same rows, taken from the plain pass, and so
+are the losses by position. What is reported:
+
+* ``skyladder/loss_at_<l>``: mean loss under blocked windows of l tokens;
+* ``skyladder/loss_positions_<a>_<b>``: mean loss of the tokens at positions a..b (both included)
+  of the row, with the whole row in sight; their mean, weighted by tokens, is ``loss_at_<seq>``.
+
+The rows run again are so few that the extra passes cost at most `EXTRA_WORK` of plain validation
+(less, in truth: short windows are cheaper). The data order, the clock, random states and Megatron's
+counters are not touched: nothing is read and nothing is drawn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
+
+from megatron_skyladder.ladder import clock, fragments
+from megatron_skyladder.megatron_lm import compat
+from megatron_skyladder.runtime.document_mask import BATCH_KEYS
+
+EXTRA_WORK = 0.9  # rows passed again, relative to the rows of plain validation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The rows of one data-parallel rank that are run at every length.
+
+    Args:
+        num_rows: a multiple of ``micro_batch_size``.
+        micro_batch_size: rows per forward pass.
+        num_recorded: micro-batches of plain validation that hold these rows.
+    """
+
+    num_rows: int
+    micro_batch_size: int
+    num_recorded: int
+
+    @property
+    def num_microbatches(self) -> int:
+        """Forward passes for one length."""
+        return self.num_rows // self.micro_batch_size
+
+
+def choose_sample(
+    num_iterations: int, rows_per_iteration: int, micro_batch_size: int, num_passes: int
+) -> Sample:
+    """Return which rows can be passed ``num_passes`` more times within `EXTRA_WORK`.
+
+    Whole iterations where possible: these are the same rows under any data-parallel size.
+
+    Args:
+        num_iterations: of one plain validation.
+        rows_per_iteration: of this rank.
+        micro_batch_size: rows in each of its micro-batches.
+        num_passes: lengths below the row's, at least 1.
+    """
+    affordable = EXTRA_WORK / num_passes
+    rows = int(affordable * num_iterations) * rows_per_iteration
+    rows = rows or max(1, int(affordable * num_iterations * rows_per_iteration))
+    batch = min(rows, micro_batch_size)
+    rows -= rows % batch
+    return Sample(rows, batch, -(-rows // micro_batch_size))
+
+
+def with_lengths(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Megatron's ``evaluate``: it returns the losses by length beside its own."""
+
+    def evaluate(
+        forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        config = clock.current().config
+        windows = tuple(length for length in config.eval_lengths if length < config.seq_length)
+        sample = _sample(kwargs.get("eval_iters"), windows)
+        taps = _Taps(data_iterator, forward_step_func, sample.num_recorded)
+        result = original(taps.forward_step, taps.data_iterator, model, *args, **kwargs)
+        losses, _, time_is_up = result
+        if not time_is_up:
+            pieces = _run(model, taps.rows(sample), windows, sample)
+            if taps.plain_losses:  # the last pipeline stage
+                plain = torch.cat(taps.plain_losses)[: sample.num_rows]
+                losses.update(_report(plain, pieces, windows, config.seq_length))
+        return result
+
+    return evaluate
+
+
+def _sample(eval_iters: int | None, windows: tuple[int, ...]) -> Sample:
+    options = compat.args()
+    iterations = options.eval_iters if eval_iters is None else eval_iters
+    batch_size = getattr(options, "eval_global_batch_size", options.global_batch_size)
+    micro_batch_size = getattr(options, "eval_micro_batch_size", options.micro_batch_size)
+    rows = batch_size // options.data_parallel_size
+    sample = choose_sample(iterations, rows, micro_batch_size, len(windows))
+    _announce(iterations * rows, sample, windows, options.seq_length)
+    return sample
+
+
+_announced: set[object] = set()
+
+
+def _announce(rows: int, sample: Sample, windows: tuple[int, ...], seq_length: int) -> None:
+    """Say once what is measured."""
+    key = (rows, windows)
+    if key in _announced:
+        return
+    _announced.add(key)
+    logger.info(
+        "losses by length: blocked windows of %s tokens, on the same %d of the %d validation rows "
+        "of each data-parallel rank",
+        ", ".join(str(length) for length in (*windows, seq_length)),
+        sample.num_rows,
+        rows,
+    )
+    if sample.num_rows * len(windows) > EXTRA_WORK * rows:
+        logger.warning(
+            "losses by length cost more than plain validation itself: %d more passes, but only %d "
+            "row(s) to choose from. Raise --eval-iters to make them cheap in proportion.",
+            len(windows),
+            rows,
+        )
+
+
+class _Recorder:
+    """A data iterator that keeps the first micro-batches it hands on, still on the host."""
+
+    def __init__(self, iterator: Iterator[dict[str, Any]], num_kept: int) -> None:
+        self._iterator = iterator
+        self._num_kept = num_kept
+        self.kept: list[dict[str, Any]] = []
+
+    def __iter__(self) -> _Recorder:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        batch = next(self._iterator)
+        if len(self.kept) < self._num_kept:
+            self.kept.append({key: batch[key] for key in BATCH_KEYS})
+        return batch
+
+
+class _Taps:
+    """What is kept of a plain validation: its first rows, and their losses.
+
+    Args:
+        data_iterator: Megatron's: an iterator, a list of them (one for each model chunk), or None
+            on ranks that read nothing.
+        forward_step: Megatron's ``forward_step_func``.
+        num_kept: micro-batches to keep.
+    """
+
+    def __init__(self, data_iterator: Any, forward_step: Any, num_kept: int) -> None:
+        self._forward_step = forward_step
+        self._num_kept = num_kept
+        chunks = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        self._recorders = [
+            None if iterator is None else _Recorder(iterator, num_kept) for iterator in chunks
+        ]
+        self.data_iterator: Any = self._recorders
+        if not isinstance(data_iterator, list):
+            self.data_iterator = self._recorders[0]
+        self.plain_losses: list[torch.Tensor] = []  # [rows, tokens on this CP rank] each
+
+    def forward_step(self, data_iterator: Any, model: Any, *args: Any) -> tuple[Any, Any]:
+        """Run a step; where it ends in losses per token, keep them."""
+        output, loss_func = self._forward_step(data_iterator, model, *args)
+
+        def keep_losses(losses: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if len(self.plain_losses) < self._num_kept:
+                self.plain_losses.append(losses.detach().float())
+            return loss_func(losses, *args, **kwargs)
+
+        return output, keep_losses
+
+    def rows(self, sample: Sample) -> list[list[dict[str, Any]] | None]:
+        """Return the sample in micro-batches of its own size, for each model chunk."""
+        return [
+            _rebatch(recorder.kept, sample) if recorder is not None and recorder.kept else None
+            for recorder in self._recorders
+        ]
+
+
+def _rebatch(batches: list[dict[str, Any]], sample: Sample) -> list[dict[str, Any]]:
+    whole = {
+        key: None if batches[0][key] is None else torch.cat([batch[key] for batch in batches])
+        for key in BATCH_KEYS
+    }
+    size = sample.micro_batch_size
+    return [
+        {key: None if rows is None else rows[i : i + size] for key, rows in whole.items()}
+        for i in range(0, sample.num_rows, size)
+    ]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one forward pass left on the last pipeline stage, on this context-parallel rank."""
+
+    window_len: int
+    losses: torch.Tensor  # [rows, tokens]
+    loss_mask: torch.Tensor  # [rows, tokens], 1 where a token counts
+    positions: torch.Tensor  # [1, tokens], in the whole row
+
+
+def _run(
+    model: list[Any],
+    rows: list[list[dict[str, Any]] | None],
+    windows: tuple[int, ...],
+    sample: Sample,
+) -> list[_Piece]:
+    """Pass the sample through the pipeline once for each window, without gradients."""
+    options = compat.args()
+    masks = {window: _blocked_mask(options.seq_length, window, sample) for window in windows}
+
+    def forward_step(iterator: Any, chunk: Any) -> tuple[Any, Any]:
+        window, host_rows = next(iterator)
+        keys = [
+            *(("tokens", "position_ids") if get_attr_wrapped_model(chunk, "pre_process") else ()),
+            *(("labels", "loss_mask") if get_attr_wrapped_model(chunk, "post_process") else ()),
+        ]
+        batch = _share(host_rows, keys, sample.micro_batch_size, options.seq_length)
+        with clock.current().override(window):
+            output = chunk(
+                batch["tokens"], batch["position_ids"], masks[window], labels=batch["labels"]
+            )
+
+        def piece(losses: torch.Tensor, non_loss_data: bool = True) -> _Piece:
+            return _Piece(window, losses.float(), batch["loss_mask"], batch["positions"])
+
+        return output, piece
+
+    items = [(window, index) for window in windows for index in range(sample.num_microbatches)]
+    padded = list(items)
+    if len(model) > 1:  # interleaved schedules want a multiple of the pipeline's length
+        padded += items[:1] * (-len(items) % mpu.get_pipeline_model_parallel_world_size())
+    iterators = [
+        iter([(window, chunk_rows[index] if chunk_rows else None) for window, index in padded])
+        for chunk_rows in rows
+    ]
+    for chunk in model:
+        chunk.eval()
+    config = get_attr_wrapped_model(model[0], "config")
+    timers, config.timers = config.timers, None
+    with torch.no_grad():
+        pieces = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(model) > 1 else iterators[0],
+            model=model,
+            num_microbatches=len(padded),
+            seq_length=options.seq_length,
+            micro_batch_size=sample.micro_batch_size,
+            decoder_seq_length=getattr(options, "decoder_seq_length", None),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    config.timers = timers
+    for chunk in model:
+        chunk.train()
+    return pieces[: len(items)]
+
+
+def _blocked_mask(seq_length: int, window_len: int, sample: Sample) -> torch.Tensor:
+    """Return int32 cu_seqlens on the host: the same blocks for local and sliding masks."""
+    no_documents = np.empty(0, dtype=np.int32)
+    row = fragments.fragment_cu_seqlens(no_documents, seq_length=seq_length, window_len=window_len)
+    return torch.from_numpy(fragments.rows_cu_seqlens([row] * sample.micro_batch_size))
+
+
+def _share(
+    host_rows: dict[str, Any] | None, keys: list[str], num_rows: int, seq_length: int
+) -> dict[str, Any]:
+    """Give tensor-parallel rank 0's rows to its group; cut them for this context-parallel rank.
+
+    Args:
+        host_rows: on tensor-parallel rank 0, unless there are no keys.
+        keys: what the pipeline stage has a use for; the others of the batch are None.
+    """
+    group = mpu.get_tensor_model_parallel_group()
+    source = mpu.get_tensor_model_parallel_src_rank()
+    batch: dict[str, Any] = dict.fromkeys(BATCH_KEYS)
+    for key in keys:
+        if host_rows is not None:
+            tensor = host_rows[key].to("cuda")
+        else:
+            dtype = torch.float32 if key == "loss_mask" else torch.int64
+            tensor = torch.empty(num_rows, seq_length, dtype=dtype, device="cuda")
+        torch.distributed.broadcast(tensor, source, group=group)
+        batch[key] = tensor
+    batch["positions"] = torch.arange(seq_length, device="cuda")[None]
+    return compat.cp_batch(batch)
+
+
+def _report(
+    plain: torch.Tensor, pieces: list[_Piece], windows: tuple[int, ...], seq_length: int
+) -> dict[str, torch.Tensor]:
+    """Return what is reported, over all data- and context-parallel ranks.
+
+    Args:
+        plain: the sample's losses from plain validation, [rows, tokens on this CP rank].
+        pieces: those of the extra passes, windows one after the other.
+        windows: tokens, ascending, all below ``seq_length``.
+    """
+    first = [piece for piece in pieces if piece.window_len == windows[0]]
+    loss_mask = torch.cat([piece.loss_mask for piece in first]).float()
+    positions = first[0].positions
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(name: str, losses: torch.Tensor, weights: torch.Tensor) -> None:
+        sums[name] = torch.stack([(losses * weights).sum(), weights.sum()]).double()
+
+    for window in windows:
+        losses = torch.cat([piece.losses for piece in pieces if piece.window_len == window])
+        add(f"skyladder/loss_at_{window}", losses, loss_mask)
+    add(f"skyladder/loss_at_{seq_length}", plain, loss_mask)
+    edges = (0, *windows, seq_length)
+    for start, stop in itertools.pairwise(edges):
+        in_band = (positions >= start) & (positions < stop)
+        add(f"skyladder/loss_positions_{start}_{stop - 1}", plain, loss_mask * in_band)
+    totals = torch.stack(list(sums.values()))
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(totals, group=group)
+    return dict(zip(sums, totals[:, 0] / totals[:, 1], strict=True))
