@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -118,28 +119,28 @@ def _add_schedule(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--skyladder-alpha",
-        type=_number,
+        type=_checked(_number),
         metavar="RATE",
         help="growth in tokens per step of one global batch, such as 0.125 or 1/8. "
         "Instead of --skyladder-expand-fraction.",
     )
     group.add_argument(
         "--skyladder-expand-fraction",
-        type=_number,
+        type=_checked(_number),
         metavar="SHARE",
         help="share of all training samples over which the window grows. "
         f"Default: {float(DEFAULT_EXPAND_FRACTION)}.",
     )
     group.add_argument(
         "--skyladder-round-to",
-        type=_multiple,
+        type=_checked(_multiple),
         metavar="TOKENS",
         help="round growing windows down to a multiple of this; auto: one that fits kernel tiles "
         "and context-parallel chunks, 128 in most runs. Default: no rounding (stepwise: 1024).",
     )
     group.add_argument(
         "--skyladder-stages",
-        type=_stage,
+        type=_checked(_stage),
         nargs="+",
         metavar="WINDOW:SHARE",
         help="for --skyladder-schedule=staged: windows with their shares of the run, such as "
@@ -181,7 +182,7 @@ def _add_attention(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--skyladder-eval-lengths",
-        type=_lengths,
+        type=_checked(_lengths),
         metavar="TOKENS,...",
         help="report validation loss at these context lengths too, such as 512,4096,8192: blocked "
         "windows, and bands of positions, on a part of the validation rows.",
@@ -284,6 +285,8 @@ def _flags_with_preset(args: Any) -> dict[str, Any]:
         for name, value in vars(args).items()
         if name.startswith("skyladder_") and value is not None
     }
+    for name in given.keys() & _READERS.keys():
+        given[name] = _READERS[name](given[name])
     name = given.get("preset")
     if name is None:
         return given
@@ -427,39 +430,84 @@ def _choice(flag: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
+def _checked(read: Callable[[str], Any]) -> Callable[[str], str]:
+    """Return an argparse type that checks a flag's text and keeps it as text.
+
+    Megatron's arguments go into every checkpoint, and its loaders take text and plain numbers only
+    (``torch.load(weights_only=True)``). `_flags_with_preset` turns the text into values.
+    """
+
+    def keep_text(text: str) -> str:
+        try:
+            read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return keep_text
+
+
 def _number(text: str) -> Fraction:
-    """Parse 0.125 or 1/8 exactly."""
+    """Read 0.125 or 1/8 exactly.
+
+    Raises:
+        ValueError: it is not a number.
+    """
     try:
         return exact(text)
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 0.125 or 1/8") from None
+        raise ValueError(f"{text!r} is not a number such as 0.125 or 1/8") from None
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    """Parse 512,4096,8192."""
+    """Read 512,4096,8192.
+
+    Raises:
+        ValueError: it is not a list of lengths.
+    """
     try:
         return tuple(int(length) for length in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of lengths such as 512,4096,8192"
-        ) from None
+        raise ValueError(f"{text!r} is not a list of lengths such as 512,4096,8192") from None
 
 
 def _multiple(text: str) -> int | str:
-    """Parse a number of tokens or auto."""
+    """Read a number of tokens or auto.
+
+    Raises:
+        ValueError: it is neither.
+    """
     try:
         return text if text == ROUND_TO_AUTO else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+        raise ValueError(f"{text!r} is neither a number nor auto") from None
 
 
 def _stage(text: str) -> Stage:
-    """Parse WINDOW:SHARE."""
+    """Read WINDOW:SHARE.
+
+    Raises:
+        ValueError: it is not that, or the window is below 1.
+    """
     window, _, share = text.partition(":")
     try:
         stage = Stage(FINAL_WINDOW if window == "final" else int(window), exact(share))
     except (ValueError, ZeroDivisionError):
         stage = None
     if stage is None or (window != "final" and stage.window < 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WINDOW:SHARE, such as 128:0.5")
+        raise ValueError(f"{text!r} is not WINDOW:SHARE, such as 128:0.5")
     return stage
+
+
+def _stages(texts: Sequence[str]) -> tuple[Stage, ...]:
+    return tuple(_stage(text) for text in texts)
+
+
+# The flags whose text is not their value: how it is read, once, in `_flags_with_preset`.
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "alpha": _number,
+    "expand_fraction": _number,
+    "round_to": _multiple,
+    "stages": _stages,
+    "eval_lengths": _lengths,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import re
 from fractions import Fraction
@@ -166,6 +167,57 @@ def test_an_evaluation_has_no_schedule_to_finish() -> None:
 def test_an_unfinished_schedule_can_be_asked_for() -> None:
     config = configure("--skyladder-alpha 1 --skyladder-allow-unfinished", train_iters=100)
     assert config.schedule.window_at(99) == 131
+
+
+# --- what is left in Megatron's arguments, and so in checkpoints --------------------------------
+
+SAMPLES = {  # of flags that take neither a number nor nothing
+    "preset": "1b-8k",
+    "schedule": "linear",
+    "alpha": "1/8",
+    "expand_fraction": "0.64",
+    "round_to": "auto",
+    "stages": "128:0.5 final:1/2",
+    "mask": "sliding",
+    "attention_backend": "sdpa",
+    "eval_lengths": "512,1024",
+    "init": "reference",
+}
+
+
+def with_every_flag() -> argparse.Namespace:
+    """Return parsed arguments in which each of our flags has been given."""
+    actions = [a for a in add_arguments(argparse.ArgumentParser())._actions if a.dest != "help"]
+    words = []
+    for action in actions:
+        sample = SAMPLES.get(action.dest.removeprefix("skyladder_"))
+        if action.nargs != 0:
+            assert sample or action.type is int, f"give a sample for {action.option_strings[0]}"
+        words += [action.option_strings[0], *([] if action.nargs == 0 else [sample or "16"])]
+    args = parse(" ".join(words))
+    assert all(getattr(args, action.dest) is not None for action in actions)
+    return args
+
+
+def test_every_flag_survives_megatrons_strictest_loader() -> None:
+    """A resume loads the arguments with weights_only; a safe YAML loader reads run_config.yaml."""
+    torch = pytest.importorskip("torch")
+    args = with_every_flag()
+    file = io.BytesIO()
+    torch.save({"args": args}, file)
+    file.seek(0)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        assert torch.load(file, weights_only=True)["args"] == args
+    for name, value in vars(args).items():
+        plain = value if isinstance(value, list) else [value]
+        assert all(type(part) in (str, int, bool, type(None)) for part in plain), (name, value)
+
+
+def test_a_checkpoints_arguments_give_the_same_configuration_again() -> None:
+    args = parse("--skyladder-schedule staged --skyladder-stages 128:0.5 final:0.5")
+    assert args.skyladder_stages == ["128:0.5", "final:0.5"]
+    assert config_from_args(args) == config_from_args(args)  # reading changes nothing in them
+    assert args.skyladder_stages == ["128:0.5", "final:0.5"]
 
 
 # --- presets ------------------------------------------------------------------------------------
