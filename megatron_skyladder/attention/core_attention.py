@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_skyladder.attention import context_parallel, sdpa
+from megatron_skyladder.attention import context_parallel, limits, sdpa
 from megatron_skyladder.attention.backends import SdpaBackend, from_thd, make_backend, to_thd
 from megatron_skyladder.attention.segments import (
     MaskCache,
@@ -27,7 +27,6 @@ from megatron_skyladder.attention.segments import (
 )
 from megatron_skyladder.attention.statistics import LayerStatistics, recording
 from megatron_skyladder.ladder import clock
-from megatron_skyladder.megatron_lm import conflicts
 
 _masks = MaskCache()
 
@@ -185,12 +184,6 @@ def _check_model(
     attention_type: str,
     attention_dropout: float | None,
 ) -> None:
-    dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-    if dropout:
-        raise ValueError(
-            f"--attention-dropout={dropout} cannot be combined with SkyLadder: its kernels have "
-            "no dropout. Set --attention-dropout 0."
-        )
     if attention_type != "self" or attn_mask_type not in (
         AttnMaskType.causal,
         AttnMaskType.padding_causal,
@@ -199,13 +192,4 @@ def _check_model(
             f"SkyLadder attention is causal self-attention; this layer asks for {attention_type} "
             f"attention with a {attn_mask_type.name} mask."
         )
-    if getattr(config, "softmax_type", "vanilla") != "vanilla":
-        raise ValueError(
-            f"--softmax-type={config.softmax_type} cannot be combined with SkyLadder: use vanilla."
-        )
-    if getattr(config, "window_size", None) is not None:
-        raise ValueError(
-            f"--window-size={config.window_size} cannot be combined with SkyLadder, which sets "
-            "the window itself. Drop it, or use --skyladder-mask sliding."
-        )
-    conflicts.check_attention(config)
+    limits.check_model(config, attention_dropout)

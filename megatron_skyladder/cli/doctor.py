@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_skyladder.ladder.config import add_arguments
-from megatron_skyladder.megatron_lm import conflicts
 from megatron_skyladder.planning import doctor
 from megatron_skyladder.planning.doctor import Report
 
@@ -37,16 +36,13 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     megatron = parser.add_argument_group(
         "Megatron's flags",
-        "These decide the schedule, or cannot be combined with it; all others are only compared.",
+        "These decide the schedule; all others are compared, and looked up in the table of flags "
+        "that matter.",
     )
     for flag in _INTEGERS:
         megatron.add_argument(flag, type=int, metavar="N")
     parser.set_defaults(context_parallel_size=1)
     megatron.add_argument("--step-batch-size-schedule", metavar="TOKENS:SAMPLES ...")
-    megatron.add_argument("--attention-dropout", type=float, default=0.1, metavar="P")
-    megatron.add_argument("--cuda-graph-impl", metavar="NAME")
-    for name in conflicts.REFUSED:
-        megatron.add_argument(f"--{name.replace('_', '-')}", type=int, nargs="?", const=1)
     add_arguments(parser)
     _keep_launch_flags(parser)
     return parser

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.layer_specs import with_skyladder
-from megatron_skyladder.megatron_lm import compat, conflicts
+from megatron_skyladder.megatron_lm import compat, flag_rules
 from megatron_skyladder.runtime.metrics import counting_windows, logging_metrics
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def install(config: SkyLadderConfig, options: Any) -> None:
 
 def check_options(config: SkyLadderConfig, options: Any) -> None:
     """Refuse what cannot be combined, before anything is built."""
-    conflicts.check(options)
+    flag_rules.check(options)
     if config.intra_document:
         compat.eod_token()
 

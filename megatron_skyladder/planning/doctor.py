@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_skyladder import __version__
 from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE, config_from_args, is_requested
-from megatron_skyladder.megatron_lm import conflicts, from_environment, releases
+from megatron_skyladder.megatron_lm import flag_rules, from_environment, releases
 from megatron_skyladder.megatron_lm.releases import Megatron, MegatronMismatchError
 
 # Environment that decides how a run behaves, and so has to be the same on all ranks.
@@ -235,7 +235,9 @@ def _way_in_and_schedule(
     config = config_from_args(flags)
     assert config is not None
     report.run["schedule"] = config.fingerprint
-    conflicts.check(flags)
+    for finding in flag_rules.findings(flag_rules.given_values(launch_flags)):
+        if finding.rule.effect.stops:
+            report.problems.append(str(finding))
 
 
 def _script(report: Report, flags: argparse.Namespace, launch_flags: list[str]) -> None:

@@ -163,10 +163,10 @@ def test_packed_sequences_and_inference_are_refused(samples):
     [
         ({"attention_dropout": 0.1}, "--attention-dropout 0"),
         ({"window_size": (7, 0)}, "--skyladder-mask sliding"),
-        ({"softmax_type": "off-by-one"}, "use vanilla"),
+        ({"softmax_type": "off-by-one"}, "--softmax-type vanilla"),
         ({"cuda_graph_impl": "local"}, "replay the window"),
-        ({"fp8_dot_product_attention": True}, "drop --fp8-dot-product-attention"),
-        ({"qk_clip": True}, "--qk-clip needs"),
+        ({"fp8_dot_product_attention": True}, "runs in 16 bits"),
+        ({"qk_clip": True}, "Drop --qk-clip"),
     ],
 )
 def test_models_that_windows_do_not_fit_are_refused(samples, changes, message):

@@ -1,0 +1,233 @@
+"""What the attention cannot do, in the words of Megatron's flags; the shape of every such rule.
+
+Standard library only. `megatron_lm.flag_rules` adds what a launch may not ask for; both are one
+table to training, ``doctor``, ``plan`` and ``slurm``. What stands here is asked of a model's
+configuration as well, because models are also built without a command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+_NOTHING = ("", "none", "null", "false", "no", "off", "0")  # as text, on a command line or in YAML
+
+
+class Effect(Enum):
+    """What a flag means for a run with SkyLadder."""
+
+    REFUSED = "refused: it asks for what SkyLadder cannot do"
+    NEEDS_CHANGE = "needs another value"
+    CHANGES_MASKS = "refused: it lays out sequences or masks itself, so ours would not be applied"
+    NOTED = "accepted, with something to know"
+    HARMLESS = "accepted, and means the same as without SkyLadder"
+
+    @property
+    def stops(self) -> bool:
+        """Whether training does not start."""
+        return self in (Effect.REFUSED, Effect.NEEDS_CHANGE, Effect.CHANGES_MASKS)
+
+
+def is_given(value: Any) -> bool:
+    """Return whether a value asks for something, as parsed by Megatron or as text."""
+    if isinstance(value, str):
+        return value.strip().lower() not in _NOTHING
+    return bool(value)
+
+
+def is_above_zero(value: Any) -> bool:
+    """Return whether a rate is on; text that is no number is left to Megatron's own parser."""
+    try:
+        return float(value or 0) > 0
+    except (TypeError, ValueError):
+        return False
+
+
+def other_than(*names: str) -> Callable[[Any], bool]:
+    """Return a test for a choice that is none of these; a missing one is none of ours."""
+    return lambda value: is_given(value) and str(getattr(value, "name", value)) not in names
+
+
+@dataclass(frozen=True)
+class FlagRule:
+    """One row of the table.
+
+    Args:
+        flag: as on Megatron's command line.
+        effect: what it means for a run with SkyLadder.
+        why: the reason, as the second half of a sentence.
+        do: what to do instead, as a sentence; empty where nothing is to be done.
+        when: the values that it is about.
+        default: Megatron's value where the flag is not given.
+        attribute: its name in Megatron's arguments, where it is not the flag's.
+        of_model: whether the attention asks a model's configuration too.
+        entry_point_always: whether our entry point refuses it without SkyLadder as well, because
+            only Megatron's own script reads it.
+    """
+
+    flag: str
+    effect: Effect
+    why: str
+    do: str = ""
+    when: Callable[[Any], bool] = is_given
+    default: Any = None
+    attribute: str = ""
+    of_model: bool = False
+    entry_point_always: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name in Megatron's arguments and configurations."""
+        return self.attribute or self.flag.removeprefix("--").replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that a run meets.
+
+    Args:
+        rule: the row of the table.
+        value: what the run has.
+    """
+
+    rule: FlagRule
+    value: Any
+
+    def __str__(self) -> str:
+        """Return what was given, why it matters, and what to do."""
+        shown = "" if self.value is True else f"={self._shown_value}"
+        head = "cannot be combined with SkyLadder: " if self.rule.effect.stops else ""
+        default = " (Megatron's default)" if self.value == self.rule.default else ""
+        do = f" {self.rule.do}" if self.rule.do else ""
+        return f"{self.rule.flag}{shown}{default} {head}{self.rule.why}.{do}"
+
+    @property
+    def _shown_value(self) -> str:
+        if isinstance(self.value, (list, tuple)):
+            return ",".join(str(part) for part in self.value)
+        return str(getattr(self.value, "name", self.value))
+
+
+def find(rules: Iterable[FlagRule], settings: Any) -> Iterator[Finding]:
+    """Yield the rules that a run meets.
+
+    Args:
+        rules: rows of the table.
+        settings: Megatron's arguments or a TransformerConfig, or a mapping; what it lacks has
+            Megatron's default only where that is a mapping of the flags that were given.
+    """
+    for rule in rules:
+        if isinstance(settings, Mapping):
+            value = settings.get(rule.name, rule.default)
+        else:
+            value = getattr(settings, rule.name, None)
+        if rule.when(value):
+            yield Finding(rule, value)
+
+
+def refuse(findings: Iterable[Finding]) -> None:
+    """Raise what stops training, all of it at once.
+
+    Raises:
+        ValueError: at least one of them does.
+    """
+    lines = [str(finding) for finding in findings if finding.rule.effect.stops]
+    if lines:
+        raise ValueError("\n".join(dict.fromkeys(lines)))
+
+
+_IN_16_BITS = "its attention runs in 16 bits"
+_NO_GRAPH = "a CUDA graph would replay the window that it was captured with"
+_NO_GRAPH_DO = "Drop --cuda-graph-impl (or --enable-cuda-graph, --external-cuda-graph)."
+
+RULES = (
+    FlagRule(
+        "--attention-dropout",
+        Effect.NEEDS_CHANGE,
+        "its kernels have no dropout",
+        "Set --attention-dropout 0.",
+        when=is_above_zero,
+        default=0.1,
+        of_model=True,
+    ),
+    FlagRule(
+        "--window-size",
+        Effect.REFUSED,
+        "it sets the window itself",
+        "Drop --window-size (and --window-attn-skip-freq); for windows that slide, add "
+        "--skyladder-mask sliding, and --skyladder-final-window for one that stays short.",
+        of_model=True,
+    ),
+    FlagRule(
+        "--softmax-type",
+        Effect.NEEDS_CHANGE,
+        "its kernels have the plain softmax only, without a sink",
+        "Set --softmax-type vanilla.",
+        when=other_than("vanilla"),
+        default="vanilla",
+        of_model=True,
+    ),
+    FlagRule(
+        "--qk-clip",
+        Effect.REFUSED,
+        "clipping needs an attention that reports its largest logit",
+        "Drop --qk-clip.",
+        of_model=True,
+    ),
+    FlagRule(
+        "--log-max-attention-logit",
+        Effect.REFUSED,
+        "Megatron's own attention would have to report it",
+        "Use --skyladder-attention-stats-interval instead.",
+        of_model=True,
+    ),
+    FlagRule(
+        "--fp8-dot-product-attention",
+        Effect.REFUSED,
+        _IN_16_BITS,
+        "Drop it; --fp8-format for the linear layers can stay.",
+        of_model=True,
+    ),
+    FlagRule(
+        "--fp8-multi-head-attention",
+        Effect.REFUSED,
+        _IN_16_BITS,
+        "Drop it; --fp8-format for the linear layers can stay.",
+        of_model=True,
+    ),
+    FlagRule(
+        "--use-kitchen-attention",
+        Effect.REFUSED,
+        "its attention takes the place of Kitchen's",
+        "Drop --use-kitchen-attention.",
+        of_model=True,
+    ),
+    FlagRule(
+        "--cuda-graph-impl",
+        Effect.REFUSED,
+        _NO_GRAPH,
+        _NO_GRAPH_DO,
+        when=other_than("none"),
+        of_model=True,
+    ),
+    FlagRule("--enable-cuda-graph", Effect.REFUSED, _NO_GRAPH, _NO_GRAPH_DO, of_model=True),
+    FlagRule("--external-cuda-graph", Effect.REFUSED, _NO_GRAPH, _NO_GRAPH_DO, of_model=True),
+)
+
+
+def check_model(config: Any, attention_dropout: float | None = None) -> None:
+    """Refuse what the attention of a model cannot do.
+
+    Args:
+        config: Megatron's TransformerConfig.
+        attention_dropout: of one layer, in place of the configuration's.
+
+    Raises:
+        ValueError: it asks for what a rule of the model refuses.
+    """
+    values = {rule.name: getattr(config, rule.name, None) for rule in RULES if rule.of_model}
+    if attention_dropout is not None:
+        values["attention_dropout"] = attention_dropout
+    refuse(find((rule for rule in RULES if rule.of_model), values))
