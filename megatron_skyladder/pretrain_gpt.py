@@ -28,7 +28,7 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_timers
 
-    from megatron_skyladder.runtime.document_mask import get_batch
+    from megatron_skyladder.megatron_lm.batches import get_batch
 
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
@@ -147,7 +147,7 @@ def _says_it_all(error: BaseException) -> bool:
 
 
 def _launch() -> None:
-    from megatron_skyladder.megatron_lm import compat, hooks, patch_calls
+    from megatron_skyladder.megatron_lm import hooks, launch, patch_calls
 
     def on_arguments(options: Any) -> None:
         options.create_attention_mask_in_dataloader = False  # the datasets below make none
@@ -155,7 +155,7 @@ def _launch() -> None:
         if config is not None:
             hooks.install(config, options)
 
-    compat.launch(
+    launch.launch(
         datasets_provider,
         forward_step,
         extra_args_provider=patch_calls.add_arguments,

@@ -31,6 +31,11 @@ from megatron_skyladder.ladder import clock
 _masks = MaskCache()
 
 
+def forget_masks() -> None:
+    """Drop what is cached for masks that travelled."""
+    _masks.clear()
+
+
 class SkyLadderAttention(MegatronModule):
     """Causal attention within the current window, and within documents where a mask says so.
 
@@ -70,7 +75,9 @@ class SkyLadderAttention(MegatronModule):
         )
         interval = self._clock.config.attention_stats_interval
         self._statistics = (
-            LayerStatistics(layer_number, interval, self.softmax_scale) if interval else None
+            LayerStatistics(layer_number, interval, self.softmax_scale, self._clock.iteration)
+            if interval
+            else None
         )
 
     def forward(

@@ -127,6 +127,10 @@ class MaskCache:
             tuple[object, ...], tuple[torch.Tensor, Segments | ParallelSegments]
         ] = OrderedDict()
 
+    def clear(self) -> None:
+        """Forget them all."""
+        self._entries.clear()
+
     def get(self, mask: torch.Tensor, rows: Rows) -> Segments | ParallelSegments:
         """Return the segments of a mask, made on first use.
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -73,13 +72,17 @@ class LayerStatistics:
         layer_number: Megatron's, from 1, over all pipeline stages.
         interval: iterations from one measurement to the next.
         scale: of the logits.
+        iteration: returns the training step under way, as it will be logged.
     """
 
-    def __init__(self, layer_number: int, interval: int, scale: float) -> None:
+    def __init__(
+        self, layer_number: int, interval: int, scale: float, iteration: Callable[[], int]
+    ) -> None:
         self.layer_number = layer_number
         self.sums: Sums | None = None
         self._interval = interval
         self._scale = scale
+        self._iteration = iteration
         self._measured_at = -1
         _layers.add(self)
 
@@ -89,9 +92,7 @@ class LayerStatistics:
         The first one of a measured iteration is: not the later micro-batches, and not the first
         one when it is recomputed.
         """
-        from megatron_skyladder.megatron_lm import compat
-
-        iteration = compat.args().curr_iteration + 1  # as it will be logged
+        iteration = self._iteration()
         if iteration % self._interval or iteration == self._measured_at:
             return None
         self._measured_at = iteration
@@ -221,18 +222,11 @@ def summary(layers: dict[str, list[float]]) -> dict[str, float]:
     return {f"skyladder/{name}": value for name, value in found.items() if np.isfinite(value)}
 
 
-def write_layers(layers: dict[str, list[float]], iteration: int) -> None:
-    """Write every layer's measures to TensorBoard and W&B, where Megatron has them open."""
-    from megatron.training import get_tensorboard_writer, get_wandb_writer
-
-    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
-    scalars: dict[str, Any] = {
+def scalars(layers: dict[str, list[float]]) -> dict[str, float]:
+    """Return every layer's measures by the name under which they are logged."""
+    return {
         f"skyladder/{name}/layer_{number}": value
         for name, values in layers.items()
         for number, value in enumerate(values, start=1)
         if np.isfinite(value)
     }
-    for name, value in scalars.items() if writer else ():
-        writer.add_scalar(name, value, iteration)
-    if wandb:
-        wandb.log(scalars, iteration)

@@ -1,7 +1,7 @@
 """The window right now: a pure function of Megatron's consumed samples, looked up, never counted.
 
-One `Clock` per process, installed before the model is built. Nothing here imports Megatron until
-the first look-up.
+One `Clock` per process, installed before the model is built; the trainer's counters come as
+functions.
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ class Clock:
         consumed_samples: returns the training samples consumed before the current global batch;
             Megatron's ``args.consumed_train_samples`` changes only between batches, so every
             micro-batch, pipeline stage and recompute of a step sees the same number.
+        iteration: returns the step under way, from 1, as it will be logged.
     """
 
-    def __init__(self, config: SkyLadderConfig, consumed_samples: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        config: SkyLadderConfig,
+        consumed_samples: Callable[[], int],
+        iteration: Callable[[], int] = lambda: 1,
+    ) -> None:
         self.config = config
+        self.iteration = iteration
         self._consumed_samples = consumed_samples
         self._samples = -1
         self._window = config.seq_length
@@ -66,15 +73,19 @@ class Clock:
 _clock: Clock | None = None
 
 
-def install(config: SkyLadderConfig, consumed_samples: Callable[[], int] | None = None) -> Clock:
-    """Make this the process's clock; by default it reads Megatron's arguments."""
+def install(
+    config: SkyLadderConfig,
+    consumed_samples: Callable[[], int],
+    iteration: Callable[[], int] = lambda: 1,
+) -> Clock:
+    """Make a clock (see `Clock`) the process's; trainers go through `runtime.trainer.install`."""
     global _clock
-    _clock = Clock(config, consumed_samples or _megatron_consumed_samples)
+    _clock = Clock(config, consumed_samples, iteration)
     return _clock
 
 
 def uninstall() -> None:
-    """Forget the process's clock; for tests."""
+    """Forget the process's clock."""
     global _clock
     _clock = None
 
@@ -98,13 +109,7 @@ def current() -> Clock:
     if _clock is None:
         raise RuntimeError(
             "SkyLadder attention was built, but no schedule is installed. Start training through "
-            "megatron_skyladder.pretrain_gpt, or call megatron_skyladder.clock.install(config) "
-            "before the model is built."
+            "megatron_skyladder.pretrain_gpt, or call runtime.trainer.install before the model is "
+            "built."
         )
     return _clock
-
-
-def _megatron_consumed_samples() -> int:
-    from megatron.training import get_args
-
-    return get_args().consumed_train_samples

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 
-from megatron_skyladder.layer_specs import gpt_layer_spec
-from megatron_skyladder.megatron_lm import releases
-from megatron_skyladder.megatron_lm.releases import MegatronMismatchError, Trainer
+from megatron_skyladder.megatron_lm.releases import MegatronMismatchError
 
 
 def args() -> Any:
@@ -129,100 +127,6 @@ def gpt_dataset_config(options: Any) -> Any:
         if field.name not in values and hasattr(options, source):
             values[field.name] = getattr(options, source)
     return GPTDatasetConfig(**values)
-
-
-def launch(
-    datasets_provider: Callable[..., Any],
-    forward_step: Callable[..., Any],
-    *,
-    extra_args_provider: Callable[[Any], Any],
-    args_defaults: dict[str, Any],
-    on_arguments: Callable[[Any], None],
-) -> None:
-    """Run Megatron's ``pretrain``.
-
-    Args:
-        datasets_provider: Megatron's ``train_valid_test_datasets_provider``.
-        forward_step: Megatron's ``forward_step``.
-        extra_args_provider: adds our flags to Megatron's parser.
-        args_defaults: Megatron's defaults for flags that were not given.
-        on_arguments: called with the validated arguments, before any model is built.
-    """
-    from megatron.core.enums import ModelType
-    from megatron.training import inprocess_restart, pretrain
-
-    trainer = releases.release_of(releases.installed()).trainer
-    pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    ours = {"extra_args_provider": extra_args_provider, "args_defaults": args_defaults}
-    if trainer is Trainer.PARSES_ARGUMENTS:
-        _after_initialization(lambda: on_arguments(args()))
-        model_type = ModelType.encoder_or_decoder
-        pretrain(datasets_provider, gpt_model, model_type, forward_step, store=store, **ours)
-        return
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
-
-    options = parse_and_validate_args(**ours)
-    on_arguments(options)
-    model_config, provider = None, [gpt_model]
-    if trainer is Trainer.TAKES_MODEL_CONFIG:
-        from megatron.training.argument_utils import gpt_config_from_args
-
-        model_config, provider = gpt_config_from_args(options), []
-    pretrain(
-        pretrain_cfg_container_from_args(options, model_config),
-        datasets_provider,
-        *provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        store=store,
-    )
-
-
-def gpt_model(
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
-    config: Any = None,
-    pg_collection: Any = None,
-) -> Any:
-    """Build one model chunk; Megatron's ``model_provider``, where it takes one (up to 0.18)."""
-    from megatron.core.models.gpt import GPTModel
-    from megatron.training.arguments import core_transformer_config_from_args
-
-    options = args()
-    config = config or core_transformer_config_from_args(options)
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=gpt_layer_spec(options, config, vp_stage),
-        vocab_size=options.padded_vocab_size,
-        max_sequence_length=options.max_position_embeddings,
-        pre_process=pre_process,
-        post_process=post_process,
-        fp16_lm_cross_entropy=options.fp16_lm_cross_entropy,
-        parallel_output=True,
-        share_embeddings_and_output_weights=not options.untie_embeddings_and_output_weights,
-        position_embedding_type=options.position_embedding_type,
-        rotary_percent=options.rotary_percent,
-        rotary_base=options.rotary_base,
-        rope_scaling=options.use_rope_scaling,
-        vp_stage=vp_stage,
-        pg_collection=pg_collection,
-    )
-
-
-def _after_initialization(action: Callable[[], None]) -> None:
-    """Do something once Megatron's ``pretrain`` has parsed the arguments, before the model."""
-    from megatron.training import training
-
-    initialize = training.initialize_megatron
-
-    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
-        result = initialize(*args, **kwargs)
-        action()
-        return result
-
-    training.initialize_megatron = initialize_megatron
 
 
 def _accepted(function: Callable[..., Any], known: dict[str, Any]) -> dict[str, Any]:

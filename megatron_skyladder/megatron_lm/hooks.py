@@ -13,11 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_skyladder.attention.layer_spec import with_skyladder
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.config import SkyLadderConfig
-from megatron_skyladder.layer_specs import with_skyladder
 from megatron_skyladder.megatron_lm import compat, flag_rules
-from megatron_skyladder.runtime.metrics import counting_windows, logging_metrics
+from megatron_skyladder.megatron_lm.adapter import MegatronLM
+from megatron_skyladder.megatron_lm.training_log import counting_windows, logging_metrics
+from megatron_skyladder.runtime import trainer
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def install(config: SkyLadderConfig, options: Any) -> None:
         )
         options.create_attention_mask_in_dataloader = False
     setattr(options, FINGERPRINT, config.fingerprint)
-    clock.install(config)
+    trainer.install(config, MegatronLM())
     for hook in HOOKS:
         _wrap(hook)
     logger.info("%s", config.fingerprint)
@@ -115,7 +117,7 @@ def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _evaluate_by_length(original: Callable[..., Any]) -> Callable[..., Any]:
-    from megatron_skyladder.runtime.evaluation import with_lengths
+    from megatron_skyladder.megatron_lm.evaluate import with_lengths
 
     return with_lengths(original) if clock.current().config.eval_lengths else original
 

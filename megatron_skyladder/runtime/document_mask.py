@@ -1,4 +1,4 @@
-"""One micro-batch for one pipeline stage: Megatron's tensors, and the document mask beside them.
+"""The document mask of a micro-batch, on every rank that attends.
 
 Megatron lets only the first and last pipeline stage read data. With documents masked every stage
 needs their ends, so every stage's tensor-parallel rank 0 reads the row; the other ranks of its
@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import mpu
 
-from megatron_skyladder.ladder import clock, fragments
+from megatron_skyladder.ladder import fragments
 from megatron_skyladder.ladder.config import SkyLadderConfig
-from megatron_skyladder.megatron_lm import compat
-from megatron_skyladder.runtime import metrics
+from megatron_skyladder.runtime import trainer
 
 Batch = dict[str, torch.Tensor | None]
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -42,42 +40,6 @@ class HostTap:
         return dict(self.latest)
 
 
-def get_batch(
-    data_iterator: Any, *, vp_stage: int | None, training: bool
-) -> tuple[Batch, torch.Tensor | None]:
-    """Return this rank's part of the next micro-batch.
-
-    Args:
-        data_iterator: yields Megatron's batches of host tensors on tensor-parallel rank 0, is
-            None on the other ranks.
-        vp_stage: the virtual pipeline stage, where there are several.
-        training: False in evaluation, where rows are seen whole.
-
-    Returns:
-        ``BATCH_KEYS`` on the device, cut to this context-parallel rank's part, each None where the
-        stage has no use for it; and the mask for the attention, int32 [N + 1] on the host, or None
-        where the window alone decides.
-    """
-    active = clock.installed()
-    masks_documents = training and active is not None and active.config.intra_document
-    has_data = compat.is_first_or_last_pipeline_stage(vp_stage)
-    batch: Batch = dict.fromkeys(BATCH_KEYS)
-    if not has_data and not masks_documents:
-        return batch, None
-    tap = HostTap(data_iterator)
-    if has_data:
-        batch = compat.cp_batch(compat.tp_batch(tap if data_iterator is not None else None))
-    elif data_iterator is not None:
-        next(tap)
-    if not masks_documents:
-        return batch, None
-    assert active is not None
-    window = active.window(training=True)
-    mask = document_mask(tap.latest, active.config, window)
-    metrics.meter().count(mask, window, num_rows=int(mask[-1]) // active.config.seq_length)
-    return batch, mask
-
-
 def document_mask(
     row_batch: dict[str, torch.Tensor] | None, config: SkyLadderConfig, window_len: int
 ) -> torch.Tensor:
@@ -91,9 +53,9 @@ def document_mask(
     Returns:
         int32 [N + 1], on the host.
     """
-    group = mpu.get_tensor_model_parallel_group()
+    group = trainer.current().groups.tp
     offsets = None
-    if mpu.get_tensor_model_parallel_rank() == 0:
+    if group.rank() == 0:
         assert row_batch is not None
         offsets = _fragment_offsets(row_batch, config, window_len)
     return _broadcast_host(offsets, group) if group.size() > 1 else torch.from_numpy(offsets)
@@ -111,7 +73,7 @@ def _fragment_offsets(
             ends = np.unique(given[index].numpy())
             ends = ends[(ends > 0) & (ends <= row.shape[0])]
         else:
-            ends = fragments.document_ends(row, compat.eod_token())
+            ends = fragments.document_ends(row, trainer.current().end_of_document)
         rows.append(fragments.fragment_cu_seqlens(ends, seq_length=row.shape[0], window_len=cut))
     return fragments.rows_cu_seqlens(rows)
 

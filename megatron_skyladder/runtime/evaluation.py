@@ -19,18 +19,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_skyladder.ladder import clock, fragments
-from megatron_skyladder.megatron_lm import compat
+from megatron_skyladder.runtime import trainer
 from megatron_skyladder.runtime.document_mask import BATCH_KEYS
 
 EXTRA_WORK = 0.9  # rows passed again, relative to the rows of plain validation
@@ -79,43 +78,10 @@ def choose_sample(
     return Sample(rows, batch, -(-rows // micro_batch_size))
 
 
-def with_lengths(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Megatron's ``evaluate``: it returns the losses by length beside its own."""
-
-    def evaluate(
-        forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        config = clock.current().config
-        windows = tuple(length for length in config.eval_lengths if length < config.seq_length)
-        sample = _sample(kwargs.get("eval_iters"), windows)
-        taps = _Taps(data_iterator, forward_step_func, sample.num_recorded)
-        result = original(taps.forward_step, taps.data_iterator, model, *args, **kwargs)
-        losses, _, time_is_up = result
-        if not time_is_up:
-            pieces = _run(model, taps.rows(sample), windows, sample)
-            if taps.plain_losses:  # the last pipeline stage
-                plain = torch.cat(taps.plain_losses)[: sample.num_rows]
-                losses.update(_report(plain, pieces, windows, config.seq_length))
-        return result
-
-    return evaluate
-
-
-def _sample(eval_iters: int | None, windows: tuple[int, ...]) -> Sample:
-    options = compat.args()
-    iterations = options.eval_iters if eval_iters is None else eval_iters
-    batch_size = getattr(options, "eval_global_batch_size", options.global_batch_size)
-    micro_batch_size = getattr(options, "eval_micro_batch_size", options.micro_batch_size)
-    rows = batch_size // options.data_parallel_size
-    sample = choose_sample(iterations, rows, micro_batch_size, len(windows))
-    _announce(iterations * rows, sample, windows, options.seq_length)
-    return sample
-
-
 _announced: set[object] = set()
 
 
-def _announce(rows: int, sample: Sample, windows: tuple[int, ...], seq_length: int) -> None:
+def announce(rows: int, sample: Sample, windows: tuple[int, ...], seq_length: int) -> None:
     """Say once what is measured."""
     key = (rows, windows)
     if key in _announced:
@@ -155,7 +121,7 @@ class _Recorder:
         return batch
 
 
-class _Taps:
+class Taps:
     """What is kept of a plain validation: its first rows, and their losses.
 
     Args:
@@ -218,15 +184,15 @@ class _Piece:
     positions: torch.Tensor  # [1, tokens], in the whole row
 
 
-def _run(
+def run(
     model: list[Any],
     rows: list[list[dict[str, Any]] | None],
     windows: tuple[int, ...],
     sample: Sample,
 ) -> list[_Piece]:
     """Pass the sample through the pipeline once for each window, without gradients."""
-    options = compat.args()
-    masks = {window: _blocked_mask(options.seq_length, window, sample) for window in windows}
+    seq_length = trainer.current().seq_length
+    masks = {window: _blocked_mask(seq_length, window, sample) for window in windows}
 
     def forward_step(iterator: Any, chunk: Any) -> tuple[Any, Any]:
         window, host_rows = next(iterator)
@@ -234,7 +200,7 @@ def _run(
             *(("tokens", "position_ids") if get_attr_wrapped_model(chunk, "pre_process") else ()),
             *(("labels", "loss_mask") if get_attr_wrapped_model(chunk, "post_process") else ()),
         ]
-        batch = _share(host_rows, keys, sample.micro_batch_size, options.seq_length)
+        batch = _share(host_rows, keys, sample.micro_batch_size, seq_length)
         with clock.current().override(window):
             output = chunk(
                 batch["tokens"], batch["position_ids"], masks[window], labels=batch["labels"]
@@ -248,7 +214,7 @@ def _run(
     items = [(window, index) for window in windows for index in range(sample.num_microbatches)]
     padded = list(items)
     if len(model) > 1:  # interleaved schedules want a multiple of the pipeline's length
-        padded += items[:1] * (-len(items) % mpu.get_pipeline_model_parallel_world_size())
+        padded += items[:1] * (-len(items) % trainer.current().groups.pp.size())
     iterators = [
         iter([(window, chunk_rows[index] if chunk_rows else None) for window, index in padded])
         for chunk_rows in rows
@@ -263,9 +229,9 @@ def _run(
             data_iterator=iterators if len(model) > 1 else iterators[0],
             model=model,
             num_microbatches=len(padded),
-            seq_length=options.seq_length,
+            seq_length=seq_length,
             micro_batch_size=sample.micro_batch_size,
-            decoder_seq_length=getattr(options, "decoder_seq_length", None),
+            decoder_seq_length=seq_length,
             forward_only=True,
             collect_non_loss_data=True,
         )
@@ -291,8 +257,8 @@ def _share(
         host_rows: on tensor-parallel rank 0, unless there are no keys.
         keys: what the pipeline stage has a use for; the others of the batch are None.
     """
-    group = mpu.get_tensor_model_parallel_group()
-    source = mpu.get_tensor_model_parallel_src_rank()
+    group = trainer.current().groups.tp
+    source = torch.distributed.get_process_group_ranks(group)[0]
     batch: dict[str, Any] = dict.fromkeys(BATCH_KEYS)
     for key in keys:
         if host_rows is not None:
@@ -303,10 +269,10 @@ def _share(
         torch.distributed.broadcast(tensor, source, group=group)
         batch[key] = tensor
     batch["positions"] = torch.arange(seq_length, device="cuda")[None]
-    return compat.cp_batch(batch)
+    return trainer.current().cut_for_context_parallel(batch)
 
 
-def _report(
+def report(
     plain: torch.Tensor, pieces: list[_Piece], windows: tuple[int, ...], seq_length: int
 ) -> dict[str, torch.Tensor]:
     """Return what is reported, over all data- and context-parallel ranks.
@@ -333,6 +299,5 @@ def _report(
         in_band = (positions >= start) & (positions < stop)
         add(f"skyladder/loss_positions_{start}_{stop - 1}", plain, loss_mask * in_band)
     totals = torch.stack(list(sums.values()))
-    group = mpu.get_data_parallel_group(with_context_parallel=True)
-    torch.distributed.all_reduce(totals, group=group)
+    torch.distributed.all_reduce(totals, group=trainer.current().groups.dp_cp)
     return dict(zip(sums, totals[:, 0] / totals[:, 1], strict=True))

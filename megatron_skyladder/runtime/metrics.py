@@ -9,7 +9,7 @@
 | skyladder/tflops_per_gpu     | of the work really done, by Megatron's own count                 |
 | skyladder/hours_left         | training time to the end of the run, with the windows still ahead|
 
-and at every --skyladder-attention-stats-interval what `attention_stats` measures.
+and at every --skyladder-attention-stats-interval what `attention.statistics` measures.
 
 The first four are those of the latest step; with documents masked they are counted in its rows. The
 rate is the mean over the log interval. The time left has no evaluation and no checkpoints in it;
@@ -22,12 +22,8 @@ ranks add up what they counted.
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -37,7 +33,7 @@ from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.costs import ATTENTION_COST, StepTime, grid_pairs, window_runs
 from megatron_skyladder.ladder.fragments import visible_pairs
-from megatron_skyladder.megatron_lm import compat
+from megatron_skyladder.runtime import trainer
 
 
 @dataclass
@@ -66,6 +62,7 @@ class Meter:
     def __init__(self, config: SkyLadderConfig) -> None:
         self.config = config
         self.interval = Work()
+        self.latest = Work()  # of the latest whole step
         self.in_log = False  # whether Megatron asks for FLOPs to log them, as a mean
         self._counted = Work()
 
@@ -85,9 +82,9 @@ class Meter:
 
     def end_step(self) -> Work:
         """Add the step to the interval and return it."""
-        done, self._counted = self.step(), Work()
-        self.interval.add(done)
-        return done
+        self.latest, self._counted = self.step(), Work()
+        self.interval.add(self.latest)
+        return self.latest
 
 
 @lru_cache(maxsize=1)
@@ -128,19 +125,6 @@ class Outlook:
         return self.total_steps - done, float(ahead)
 
 
-def attention_share(count: Callable[..., float], options: Any, batch_size: int) -> float:
-    """Return core attention's share of Megatron's FLOPs under the full causal mask.
-
-    Args:
-        count: Megatron's ``num_floating_point_operations``. It is a L + b L^2 in the row length L,
-            and the square is attention; so two lengths tell its part, in any release.
-    """
-    longer = copy.copy(options)
-    longer.seq_length = 2 * options.seq_length
-    whole = count(options, batch_size)
-    return (count(longer, batch_size) / 2 - whole) / whole
-
-
 def square_fraction(work: Work, seq_length: int) -> float:
     """Return sum(l^2) over a row's fragments l, relative to L^2: Megatron's unit of attention."""
     return (2 * work.pairs / work.rows - seq_length) / seq_length**2
@@ -164,131 +148,70 @@ def hours_left(
     return unit * (model.fixed * steps + model.attention * work) / 3600
 
 
-# --- hooks --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Rate:
+    """How fast the trainer goes, as it measures and counts itself.
+
+    Args:
+        step_seconds: wall time of a training step, the mean over the log interval.
+        step_samples: sequences in the step.
+        step_flops: FLOPs of the step, windows counted, over all ranks.
+        num_gpus: ranks that share the step.
+        attention_share: core attention's share of the FLOPs under the full causal mask.
+    """
+
+    step_seconds: float
+    step_samples: int
+    step_flops: float
+    num_gpus: int
+    attention_share: float
 
 
-def counting_windows(original: Callable[..., float]) -> Callable[..., float]:
-    """Wrap Megatron's ``num_floating_point_operations``: attention counts what windows leave."""
+def count_over_data_parallel() -> None:
+    """Add up what data-parallel ranks counted since the last log line; all ranks have to call it.
 
-    def num_floating_point_operations(
-        options: Any, batch_size: int, *args: Any, **kwargs: Any
-    ) -> float:
-        share = attention_share(original, options, batch_size)
-        active = meter()
-        work = active.interval if active.in_log else active.step()
-        left = 1 - share * (1 - square_fraction(work, options.seq_length))
-        return left * original(options, batch_size, *args, **kwargs)
-
-    num_floating_point_operations.attention_share = partial(  # type: ignore[attr-defined]
-        attention_share, original
-    )
-    return num_floating_point_operations
+    Only where documents are masked: else every rank knows the work of all.
+    """
+    active = meter()
+    if active.config.intra_document:
+        active.latest, active.interval = _over_data_parallel(active.latest, active.interval)
 
 
-def logging_metrics(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Megatron's ``training_log``: our metrics are logged as if they were losses."""
-    signature = inspect.signature(original)
-    outlooks: list[Outlook] = []
-
-    def training_log(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        log = given.arguments
-        options, active = compat.args(), meter()
-        if not outlooks:
-            outlooks.append(Outlook(active.config, _total_samples(options)))
-        latest = active.end_step()
-        is_first = log.get("is_first_iteration", False)
-        if not (is_first or log["iteration"] % options.log_interval == 0):
-            return original(*given.args, **given.kwargs)
-        active.in_log = True
-        metrics = _metrics(latest, log["total_loss_dict"], options, outlooks[0])
-        metrics |= _attention(active.config, log["iteration"], options)
-        if log["loss_dict"]:  # only the last pipeline stage has losses, and logs them
-            log["loss_dict"] = _with_metrics(
-                log["loss_dict"], log["total_loss_dict"], metrics, skipped=bool(log["skipped_iter"])
-            )
-        result = original(*given.args, **given.kwargs)
-        active.in_log = False
-        if not is_first:  # after its first line Megatron does not start its sums anew either
-            active.interval = Work()
-        return result
-
-    return training_log
-
-
-def _total_samples(options: Any) -> int:
-    return options.train_samples or options.train_iters * options.global_batch_size
-
-
-def _metrics(
-    latest: Work, total_loss_dict: dict[str, Any], options: Any, outlook: Outlook
-) -> dict[str, float]:
-    """Return the values to log; all ranks have to call this."""
-    from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
-    from megatron.training import get_timers, training
-
+def values(outlook: Outlook, rate: Rate) -> dict[str, float]:
+    """Return what is logged of the latest step, by name."""
     active, config = meter(), clock.current().config
-    if config.intra_document:
-        latest, active.interval = _over_data_parallel(latest, active.interval)
-    counters = ("advanced iterations", "skipped iterations")
-    num_iterations = 1 + sum(total_loss_dict.get(name, 0) for name in counters)
-    seconds = get_timers()("interval-time").elapsed(barrier=True, reset=False) / num_iterations
-    batch_size = get_current_running_global_batch_size()
-    count = training.num_floating_point_operations
+    latest = active.latest
     return {
         "skyladder/window": clock.current().last_window,
         "skyladder/attention_fraction": latest.pairs / latest.rows / outlook.causal_pairs,
         "skyladder/visible_context": latest.pairs / latest.rows / config.seq_length,
         "skyladder/fragments_per_row": latest.fragments / latest.rows,
-        "skyladder/tflops_per_gpu": count(options, batch_size)
-        / (seconds * 1e12 * options.world_size),
+        "skyladder/tflops_per_gpu": rate.step_flops / (rate.step_seconds * 1e12 * rate.num_gpus),
         "skyladder/hours_left": hours_left(
             outlook,
-            options.consumed_train_samples,
-            step_seconds=seconds * config.step_samples / batch_size,
-            share=count.attention_share(options, batch_size),
+            trainer.current().consumed_samples,
+            step_seconds=rate.step_seconds * config.step_samples / rate.step_samples,
+            share=rate.attention_share,
             measured=active.interval,
         ),
     }
 
 
-def _attention(config: SkyLadderConfig, iteration: int, options: Any) -> dict[str, float]:
-    """Return how attention behaved, where this iteration measured it; for all ranks to call."""
+def attention_values(config: SkyLadderConfig, iteration: int) -> dict[str, float]:
+    """Log how attention behaved in each layer, and return the summary; for all ranks to call.
+
+    Returns:
+        Nothing where this iteration measured nothing.
+    """
     interval = config.attention_stats_interval
     if not interval or iteration % interval:
         return {}
-    layers = statistics.by_layer(options.num_layers)
-    statistics.write_layers(layers, iteration)
+    layers = statistics.by_layer(trainer.current().num_layers)
+    trainer.current().log_scalars(statistics.scalars(layers), iteration)
     return statistics.summary(layers)
 
 
 def _over_data_parallel(*works: Work) -> tuple[Work, ...]:
-    from megatron.core import mpu
-
     sums = torch.tensor([astuple(work) for work in works], dtype=torch.float64, device="cuda")
-    torch.distributed.all_reduce(sums, group=mpu.get_data_parallel_group())
+    torch.distributed.all_reduce(sums, group=trainer.current().groups.dp)
     return tuple(Work(*row) for row in sums.tolist())
-
-
-def _with_metrics(
-    loss_dict: dict[str, Any],
-    total_loss_dict: dict[str, Any],
-    metrics: dict[str, float],
-    *,
-    skipped: bool,
-) -> dict[str, Any]:
-    """Return the losses and the metrics, which stay on the host (tensors without dimensions).
-
-    Megatron prints means over the log interval. A mean window would be one that no step had, so
-    the running total is set to make the mean come out at the latest value.
-    """
-    for name in [name for name in total_loss_dict if name.startswith("skyladder/")]:
-        del total_loss_dict[name]  # some are measured less often; Megatron would print a 0
-    for name, loss in loss_dict.items():  # before ours: telemetry takes the first to be the loss
-        total_loss_dict.setdefault(name, torch.zeros_like(loss))
-    steps_before = total_loss_dict.get("advanced iterations", 0)
-    values = {name: torch.tensor(float(value)) for name, value in metrics.items()}
-    for name, value in values.items():
-        total_loss_dict[name] = value * (max(1, steps_before) if skipped else steps_before)
-    return {**loss_dict, **values}

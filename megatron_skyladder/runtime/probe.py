@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_skyladder.ladder import fragments
 from megatron_skyladder.ladder.clock import Clock
-from megatron_skyladder.megatron_lm import compat
+from megatron_skyladder.runtime import trainer
+from megatron_skyladder.runtime.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +96,10 @@ def probe_mask(model: list[Any], clock: Clock) -> None:
     """
     started = time.perf_counter()
     chunks = [chunk.module if hasattr(chunk, "ddp_config") else chunk for chunk in model]
-    options = compat.args()
-    for question in questions(clock, options.num_layers):
+    training = trainer.current()
+    for question in questions(clock, training.num_layers):
         with clock.override(question.window_len):
-            hidden, seen = _differences(chunks, question, options, clock.config.intra_document)
+            hidden, seen = _differences(chunks, question, training, clock.config.intra_document)
         if hidden != 0.0 or not seen > 0.0:
             raise MaskProbeError(_complaint(question, hidden, seen))
     logger.info("mask probe passed in %.1f s", time.perf_counter() - started)
@@ -123,20 +123,20 @@ def _complaint(question: Question, hidden: float, seen: float) -> str:
 
 
 def _differences(
-    chunks: list[Any], question: Question, options: Any, intra_document: bool
+    chunks: list[Any], question: Question, training: Trainer, intra_document: bool
 ) -> tuple[float, float]:
     """Return how far the watched losses moved for hidden and for seen tokens, on every rank."""
-    rows = _rows(question, options.seq_length, compat.padded_vocab_size(), options.micro_batch_size)
+    rows = _rows(question, training.seq_length, training.vocab_size, training.micro_batch_size)
     mask = None
     if intra_document:
         ends = [] if question.document_end is None else [question.document_end]
         row = fragments.fragment_cu_seqlens(
             np.array(ends, dtype=np.int32),
-            seq_length=options.seq_length,
+            seq_length=training.seq_length,
             window_len=question.window_len,
         )
-        mask = torch.from_numpy(fragments.rows_cu_seqlens([row] * options.micro_batch_size))
-    losses = _losses(chunks, rows, mask, options)
+        mask = torch.from_numpy(fragments.rows_cu_seqlens([row] * training.micro_batch_size))
+    losses = _losses(chunks, rows, mask, training)
     moved = torch.zeros(2, dtype=torch.float64, device="cuda")
     if losses:
         base, hidden, seen = (losses[name] for name in _VARIANTS)
@@ -171,11 +171,11 @@ def _rows(
     batch = {
         name: torch.from_numpy(row).to("cuda").repeat(num_rows, 1) for name, row in rows.items()
     }
-    return compat.cp_batch(batch)
+    return trainer.current().cut_for_context_parallel(batch)
 
 
 def _losses(
-    chunks: list[Any], rows: dict[str, torch.Tensor], mask: torch.Tensor | None, options: Any
+    chunks: list[Any], rows: dict[str, torch.Tensor], mask: torch.Tensor | None, training: Trainer
 ) -> dict[str, torch.Tensor]:
     """Run every variant through the pipeline; the last stage gets the losses [rows, length]."""
 
@@ -185,7 +185,7 @@ def _losses(
         return output, lambda losses, non_loss_data=True: {name: losses.detach().float()}
 
     # interleaved schedules want a multiple of the pipeline's length
-    pipeline_size = mpu.get_pipeline_model_parallel_world_size()
+    pipeline_size = training.groups.pp.size()
     num_microbatches = -(-len(_VARIANTS) // pipeline_size) * pipeline_size
     names = list(itertools.islice(itertools.cycle(_VARIANTS), num_microbatches))
     iterators = [iter(names) for _ in chunks]
@@ -199,9 +199,9 @@ def _losses(
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=num_microbatches,
-            seq_length=options.seq_length,
-            micro_batch_size=options.micro_batch_size,
-            decoder_seq_length=getattr(options, "decoder_seq_length", None),
+            seq_length=training.seq_length,
+            micro_batch_size=training.micro_batch_size,
+            decoder_seq_length=training.seq_length,
             forward_only=True,
             collect_non_loss_data=True,
         )

@@ -11,9 +11,9 @@ def look_up_documents() -> None:
     Wrong as soon as a forward pass is recomputed after other micro-batches have been read.
     """
     from megatron_skyladder.attention import core_attention
-    from megatron_skyladder.runtime import document_mask
+    from megatron_skyladder.megatron_lm import batches
 
-    get_batch, forward = document_mask.get_batch, core_attention.SkyLadderAttention.forward
+    get_batch, forward = batches.get_batch, core_attention.SkyLadderAttention.forward
     latest: Any = None
 
     def keeping_get_batch(*args: Any, **kwargs: Any) -> Any:
@@ -24,7 +24,7 @@ def look_up_documents() -> None:
     def looking_up(self: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
         return forward(self, query, key, value, None if mask is None else latest, **kwargs)
 
-    document_mask.get_batch = keeping_get_batch
+    batches.get_batch = keeping_get_batch
     core_attention.SkyLadderAttention.forward = looking_up
 
 

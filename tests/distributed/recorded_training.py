@@ -188,10 +188,10 @@ class _Recorder:
     def wrap_forward(self) -> None:
         """Record every micro-batch: what was read, which window was seen, each row's loss."""
         from megatron_skyladder import pretrain_gpt
-        from megatron_skyladder.runtime import document_mask
+        from megatron_skyladder.megatron_lm import batches
 
         forward_step, loss_func = pretrain_gpt.forward_step, pretrain_gpt.loss_func
-        get_batch = document_mask.get_batch
+        get_batch = batches.get_batch
         chunk: Any = None
 
         def recorded_get_batch(data_iterator: Any, **kwargs: Any) -> Any:
@@ -235,7 +235,7 @@ class _Recorder:
 
         pretrain_gpt.forward_step = recorded_forward_step
         pretrain_gpt.loss_func = recorded_loss_func
-        document_mask.get_batch = recorded_get_batch
+        batches.get_batch = recorded_get_batch
 
 
 class _Counting:
@@ -341,10 +341,10 @@ def _hand_over_dense_masks(windows: list[int], eod: int | None, sliding: bool) -
     """
     from megatron.training import get_args
 
-    from megatron_skyladder.runtime import document_mask
+    from megatron_skyladder.megatron_lm import batches
     from megatron_skyladder.testing import megatron_dense_mask
 
-    get_batch = document_mask.get_batch
+    get_batch = batches.get_batch
 
     def get_batch_with_mask(data_iterator: Any, *, training: bool, **kwargs: Any) -> Any:
         batch, _ = get_batch(data_iterator, training=training, **kwargs)
@@ -355,7 +355,7 @@ def _hand_over_dense_masks(windows: list[int], eod: int | None, sliding: bool) -
             batch["tokens"].numpy(), window_len=windows[step], eod=eod, sliding=sliding
         )
 
-    document_mask.get_batch = get_batch_with_mask
+    batches.get_batch = get_batch_with_mask
 
 
 def _read_ahead(depth: int) -> None:

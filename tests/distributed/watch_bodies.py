@@ -33,10 +33,10 @@ def train(
 
 
 def _evaluate_densely(window: int) -> None:
-    from megatron_skyladder.runtime import document_mask
+    from megatron_skyladder.megatron_lm import batches
     from megatron_skyladder.testing import megatron_dense_mask
 
-    get_batch = document_mask.get_batch
+    get_batch = batches.get_batch
 
     def get_batch_with_mask(data_iterator: Any, *, training: bool, **kwargs: Any) -> Any:
         batch, mask = get_batch(data_iterator, training=training, **kwargs)
@@ -45,16 +45,15 @@ def _evaluate_densely(window: int) -> None:
             mask = megatron_dense_mask(tokens, window_len=window, eod=None, sliding=False)
         return batch, mask
 
-    document_mask.get_batch = get_batch_with_mask
+    batches.get_batch = get_batch_with_mask
 
 
 def _count_densely(file: Any) -> None:
     from megatron_skyladder.ladder import clock
-    from megatron_skyladder.megatron_lm import compat
-    from megatron_skyladder.runtime import document_mask
+    from megatron_skyladder.megatron_lm import batches, compat
     from megatron_skyladder.testing import megatron_dense_mask
 
-    get_batch = document_mask.get_batch
+    get_batch = batches.get_batch
 
     def counting_get_batch(data_iterator: Any, *, training: bool, **kwargs: Any) -> Any:
         batch, mask = get_batch(data_iterator, training=training, **kwargs)
@@ -75,7 +74,7 @@ def _count_densely(file: Any) -> None:
             file.write(json.dumps(entry) + "\n")
         return batch, mask
 
-    document_mask.get_batch = counting_get_batch
+    batches.get_batch = counting_get_batch
 
 
 def _note_state_after_evaluation(file: Any) -> None:

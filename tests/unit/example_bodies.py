@@ -105,6 +105,6 @@ def _prepare_model(words: list[str]) -> tuple[Any, Any]:
 
 
 def _model(options: Any) -> Any:
-    from megatron_skyladder.megatron_lm import compat
+    from megatron_skyladder.megatron_lm import launch
 
-    return compat.gpt_model(pre_process=True, post_process=True)
+    return launch.gpt_model(pre_process=True, post_process=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from argparse import Namespace
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,6 @@ from megatron_skyladder.attention.segments import Segments  # noqa: E402
 from megatron_skyladder.attention.statistics import LayerStatistics, Sums, measure  # noqa: E402
 from megatron_skyladder.ladder.config import add_arguments, config_from_args  # noqa: E402
 from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens  # noqa: E402
-from megatron_skyladder.megatron_lm import compat  # noqa: E402
 
 LENGTH, ROWS, HEADS, GROUPS, DIM = 160, 2, 4, 2, 8
 SCALE = 0.9
@@ -166,26 +163,18 @@ def test_sink_and_entropy_by_hand() -> None:
 # --- when it is measured ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def options(monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
-    values = Namespace(curr_iteration=0)
-    monkeypatch.setattr(compat, "args", lambda: values)
-    yield values
-
-
-def test_only_the_first_forward_of_every_nth_iteration_is_measured(options: Namespace) -> None:
-    layer = LayerStatistics(1, 3, SCALE)
+def test_only_the_first_forward_of_every_nth_iteration_is_measured() -> None:
+    iterations = [0]
+    layer = LayerStatistics(1, 3, SCALE, lambda: iterations[0])
     measured = []
-    for options.curr_iteration in range(7):
+    for iterations[0] in range(1, 8):
         for _ in range(2):  # two micro-batches, or a forward and its recompute
             if layer.recorder(CPU) is not None:
-                measured.append(options.curr_iteration + 1)
+                measured.append(iterations[0])
     assert measured == [3, 6]
 
 
-def test_layers_are_reported_over_the_stages(
-    options: Namespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_are_reported_over_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     zeros = torch.zeros
     monkeypatch.setattr(
         statistics.torch, "zeros", lambda *size, **kw: zeros(*size, dtype=kw.get("dtype"))
@@ -193,7 +182,7 @@ def test_layers_are_reported_over_the_stages(
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
     monkeypatch.setattr(statistics, "_layers", statistics.WeakSet())
     query, key = random_tokens(HEADS, 0, rows=1), random_tokens(GROUPS, 1, rows=1)
-    layers = [LayerStatistics(number, 1, SCALE) for number in (1, 2, 3)]
+    layers = [LayerStatistics(number, 1, SCALE, lambda: 1) for number in (1, 2, 3)]
     for layer, length in ((layers[0], LENGTH), (layers[2], 32)):
         record = layer.recorder(CPU)
         assert record is not None

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,9 +10,15 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
-from megatron_skyladder.ladder.config import add_arguments, config_from_args  # noqa: E402
-from megatron_skyladder.runtime import evaluation  # noqa: E402
+from megatron_skyladder.ladder.config import (  # noqa: E402
+    SkyLadderConfig,
+    add_arguments,
+    config_from_args,
+)
+from megatron_skyladder.ladder.schedules import WindowSchedule  # noqa: E402
+from megatron_skyladder.runtime import evaluation, trainer  # noqa: E402
 from megatron_skyladder.runtime.evaluation import EXTRA_WORK, Sample, choose_sample  # noqa: E402
+from megatron_skyladder.testing.trainer import PlainTrainer  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -61,10 +68,10 @@ def test_what_is_measured_is_said_once_and_a_dear_choice_is_warned_of(
     caplog.set_level(logging.INFO, "megatron_skyladder")
     evaluation._announced.clear()
     for _ in range(2):
-        evaluation._announce(40, Sample(16, 4, 4), (512, 4096), 8192)
+        evaluation.announce(40, Sample(16, 4, 4), (512, 4096), 8192)
     (message,) = caplog.messages
     assert "blocked windows of 512, 4096, 8192 tokens, on the same 16 of the 40" in message
-    evaluation._announce(1, Sample(1, 1, 1), (512, 4096), 8192)
+    evaluation.announce(1, Sample(1, 1, 1), (512, 4096), 8192)
     assert "more than plain validation itself" in caplog.messages[-1]
     assert "Raise --eval-iters" in caplog.messages[-1]
 
@@ -90,8 +97,15 @@ def test_rows_are_cut_to_the_samples_micro_batches() -> None:
     assert [rows["labels"].flatten().tolist() for rows in cut] == [[0, 1], [2, 3]]
 
 
+@pytest.fixture
+def single_process() -> Iterator[None]:
+    trainer.install(SkyLadderConfig(WindowSchedule("constant", 8, 8), 8, 1), PlainTrainer())
+    yield
+    trainer.uninstall()
+
+
+@pytest.mark.usefixtures("single_process")
 def test_losses_by_length_and_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation.mpu, "get_data_parallel_group", lambda **_: None)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
     generator = np.random.default_rng(0)
     plain, blocked = generator.random((2, 3, 8))
@@ -105,7 +119,7 @@ def test_losses_by_length_and_by_position(monkeypatch: pytest.MonkeyPatch) -> No
         )
         for rows in (slice(0, 2), slice(2, 3))
     ]
-    found = evaluation._report(torch.tensor(plain), pieces, (4,), 8)
+    found = evaluation.report(torch.tensor(plain), pieces, (4,), 8)
 
     def mean(losses: np.ndarray, start: int = 0, stop: int = 8) -> float:
         counted = weights[:, start:stop]

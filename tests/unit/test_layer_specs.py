@@ -85,7 +85,7 @@ def test_megatrons_own_specs_get_ours_in_every_layer():
     "flag", ["heterogeneous_layers_config_path", "experimental_attention_variant"]
 )
 def test_layers_our_model_provider_does_not_build(flag):
-    from megatron_skyladder.layer_specs import gpt_layer_spec
+    from megatron_skyladder.megatron_lm.spec import gpt_layer_spec
 
     with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} is not built by SkyLadder"):
         gpt_layer_spec(SimpleNamespace(spec=None, **{flag: "x"}), None)
@@ -99,7 +99,7 @@ def test_megatron_finds_the_lazy_name_and_no_other():
     program = (
         "from megatron.core.transformer.spec_utils import import_module\n"
         "from megatron_skyladder import layer_specs\n"
-        "layer_specs._spec_from_environment = lambda: 'made'\n"
+        "layer_specs.spec_from_environment = lambda: 'made'\n"
         "assert 'skyladder' not in vars(layer_specs)\n"
         "print(import_module(('megatron_skyladder.layer_specs', 'skyladder')))\n"
         "try:\n"
@@ -116,11 +116,11 @@ def test_megatron_finds_the_lazy_name_and_no_other():
 def test_a_mixture_of_experts_is_refused(monkeypatch):
     import megatron.training
 
-    from megatron_skyladder import layer_specs
+    from megatron_skyladder.megatron_lm import spec
 
     monkeypatch.setattr(megatron.training, "get_args", lambda: SimpleNamespace(num_experts=8))
     with pytest.raises(ValueError, match="builds dense models, not --num-experts=8"):
-        layer_specs._spec_from_environment()
+        spec.spec_from_environment()
 
 
 def given(**environment):

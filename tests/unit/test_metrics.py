@@ -14,6 +14,7 @@ from megatron_skyladder.ladder import clock  # noqa: E402
 from megatron_skyladder.ladder.config import SkyLadderConfig  # noqa: E402
 from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens  # noqa: E402
 from megatron_skyladder.ladder.schedules import WindowSchedule  # noqa: E402
+from megatron_skyladder.megatron_lm import training_log  # noqa: E402
 from megatron_skyladder.runtime import metrics  # noqa: E402
 from megatron_skyladder.runtime.metrics import Meter, Outlook, Work  # noqa: E402
 
@@ -84,7 +85,7 @@ def test_the_interval_adds_up_steps_and_the_step_starts_anew(consumed: list[int]
 def test_each_clock_has_its_own_meter(consumed: list[int]) -> None:
     first = metrics.meter()
     assert metrics.meter() is first
-    clock.install(config())
+    clock.install(config(), lambda: 0)
     assert metrics.meter() is not first
 
 
@@ -138,7 +139,7 @@ def test_flops_are_megatrons_own_for_these_fragments(consumed: list[int], sample
     wanted = original(
         megatron_arguments(), 16, seqlen_squared_sum_in_batch=16 * int((lengths**2).sum())
     )
-    counted = metrics.counting_windows(original)
+    counted = training_log.counting_windows(original)
     assert counted(megatron_arguments(), 16) == pytest.approx(wanted, rel=1e-12)
 
 
@@ -146,7 +147,7 @@ def test_flops_to_be_logged_are_the_intervals_mean(consumed: list[int]) -> None:
     def original(options: Namespace, batch_size: int) -> float:
         return batch_size * (options.seq_length + options.seq_length**2)
 
-    counted = metrics.counting_windows(original)
+    counted = training_log.counting_windows(original)
     meter = metrics.meter()
     clock.current().window(training=True)
     meter.end_step()  # window 8: six squares of 8
@@ -164,7 +165,7 @@ def test_attention_share_of_any_count_that_has_a_square() -> None:
         return batch_size * (3 * options.seq_length + 5 * options.seq_length**2)
 
     wanted = 5 * 48**2 / (3 * 48 + 5 * 48**2)
-    assert metrics.attention_share(count, Namespace(seq_length=48), 7) == pytest.approx(wanted)
+    assert training_log.attention_share(count, Namespace(seq_length=48), 7) == pytest.approx(wanted)
 
 
 # --- the time left ------------------------------------------------------------------------------
@@ -231,7 +232,8 @@ def test_the_console_shows_the_latest_value_and_the_mean_loss(
 ) -> None:
     totals = {"advanced iterations": steps_before, "lm loss": torch.tensor([6.0])}
     losses = {"lm loss": torch.tensor([2.0])}
-    both = metrics._with_metrics(losses, totals, {"skyladder/window": 512}, skipped=bool(skipped))
+    values = {"skyladder/window": 512}
+    both = training_log._with_metrics(losses, totals, values, skipped=bool(skipped))
     assert list(totals)[1] == "lm loss"  # the first is what Megatron's telemetry calls the loss
     printed = logged(totals, both, skipped)
     assert printed["skyladder/window"] == 512
@@ -244,7 +246,7 @@ def test_the_console_shows_the_latest_value_and_the_mean_loss(
 
 def test_losses_come_first_also_in_a_fresh_total() -> None:
     totals: dict = {}
-    metrics._with_metrics(
+    training_log._with_metrics(
         {"lm loss": torch.ones(1)}, totals, {"skyladder/window": 8}, skipped=False
     )
     assert list(totals) == ["lm loss", "skyladder/window"]

@@ -1,0 +1,79 @@
+"""How the attention module enters a model: through Megatron's layer specs.
+
+A layer spec is a tree of dataclasses that names the class of every part. `with_skyladder` returns a
+copy in which each self-attention's ``core_attention`` is ours and everything else is as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from megatron_skyladder.attention.core_attention import SkyLadderAttention
+
+
+def with_skyladder(spec: Any) -> Any:
+    """Return a copy of a layer or block spec with SkyLadder's core attention.
+
+    Args:
+        spec: what Megatron's ``get_gpt_layer_*_spec`` functions return, or a function that
+            returns such a spec when called as Megatron's model builder does.
+
+    Raises:
+        ValueError: the spec has no core attention to replace.
+    """
+    if not dataclasses.is_dataclass(spec) and callable(spec):
+
+        @functools.wraps(spec)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return with_skyladder(spec(*args, **kwargs))
+
+        return wrapped
+    replaced, count = _replace(spec)
+    if count == 0:
+        raise ValueError(
+            f"no core_attention was found in the layer spec {spec!r}, so SkyLadder cannot be "
+            "applied. Use a spec of Megatron's GPT layers (local or Transformer Engine)."
+        )
+    return replaced
+
+
+def _replace(node: Any) -> tuple[Any, int]:
+    """Return a copy of ``node`` with core attentions replaced, and how many there were."""
+    if isinstance(node, (list, tuple)):
+        return _replace_in(node, list(enumerate(node)), lambda parts: type(node)(parts.values()))
+    if isinstance(node, dict):
+        return _replace_in(node, list(node.items()), dict)
+    if isinstance(node, functools.partial):
+        keywords, count = _replace(node.keywords)
+        return (functools.partial(node.func, *node.args, **keywords) if count else node), count
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        names = [field.name for field in dataclasses.fields(node)]
+        return _replace_in(
+            node, [(name, getattr(node, name)) for name in names], lambda parts: _copy(node, parts)
+        )
+    return node, 0
+
+
+def _replace_in(
+    node: Any, items: list[tuple[Any, Any]], rebuild: Callable[[dict[Any, Any]], Any]
+) -> tuple[Any, int]:
+    parts: dict[Any, Any] = {}
+    total = 0
+    for name, part in items:
+        if name == "core_attention":
+            parts[name], count = SkyLadderAttention, 1
+        else:
+            parts[name], count = _replace(part)
+        total += count
+    return (rebuild(parts) if total else node), total
+
+
+def _copy(node: Any, parts: dict[str, Any]) -> Any:
+    duplicate = copy.copy(node)
+    for name, part in parts.items():
+        setattr(duplicate, name, part)
+    return duplicate

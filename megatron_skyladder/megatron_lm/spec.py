@@ -1,0 +1,67 @@
+"""Layer specs as Megatron-LM's own builders choose them, and the one for ``--spec``."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+
+def gpt_layer_spec(options: Any, config: Any, vp_stage: int | None = None) -> Any:
+    """Return the spec of a stock GPT's layers, as Megatron's own builders choose it.
+
+    Args:
+        options: Megatron's arguments.
+        config: the TransformerConfig made of them.
+        vp_stage: the virtual pipeline stage, where there are several.
+
+    Returns:
+        One layer's spec for a dense model, this stage's block of specs for a mixture of experts.
+
+    Raises:
+        ValueError: the arguments ask for a kind of layers that is not built here.
+    """
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer.spec_utils import import_module
+
+    if options.spec is not None:
+        return import_module(options.spec)
+    for flag in ("heterogeneous_layers_config_path", "experimental_attention_variant"):
+        if getattr(options, flag, None):
+            raise ValueError(
+                f"--{flag.replace('_', '-')} is not built by SkyLadder's entry point on this "
+                "release of Megatron. Patch your checkout instead (skyladder patch apply)."
+            )
+    build = gpt_layer_specs.get_gpt_decoder_layer_specs
+    if options.num_experts:
+        build = gpt_layer_specs.get_gpt_decoder_block_spec
+    spec = build(
+        config,
+        use_transformer_engine=options.transformer_impl == "transformer_engine",
+        normalization=options.normalization,
+        qk_l2_norm=options.qk_l2_norm,
+        vp_stage=vp_stage,
+    )
+    return spec if options.num_experts else spec[0]
+
+
+def spec_from_environment() -> Any:
+    """Return the spec for ``--spec``, and switch SkyLadder on.
+
+    Raises:
+        ValueError: what the environment says, or a model whose layers differ from each other.
+    """
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    from megatron_skyladder.megatron_lm import from_environment
+
+    options = get_args()
+    if options.num_experts:  # Megatron wants one stage's block here, and does not say which
+        raise ValueError(
+            "--spec megatron_skyladder.layer_specs builds dense models, not --num-experts="
+            f"{options.num_experts}. Patch the checkout instead (skyladder patch apply DIR)."
+        )
+    from_environment.switch_on(options)
+    dense = copy.copy(options)
+    dense.spec = None
+    return gpt_layer_spec(dense, core_transformer_config_from_args(options))
