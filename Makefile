@@ -53,9 +53,10 @@ format: $(READY)  ## rewrite the formatting
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lint: $(READY)  ## formatting and lint
+lint: $(READY)  ## formatting, lint, and the layers that imports have to keep
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
 
 types: $(READY)  ## mypy
 	$(BIN)/mypy

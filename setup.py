@@ -33,7 +33,15 @@ setup(
         "data": ["tokenizers>=0.20", "sentencepiece", "pyarrow"],
         "plot": ["matplotlib"],
         # pybind11: checkouts build their dataset helpers with it
-        "dev": ["pybind11", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"],
+        "dev": [
+            "pybind11",
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "import-linter>=2.17",
+        ],
     },
     entry_points={"console_scripts": ["skyladder=megatron_skyladder.cli:main"]},
 )

@@ -19,7 +19,6 @@ a tensor that was left on the host by mistake.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import os
@@ -35,20 +34,6 @@ from torch.overrides import TorchFunctionMode
 DEVICE_VARIABLE = "SKYLADDER_DEVICE"
 _CPU = torch.device("cpu")
 _MEMORY_BYTES = 24 << 30  # what device properties claim
-
-# Megatron's defaults that need a GPU, by argparse destination. A flag given still wins.
-CPU_DEFAULTS = {
-    "distributed_backend": "gloo",
-    "transformer_impl": "local",
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "apply_rope_fusion": False,
-    "bias_gelu_fusion": False,
-    "bias_swiglu_fusion": False,
-    "bias_dropout_fusion": False,
-    "no_persist_layer_norm": True,
-    "create_attention_mask_in_dataloader": False,
-}
 
 _installed = False
 
@@ -136,12 +121,6 @@ def run_script(arguments: list[str]) -> None:
     sys.argv = arguments
     install()
     runpy.run_path(script, run_name="__main__")
-
-
-def set_argument_defaults(parser: argparse.ArgumentParser) -> None:
-    """Give Megatron's parser defaults that work without a GPU; flags still override them."""
-    known = {action.dest for action in parser._actions}
-    parser.set_defaults(**{k: v for k, v in CPU_DEFAULTS.items() if k in known})
 
 
 def _is_cuda(device: Any) -> bool:

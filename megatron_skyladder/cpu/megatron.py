@@ -11,7 +11,19 @@ from typing import Any
 
 import torch
 
-from megatron_skyladder.cpu.engine import set_argument_defaults
+# Megatron's defaults that need a GPU, by argparse destination. A flag given still wins.
+CPU_DEFAULTS = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "no_persist_layer_norm": True,
+    "create_attention_mask_in_dataloader": False,
+}
 
 
 def prepare() -> None:
@@ -20,6 +32,12 @@ def prepare() -> None:
     _skip_building_helpers()
     _allow_norms_under_sequence_parallel()
     _resume_distributed_optimizer()
+
+
+def set_argument_defaults(parser: argparse.ArgumentParser) -> None:
+    """Give Megatron's parser defaults that work without a GPU; flags still override them."""
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults(**{k: v for k, v in CPU_DEFAULTS.items() if k in known})
 
 
 def _set_flag_defaults() -> None:

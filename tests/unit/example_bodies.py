@@ -72,11 +72,11 @@ def _parse(words: list[str], world_size: int) -> tuple[Any, Any]:
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.global_vars import destroy_global_vars
 
-    from megatron_skyladder.cpu import engine as cpu_engine
+    from megatron_skyladder.cpu.megatron import set_argument_defaults
     from megatron_skyladder.ladder.config import add_arguments, config_from_args
 
     def add_all(parser: Any) -> Any:
-        cpu_engine.set_argument_defaults(parser)
+        set_argument_defaults(parser)
         return add_arguments(parser)
 
     destroy_global_vars()

@@ -136,7 +136,7 @@ def test_flags_from_variables():
         "schedule": "sinusoidal",
     }
     assert given(NO_PROBE="1", ALLOW_UNFINISHED="0") == {"no_probe": True}
-    assert [stage.window for stage in given(STAGES="128:0.5 2048:0.5")["stages"]] == [128, 2048]
+    assert given(STAGES="128:0.5 2048:0.5")["stages"] == ["128:0.5", "2048:0.5"]
 
 
 def test_flags_from_a_file_and_a_variable_that_overrides_it(tmp_path):
@@ -144,7 +144,7 @@ def test_flags_from_a_file_and_a_variable_that_overrides_it(tmp_path):
     path.write_text("# the ladder\n--skyladder-start-window 8\n--skyladder-alpha 1/8  # rate\n")
     assert given(CONFIG=str(path))["start_window"] == 8
     both = given(CONFIG=str(path), START_WINDOW="16")
-    assert both["start_window"] == 16 and float(both["alpha"]) == 0.125
+    assert both["start_window"] == 16 and both["alpha"] == "1/8"
 
 
 def test_a_variable_that_is_no_flag_is_pointed_out(caplog):
