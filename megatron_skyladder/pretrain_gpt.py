@@ -154,6 +154,8 @@ def _launch() -> None:
         config = config_from_args(options)
         if config is not None:
             hooks.install(config, options)
+        else:
+            _warn_of_unequal_parts(options)
 
     launch.launch(
         datasets_provider,
@@ -162,6 +164,22 @@ def _launch() -> None:
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
         on_arguments=on_arguments,
     )
+
+
+def _warn_of_unequal_parts(options: Any) -> None:
+    """Say where stock Megatron's gradients are not those of one process."""
+    if (
+        options.context_parallel_size > 1
+        and options.eod_mask_loss
+        and not options.calculate_per_token_loss
+    ):
+        logger.warning(
+            "--eod-mask-loss with --context-parallel-size=%d: Megatron divides the loss of each "
+            "rank's part of a sequence by the part's own count of tokens, so gradients are not "
+            "those of one process. Add --calculate-per-token-loss, or any --skyladder-* flag (such "
+            "as --skyladder-schedule constant), under which whole sequences are counted.",
+            options.context_parallel_size,
+        )
 
 
 if __name__ == "__main__":

@@ -116,6 +116,19 @@ def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
     return train
 
 
+def _mean_over_sequences(original: Callable[..., Any]) -> Callable[..., Any]:
+    if compat.args().calculate_per_token_loss:  # Megatron counts over all ranks
+        return original
+    from megatron_skyladder.runtime.sequence_mean import SequenceMean
+
+    mean = SequenceMean()
+
+    def train_step(forward_step_func: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(mean.wrap(forward_step_func), *args, **kwargs)
+
+    return train_step
+
+
 def _evaluate_by_length(original: Callable[..., Any]) -> Callable[..., Any]:
     from megatron_skyladder.megatron_lm.evaluate import with_lengths
 
@@ -170,6 +183,12 @@ HOOKS = (
         "train",
         _probe_before_training,
         "to try the mask on the real model before training",
+    ),
+    Hook(
+        "megatron.training.training",
+        "train_step",
+        _mean_over_sequences,
+        "to average the loss over whole sequences under context parallelism",
     ),
     Hook(
         "megatron.training.training",

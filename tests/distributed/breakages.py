@@ -52,3 +52,10 @@ def documents_end_before_eod() -> None:
         return ends[ends > 0]
 
     fragments.document_ends = too_early
+
+
+def mean_of_means() -> None:
+    """Divide each context-parallel rank's loss by its own count, as Megatron does."""
+    from megatron_skyladder.runtime import sequence_mean
+
+    sequence_mean.SequenceMean.wrap = lambda self, forward_step: forward_step  # type: ignore

@@ -139,9 +139,20 @@ class Trainer:
     @cached_property
     def documents(self) -> Path:
         """A dataset of short random documents, two to ten in a row."""
-        prefix = self.folder / "documents"
         generator = torch.Generator().manual_seed(1)
-        lengths = torch.randint(2, 40, (400,), generator=generator).tolist()
+        return self._build("documents", torch.randint(2, 40, (400,), generator=generator).tolist())
+
+    @cached_property
+    def sparse_documents(self) -> Path:
+        """A dataset of which most tokens are end-of-document tokens, up to 90 in a run."""
+        generator = torch.Generator().manual_seed(2)
+        lengths: list[int] = []
+        for length, num_empty in torch.randint(2, 90, (60, 2), generator=generator).tolist():
+            lengths += [length // 2, *[1] * num_empty]
+        return self._build("sparse", lengths)
+
+    def _build(self, name: str, lengths: list[int]) -> Path:
+        prefix = self.folder / name
         self.pool.run(
             "recorded_training:build_documents",
             num_processes=1,

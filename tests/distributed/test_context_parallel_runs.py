@@ -6,8 +6,16 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pytest
-from runs import Trainer
-from test_parity import MASKS, RECOMPUTE, SAMPLES, assert_parity, reference  # noqa: F401
+from runs import Run, Trainer
+from test_parity import (  # noqa: F401
+    GRADIENT_TOLERANCE,
+    MASKS,
+    RECOMPUTE,
+    SAMPLES,
+    assert_parity,
+    gradient_errors,
+    reference,
+)
 
 from megatron_skyladder.testing import ProcessPool, requires_megatron
 
@@ -100,3 +108,59 @@ def test_equals_one_process_with_a_dense_mask(
     assert tuple(run.windows.values()) == MASKS[case.mask].windows
     assert "mask probe passed" in run.log()
     assert_parity(run, reference(case.mask, case.architecture))
+
+
+# --- tokens that do not count -------------------------------------------------------------------
+
+SPARSE = "ragged"  # the mask of these runs
+
+
+@pytest.fixture(scope="module")
+def sparse_reference(trainer: Trainer) -> Run:
+    """Stock Megatron in one process; most tokens of the data do not count, in places none does."""
+    return train_sparse(trainer, dense=MASKS[SPARSE].dense)
+
+
+def train_sparse(trainer: Trainer, flags: str = "", **options: object) -> Run:
+    """Train with ``--eod-mask-loss`` in micro-batches of two sequences."""
+    return trainer.train(
+        f"{SAMPLES} --micro-batch-size 2 --eod-mask-loss --data-path {trainer.sparse_documents} "
+        f"{flags}",
+        gradients=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("layout", ["cp4", "cp2-tp2-sp", "cp2-pp2", "cp2-dp2-distopt"])
+def test_tokens_that_do_not_count_weigh_as_in_one_process(
+    trainer: Trainer, sparse_reference: Run, layout: str
+) -> None:
+    num_processes, flags = LAYOUTS[layout]
+    cp_size = 4 if layout == "cp4" else 2
+    flags += f" --context-parallel-size {cp_size} {MASKS[SPARSE].flags}"
+    run = train_sparse(trainer, flags, num_processes=num_processes)
+    silent = [loss for entry in run.of("loss") for loss in entry["rows"] if loss == 0]
+    assert silent, "no sequence had a part of which no token counts"
+    assert_parity(run, sparse_reference)
+    assert run.steps("loss") == pytest.approx(sparse_reference.steps("loss"), rel=1e-6)  # logged
+
+
+def test_counting_each_ranks_own_tokens_would_be_seen(
+    trainer: Trainer, sparse_reference: Run
+) -> None:
+    flags = f"--context-parallel-size 2 {MASKS[SPARSE].flags}"
+    run = train_sparse(trainer, flags, num_processes=2, broken="mean_of_means")
+    assert max(gradient_errors(run, sparse_reference).values()) > 1e3 * GRADIENT_TOLERANCE
+
+
+def test_counting_over_all_ranks_stays_megatrons(trainer: Trainer) -> None:
+    """``--calculate-per-token-loss`` divides by all tokens of the step in any layout."""
+    one, two = (
+        train_sparse(
+            trainer,
+            f"--calculate-per-token-loss --context-parallel-size {cp_size} {MASKS[SPARSE].flags}",
+            num_processes=cp_size,
+        )
+        for cp_size in (1, 2)
+    )
+    assert_parity(two, one)

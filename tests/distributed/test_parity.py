@@ -172,7 +172,7 @@ def assert_same_data(run: Run, other: Run) -> None:
 def loss_errors(run: Run, other: Run) -> list[float]:
     """Return the largest relative difference of a row's loss, of each step."""
     assert run.losses.keys() == other.losses.keys() == set(range(8 * STEPS))
-    errors = [abs(run.losses[sample] / loss - 1) for sample, loss in other.losses.items()]
+    errors = [abs(run.losses[sample] - loss) / (loss or 1) for sample, loss in other.losses.items()]
     return [max(errors[step * 8 : step * 8 + 8]) for step in range(STEPS)]
 
 

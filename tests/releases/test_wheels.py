@@ -5,13 +5,16 @@ SKYLADDER_MEGATRON_WHEELS names a folder with one sub-folder for each version, a
 """
 
 import pytest
-from launches import DOCUMENTS_MASKED, figures, launch, require
-from unpack_wheels import OLDER
+from launches import DOCUMENTS_MASKED, LADDER, figures, launch, require
+from unpack_wheels import INSTALLED, OLDER
 
 from megatron_skyladder.testing import requires_megatron
 
 VARIABLE = "SKYLADDER_MEGATRON_WHEELS"
 LAYOUT = ["--pipeline-model-parallel-size", "2"]
+
+SOME_TOKENS_COUNT = [*LADDER, "--eod-mask-loss"]
+CONTEXT_PARALLEL = ["--context-parallel-size", "2"]
 
 pytestmark = requires_megatron
 
@@ -33,3 +36,23 @@ def test_an_older_wheel_trains_to_the_same_losses(data, request, version):
     expected = request.getfixturevalue("on_the_installed_one")
     for found, wanted in zip(figures(log), expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def in_one_process(data):
+    """Figures where context-parallel ranks would hold unequal numbers of tokens that count."""
+    log, _ = launch(data, *SOME_TOKENS_COUNT)
+    return figures(log)
+
+
+@pytest.mark.parametrize("version", [INSTALLED, *OLDER])
+def test_context_parallel_ranks_count_their_sequences_tokens_together(
+    data, in_one_process, version
+):
+    wheel = None
+    if version != INSTALLED:
+        wheel = require(VARIABLE, version, "make test-releases makes it")
+    flags = [*SOME_TOKENS_COUNT, *CONTEXT_PARALLEL]
+    log, _ = launch(data, *flags, num_processes=2, megatron=wheel)
+    for found, wanted in zip(figures(log), in_one_process, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)  # gradient norms are logged in 4 digits

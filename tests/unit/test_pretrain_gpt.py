@@ -1,6 +1,7 @@
 """How a launch that fails says so."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,3 +64,18 @@ def test_an_error_in_a_step_keeps_its_traceback_on_every_rank(launch, monkeypatc
     monkeypatch.setattr(megatron.training, "get_timers", refuse)
     with pytest.raises(ValueError, match="is above the final window"):
         launch(lambda: pretrain_gpt.forward_step(None, None), "3")
+
+
+@pytest.mark.parametrize(
+    ("given", "warned"),
+    [
+        ({}, True),
+        ({"context_parallel_size": 1}, False),
+        ({"eod_mask_loss": False}, False),
+        ({"calculate_per_token_loss": True}, False),
+    ],
+)
+def test_where_stock_megatron_averages_otherwise_than_one_process(caplog, given, warned):
+    options = {"context_parallel_size": 2, "eod_mask_loss": True, "calculate_per_token_loss": False}
+    pretrain_gpt._warn_of_unequal_parts(SimpleNamespace(**options | given))
+    assert ("Add --calculate-per-token-loss" in caplog.text) == warned

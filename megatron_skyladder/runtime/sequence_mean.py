@@ -1,0 +1,75 @@
+"""The mean loss of a micro-batch under context parallelism: over whole sequences, not over parts.
+
+A loss function returns the sum of its losses and the number of tokens that count; Megatron divides
+one by the other, and data parallelism then averages the gradients over all ranks. Context-parallel
+ranks hold parts of the same sequences, so that is the mean of the parts' means. It equals the mean
+of the micro-batch only where every part counts equally many tokens; with ``--eod-mask-loss``,
+padding, or any other loss mask it does not. Two ranks, ``x`` does not count:
+
+    tokens     a b c d | e x x x       the sequence's mean    (a+b+c+d+e) / 5
+    rank       0       | 1             the mean of the means  ((a+b+c+d) / 4 + e / 1) / 2
+
+So each rank divides by the count of all of them instead, times their number, because the average
+over ranks that follows divides by it again. ``--calculate-per-token-loss`` counts over all ranks by
+itself. What is logged is a sum over all ranks divided by a count over all ranks, in any case.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import mpu
+
+logger = logging.getLogger(__name__)
+
+
+class SequenceMean:
+    """Makes loss functions count the tokens of whole sequences.
+
+    Forks may have a loss function that does so itself (Megatron's did, up to 0.12). Whether it does
+    is looked at once, on the first micro-batch: it returns more tokens than its rank holds then.
+    """
+
+    def __init__(self) -> None:
+        self._counts_itself: bool | None = None
+
+    def wrap(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return Megatron's ``forward_step_func`` with another loss function.
+
+        Where there is no context parallelism it is returned as it is.
+        """
+        if mpu.get_context_parallel_world_size() <= 1:  # 0 where there are no process groups
+            return forward_step
+
+        @functools.wraps(forward_step)
+        def with_sequence_mean(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            output, loss_func = forward_step(*args, **kwargs)
+            return output, functools.partial(self._loss, loss_func)
+
+        return with_sequence_mean
+
+    def _loss(self, loss_func: Callable[..., Any], losses: torch.Tensor, **kwargs: Any) -> Any:
+        """Call the loss function and return its values, summed loss and count corrected.
+
+        Args:
+            loss_func: returns a summed loss, a count and what is logged; or two values, of which
+                the first is a mean already.
+            losses: per token, of this rank's part of the sequences.
+        """
+        values = loss_func(losses, **kwargs)
+        if not isinstance(values, (tuple, list)) or len(values) != 3:
+            return values
+        loss, num_tokens, report = values
+        if self._counts_itself is None:
+            self._counts_itself = int(num_tokens) > losses.numel()
+            if self._counts_itself:
+                logger.info("the loss function counts tokens over the context-parallel ranks")
+        if self._counts_itself:
+            return values
+        total = torch.as_tensor(num_tokens, device=loss.device).detach().clone()
+        torch.distributed.all_reduce(total, group=mpu.get_context_parallel_group())
+        return loss * mpu.get_context_parallel_world_size(), total, report
