@@ -20,6 +20,7 @@ from megatron_skyladder.megatron_lm import compat, flag_rules
 from megatron_skyladder.megatron_lm.adapter import MegatronLM
 from megatron_skyladder.megatron_lm.training_log import counting_windows, logging_metrics
 from megatron_skyladder.runtime import trainer
+from megatron_skyladder.runtime.weights import draw_as_reference
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +93,15 @@ def _wrap(hook: Hook) -> None:
     setattr(owner, name, wrapped)
 
 
-def _with_skyladder_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+def _built_with_skyladder(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs)
         spec = given.arguments["transformer_layer_spec"]
         given.arguments["transformer_layer_spec"] = with_skyladder(spec)
+        if clock.current().config.init == "reference":
+            draw_as_reference(given.arguments["config"])
         original(*given.args, **given.kwargs)
 
     return __init__
@@ -175,8 +178,9 @@ HOOKS = (
     Hook(
         "megatron.core.models.gpt.gpt_model",
         "GPTModel.__init__",
-        _with_skyladder_attention,
-        "to build its layers with SkyLadder's core attention",
+        _built_with_skyladder,
+        "to build its layers with SkyLadder's core attention, and to draw weights as "
+        "--skyladder-init says",
     ),
     Hook(
         "megatron.training.training",

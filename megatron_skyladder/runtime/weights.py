@@ -12,15 +12,8 @@ differently.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
-
-from megatron_skyladder.ladder import clock
-
-
-class _Normal(partial):
-    """Fills a tensor; a type of its own, to be known again in a copied configuration."""
 
 
 def reference_stds(hidden_size: int, num_layers: int) -> tuple[float, float]:
@@ -28,35 +21,53 @@ def reference_stds(hidden_size: int, num_layers: int) -> tuple[float, float]:
     return math.sqrt(2 / (5 * hidden_size)), 1 / math.sqrt(hidden_size) / num_layers
 
 
-def with_reference_weights(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``TransformerConfig.__post_init__``, where Megatron chooses how weights are drawn.
+def draw_as_reference(config: Any) -> None:
+    """Let a model draw its weights as the paper's code does.
+
+    At the model, and not where its configuration is made: a script may make that long before
+    SkyLadder is switched on.
+
+    Args:
+        config: Megatron's TransformerConfig, complete, before a model is built with it; doing it
+            twice (each model chunk has the same configuration) does no harm.
 
     Raises:
-        ValueError: when a configuration is made that sets another way to draw them.
+        ValueError: the configuration sets another way to draw weights.
     """
+    from megatron.core.utils import init_method_normal
 
-    def __post_init__(self: Any) -> None:
-        if clock.current().config.init == "reference":
-            from torch.nn.init import normal_
+    std, output_std = reference_stds(config.hidden_size, config.num_layers)
+    if _is_normal(config.init_method, std):
+        return
+    _check_nothing_else_is_asked_for(config)
+    config.init_method = config.embedding_init_method = init_method_normal(std)
+    config.output_layer_init_method = init_method_normal(output_std)
 
-            _check_nothing_else_is_asked_for(self)
-            std, output_std = reference_stds(self.hidden_size, self.num_layers)
-            self.init_method = _Normal(normal_, mean=0.0, std=std)
-            self.output_layer_init_method = _Normal(normal_, mean=0.0, std=output_std)
-        original(self)
 
-    return __post_init__
+def _is_normal(init_method: Any, std: float) -> bool:
+    """Return whether a method is Megatron's ``init_method_normal(std)``."""
+    from torch.nn.init import normal_
+
+    return (
+        isinstance(init_method, partial)
+        and init_method.func is normal_
+        and init_method.keywords == {"mean": 0.0, "std": std}
+    )
 
 
 def _check_nothing_else_is_asked_for(config: Any) -> None:
+    embedding_std = config.embedding_init_method_std
     other = [
-        flag
-        for flag, given in {
+        setting
+        for setting, given in {
             "--init-method-std": config.init_method_std != type(config).init_method_std,
-            "--init-method-xavier-uniform": not isinstance(
-                config.init_method, (_Normal, type(None))
-            ),
+            "--embedding-init-method-std": embedding_std not in (None, config.init_method_std),
             "--use-mup": getattr(config, "use_mup", False),
+            "--init-method-xavier-uniform": not (
+                getattr(config, "use_mup", False)
+                or _is_normal(config.init_method, config.init_method_std)
+            ),
+            "perform_initialization=False": not config.perform_initialization,
         }.items()
         if given
     ]

@@ -31,32 +31,12 @@ def build_on_meta(command_lines: dict[str, list[str]], results: str) -> None:
 
     found = {}
     for name, words in command_lines.items():
-        options, _ = _prepare_model([*words, "--use-cpu-initialization"])
+        options = _prepare_model([*words, "--use-cpu-initialization"])
         with torch.device("meta"):
             model = _model(options)
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
         found[name] = sum(parameter.numel() for parameter in model.parameters())
     Path(results).write_text(json.dumps(found))
-
-
-def measure_weights(words: list[str], results: str) -> None:
-    """Build a model with the reference initialisation and write each matrix's mean and std."""
-    import torch
-
-    from megatron_skyladder.megatron_lm import hooks
-    from megatron_skyladder.runtime.weights import with_reference_weights
-
-    options, config = _prepare_model(words)
-    hooks.install(config, options)
-    place = "megatron.core.transformer.transformer_config", "TransformerConfig.__post_init__"
-    hooks._wrap(hooks.Hook(*place, with_reference_weights, "under test"))
-    found = {
-        name: (weight.mean().item(), weight.std().item(), weight.numel())
-        for name, weight in _model(options).named_parameters()
-        if weight.dim() > 1
-    }
-    rank = torch.distributed.get_rank()
-    Path(f"{results}.{rank}").write_text(json.dumps(found))
 
 
 def train(words: list[str]) -> None:
@@ -87,21 +67,18 @@ def _parse(words: list[str], world_size: int) -> tuple[Any, Any]:
     return options, config_from_args(options)
 
 
-def _prepare_model(words: list[str]) -> tuple[Any, Any]:
+def _prepare_model(words: list[str]) -> Any:
     """Parse, and set up what a model is built with."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from megatron_skyladder.ladder import clock
-
-    options, config = _parse(words, int(os.environ["WORLD_SIZE"]))
-    clock.install(config, lambda: 0)
+    options, _ = _parse(words, int(os.environ["WORLD_SIZE"]))
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
         parallel_state.initialize_model_parallel(options.tensor_model_parallel_size)
         model_parallel_cuda_manual_seed(options.seed)
-    return options, config
+    return options
 
 
 def _model(options: Any) -> Any:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.config import SkyLadderConfig, add_arguments, config_from_args
-from megatron_skyladder.ladder.schedules import WindowSchedule
 from megatron_skyladder.planning.examples import example
-from megatron_skyladder.runtime.weights import reference_stds, with_reference_weights
-from megatron_skyladder.testing import ProcessPool, requires_megatron
+from megatron_skyladder.runtime.weights import draw_as_reference, reference_stds
+from megatron_skyladder.testing import ProcessPool, read_checkpoint, requires_megatron
 
 OUTPUT_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 HIDDEN, LAYERS = 256, 3
 SIZES = f"--hidden-size {HIDDEN} --num-layers {LAYERS} --ffn-hidden-size 512 --vocab-size 2047"
+ONE_STEP = (
+    "--train-iters 1 --skyladder-allow-unfinished --lr 0 --min-lr 0 --lr-warmup-iters 0 "
+    "--eval-iters 0"
+)
 STD = 0.03952847  # sqrt(2 / (5 * 256))
 OUTPUT_STD = 0.02083333  # 1 / 16 / 3
 
@@ -29,14 +31,6 @@ OUTPUT_STD = 0.02083333  # 1 / 16 / 3
 def pool() -> Iterator[ProcessPool]:
     with ProcessPool() as processes:
         yield processes
-
-
-@pytest.fixture
-def _reference() -> Iterator[None]:
-    config = SkyLadderConfig(WindowSchedule("constant", 8, 8), 8, 1, init="reference")
-    clock.install(config, lambda: 0)
-    yield
-    clock.uninstall()
 
 
 def parse(flags: str) -> SkyLadderConfig | None:
@@ -64,73 +58,83 @@ def test_stds_by_hand() -> None:
 
 @requires_megatron
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_built_weights(pool: ProcessPool, tmp_path: Path, tensor_parallel: int) -> None:
+def test_weights_that_training_begins_with(
+    pool: ProcessPool, tmp_path: Path, tensor_parallel: int
+) -> None:
+    """The entry point's own, saved after a step with a learning rate of 0."""
     words = [
         *example("1b-8k", "skyladder", shrink=True).words,
-        *SIZES.split(),
-        *("--tensor-model-parallel-size", str(tensor_parallel)),
+        *(*SIZES.split(), "--tensor-model-parallel-size", str(tensor_parallel)),
+        *(*ONE_STEP.split(), "--save", str(tmp_path / "saved"), "--ckpt-format", "torch_dist"),
     ]
-    results = tmp_path / "weights"
     pool.run(
-        "example_bodies:measure_weights",
+        "example_bodies:train",
         num_processes=tensor_parallel,
         folder=tmp_path,
-        arguments={"words": words, "results": str(results)},
+        arguments={"words": words},
     )
-    ranks = [json.loads(Path(f"{results}.{rank}").read_text()) for rank in range(tensor_parallel)]
-    assert (
-        len(ranks[0]) == LAYERS * 4 + 2
-    )  # qkv, proj, fc1, fc2 of each layer; embedding and output
-    for weights in ranks:
-        for name, (mean, std, count) in weights.items():
-            expected = OUTPUT_STD if name.endswith(OUTPUT_PROJECTIONS) else STD
-            # bf16 rounds values, not their spread; five standard errors
-            assert std == pytest.approx(expected, rel=5 / math.sqrt(2 * count)), name
-            assert abs(mean) < 5 * expected / math.sqrt(count), name
-    if tensor_parallel > 1:  # not the same numbers twice
-        assert ranks[0] != ranks[1]
+    saved = read_checkpoint(tmp_path / "saved" / "iter_0000001")
+    matrices = {
+        name: weight.float()
+        for name, weight in saved.items()
+        if weight.dim() > 1 and "norm" not in name and not name.startswith("optimizer")
+    }
+    # qkv, proj, fc1, fc2 of all layers in one; embedding and output
+    assert len(matrices) == 4 + 2, list(matrices)
+    for name, weight in matrices.items():
+        expected = OUTPUT_STD if name.endswith(OUTPUT_PROJECTIONS) else STD
+        # bf16 rounds values, not their spread; five standard errors
+        spread = pytest.approx(expected, rel=5 / math.sqrt(2 * weight.numel()))
+        assert weight.std().item() == spread, name
+        assert abs(weight.mean().item()) < 5 * expected / math.sqrt(weight.numel()), name
 
 
-def configured(**values: object) -> SimpleNamespace:
-    """A TransformerConfig after the hook; the class says what is default."""
+@requires_megatron
+def test_another_way_to_draw_weights_ends_the_launch(pool: ProcessPool, tmp_path: Path) -> None:
+    words = [*example("1b-8k", "skyladder", shrink=True).words, "--init-method-std", "0.01"]
+    arguments = {"words": words}
+    pool.run(
+        "example_bodies:train",
+        num_processes=1,
+        folder=tmp_path,
+        arguments=arguments,
+        exit_codes=(2,),
+    )
+    message = "error: --skyladder-init=reference and --init-method-std both say"
+    assert message in (tmp_path / "log.0.txt").read_text()
 
-    class TransformerConfig(SimpleNamespace):
-        init_method_std = 0.02
-        init_method = None
-        use_mup = False
-        __post_init__ = with_reference_weights(lambda self: None)
 
-    config = TransformerConfig(hidden_size=HIDDEN, num_layers=LAYERS, **values)
-    config.__post_init__()
-    return config
+def configuration(**values: object) -> Any:
+    """Megatron's own, complete."""
+    from megatron.core.transformer import TransformerConfig
+
+    return TransformerConfig(hidden_size=HIDDEN, num_layers=LAYERS, num_attention_heads=4, **values)
 
 
-@pytest.mark.usefixtures("_reference")
+@requires_megatron
 @pytest.mark.parametrize(
     ("values", "flag"),
     [
         ({"init_method_std": 0.01}, "--init-method-std"),
+        ({"embedding_init_method_std": 1.0}, "--embedding-init-method-std"),
         ({"init_method": print}, "--init-method-xavier-uniform"),
         ({"use_mup": True}, "--use-mup"),
+        ({"perform_initialization": False}, "perform_initialization=False"),
     ],
 )
 def test_another_way_to_draw_weights_is_refused(values: dict[str, object], flag: str) -> None:
     with pytest.raises(ValueError, match=f"reference and {flag} both say how weights are drawn"):
-        configured(**values)
+        draw_as_reference(configuration(**values))
 
 
-@pytest.mark.usefixtures("_reference")
-def test_a_copied_configuration_is_not_refused() -> None:
-    pytest.importorskip("torch")
-    first = configured()
-    again = configured(init_method=first.init_method)
-    assert again.init_method.keywords == {"mean": 0.0, "std": pytest.approx(STD)}
-    assert again.output_layer_init_method.keywords["std"] == pytest.approx(OUTPUT_STD)
-
-
-def test_without_the_flag_nothing_changes() -> None:
-    clock.install(SkyLadderConfig(WindowSchedule("constant", 8, 8), 8, 1), lambda: 0)
-    try:
-        assert configured(init_method_std=0.01).init_method is None
-    finally:
-        clock.uninstall()
+@requires_megatron
+def test_all_chunks_and_copies_of_a_configuration_draw_alike() -> None:
+    config = configuration()
+    for again in (config, config, dataclasses.replace(config)):
+        draw_as_reference(again)
+        for method, std in (
+            (again.init_method, STD),
+            (again.embedding_init_method, STD),
+            (again.output_layer_init_method, OUTPUT_STD),
+        ):
+            assert method.keywords == {"mean": 0.0, "std": pytest.approx(std, rel=1e-6)}
