@@ -1,0 +1,198 @@
+"""Every flag sets a field of the configuration, and every field changes a real run.
+
+A flag or a field that is new has no entry in the tables below, and fails until it has one: until
+somebody has seen, through the entry point, that it does what it says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import SEQ_LENGTH, Run, Trainer
+
+from megatron_skyladder.ladder.config import SkyLadderConfig, add_arguments, config_from_args
+from megatron_skyladder.report.runlog import parse
+from megatron_skyladder.testing import read_checkpoint, requires_megatron
+
+# --- a field for every flag -----------------------------------------------------------------------
+
+FIELD_OF_FLAG = {
+    "--skyladder-preset recommended": "schedule",
+    "--skyladder-schedule exponential": "schedule",
+    "--skyladder-start-window 8": "schedule",
+    "--skyladder-final-window 1024": "schedule",
+    "--skyladder-alpha 10": "schedule",
+    "--skyladder-expand-fraction 0.5": "schedule",
+    "--skyladder-round-to 64": "schedule",
+    "--skyladder-preset shortformer --skyladder-stages 256:0.5 final:0.5": "schedule",
+    "--skyladder-schedule cyclic --skyladder-cycles 3": "schedule",
+    "--skyladder-begin-samples 128": "begin_samples",
+    "--skyladder-intra-document": "intra_document",
+    "--skyladder-mask sliding": "mask",
+    "--skyladder-attention-backend sdpa": "attention_backend",
+    "--skyladder-eval-lengths 512": "eval_lengths",
+    "--skyladder-init reference": "init",
+    "--skyladder-attention-stats-interval 10": "attention_stats_interval",
+    "--skyladder-no-probe": "probe",
+}
+TESTED_ELSEWHERE = {
+    "--skyladder-allow-unfinished": "unit/test_config.py",
+    "--skyladder-allow-schedule-change": "distributed/test_clock.py",
+}
+
+
+def configured(flags: str) -> dict[str, Any]:
+    args = add_arguments(argparse.ArgumentParser()).parse_args(flags.split())
+    args.seq_length, args.global_batch_size = 2048, 128
+    args.train_iters, args.train_samples, args.log_interval = 1000, None, 1
+    config = config_from_args(args)
+    assert config is not None
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize("flags", FIELD_OF_FLAG)
+def test_a_flag_sets_its_field(flags: str) -> None:
+    flag = [word for word in flags.split() if word.startswith("--")][-1]
+    without = flags[: flags.index(flag)] or "--skyladder-schedule linear"
+    before, after = configured(without), configured(flags)
+    changed = {name for name, value in after.items() if before[name] != value}
+    assert FIELD_OF_FLAG[flags] in changed
+    assert changed <= {FIELD_OF_FLAG[flags], "schedule"}  # its length may depend on others
+
+
+def test_no_flag_is_forgotten() -> None:
+    flags = {
+        option
+        for action in add_arguments(argparse.ArgumentParser(add_help=False))._actions
+        for option in action.option_strings
+    }
+    named = {flag for words in FIELD_OF_FLAG for flag in words.split() if flag.startswith("--")}
+    assert flags == named | TESTED_ELSEWHERE.keys(), (
+        "name the field that the flag sets in FIELD_OF_FLAG, or the file that tests what it does "
+        "in TESTED_ELSEWHERE"
+    )
+    for flag, file in TESTED_ELSEWHERE.items():
+        assert flag in (Path(__file__).parents[1] / file).read_text()
+
+
+# --- a real run for every field -------------------------------------------------------------------
+
+RUN = (
+    "--train-samples 16 --micro-batch-size 4 --skyladder-start-window 8 --skyladder-alpha 11 "
+    "--skyladder-allow-unfinished"
+)
+WITH_EVALUATION = "--split 50,50,0 --eval-iters 2"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a field does to a run.
+
+    Args:
+        flags: that set the field.
+        seen: what is looked at in the run.
+        before: that, without the flags; None: anything but what is there with them.
+        after: that, with the flags; None: anything but what is there without.
+        common: flags of both runs.
+    """
+
+    flags: str
+    seen: Callable[[Run], Any]
+    before: Any = None
+    after: Any = None
+    common: str = ""
+
+
+def windows(run: Run) -> dict[int, int]:
+    return run.windows
+
+
+def losses(run: Run) -> dict[int, float]:
+    return run.losses
+
+
+def first_fraction(run: Run) -> float | None:
+    return parse(run.log()).iterations[0].attention_fraction
+
+
+def says(pattern: str) -> Callable[[Run], bool]:
+    return lambda run: bool(re.search(pattern, run.log()))
+
+
+def lengths_reported(run: Run) -> list[int]:
+    (validation,) = parse(run.log()).validations
+    return list(validation.by_length)
+
+
+def spread_of_embedding(run: Run) -> float:
+    weights = read_checkpoint(run.saved / "iter_0000002")  # type: ignore[attr-defined]
+    return round(weights["embedding.word_embeddings.weight"].std().item(), 2)
+
+
+EFFECTS = {
+    "schedule": Effect("--skyladder-alpha 20", windows, {0: 8, 8: 19}, {0: 8, 8: 28}),
+    "seq_length": Effect("--seq-length 32", first_fraction, 0.1384615, 0.2727273),
+    "step_samples": Effect(
+        "--global-batch-size 4", windows, {0: 8, 8: 19}, {0: 8, 4: 19, 8: 30, 12: 41}
+    ),
+    "begin_samples": Effect("--skyladder-begin-samples 8", windows, {0: 8, 8: 19}, {0: 8, 8: 8}),
+    "intra_document": Effect("--skyladder-intra-document", losses),
+    "mask": Effect("--skyladder-mask sliding", losses),
+    "attention_backend": Effect(
+        "--skyladder-attention-backend sdpa", says(r"backend sdpa: as --skyladder"), False, True
+    ),
+    "probe": Effect("--skyladder-no-probe", says("mask probe passed"), True, False),
+    "eval_lengths": Effect(
+        "--skyladder-eval-lengths 16", lengths_reported, [], [16, SEQ_LENGTH], WITH_EVALUATION
+    ),
+    "attention_stats_interval": Effect(
+        "--skyladder-attention-stats-interval 1", says("skyladder/attention_entropy"), False, True
+    ),
+    # sqrt(2 / (5 * 32)) after a step that is too small to be seen
+    "init": Effect(
+        "--skyladder-init reference",
+        spread_of_embedding,
+        0.02,
+        0.11,
+        "--init-method-std 0.02 --lr 1e-9 --min-lr 0 --save-interval 2",
+    ),
+}
+
+
+def test_no_field_is_forgotten() -> None:
+    assert {field.name for field in dataclasses.fields(SkyLadderConfig)} == EFFECTS.keys(), (
+        "add to EFFECTS what the field changes in a run"
+    )
+
+
+@pytest.fixture(scope="module")
+def train(trainer: Trainer) -> Callable[[str], Run]:
+    @cache
+    def run(flags: str) -> Run:
+        if "--save-interval" not in flags:
+            return trainer.train(f"{RUN} {flags}")
+        folder = trainer.new_folder("saved")  # it begins with new weights, and saves them
+        run = trainer.train(f"{RUN} {flags} --save {folder}", load=False)
+        run.saved = folder  # type: ignore[attr-defined]
+        return run
+
+    return run
+
+
+@requires_megatron
+@pytest.mark.parametrize("field", EFFECTS)
+def test_a_field_changes_the_run(train: Callable[[str], Run], field: str) -> None:
+    effect = EFFECTS[field]
+    before = effect.seen(train(effect.common))
+    after = effect.seen(train(f"{effect.common} {effect.flags}"))
+    assert before != after
+    assert effect.before is None or before == effect.before
+    assert effect.after is None or after == effect.after
