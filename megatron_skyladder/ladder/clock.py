@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from megatron_skyladder.ladder.config import SkyLadderConfig
-from megatron_skyladder.ladder.fragments import window_pairs
 
 
 class Clock:
@@ -53,12 +52,6 @@ class Clock:
     def last_window(self) -> int:
         """The window of the latest training step that looked it up; for logging."""
         return self._window
-
-    def attention_fraction(self, window: int) -> float:
-        """Return attention work under the window grid alone, relative to full causal."""
-        length = self.config.seq_length
-        sliding = self.config.mask == "sliding"
-        return window_pairs(window, length, sliding=sliding) / window_pairs(length, length)
 
     @contextlib.contextmanager
     def override(self, window: int) -> Iterator[None]:

@@ -240,12 +240,6 @@ def _documents(
     return documents
 
 
-def grid_fraction(config: SkyLadderConfig, window: int) -> float:
-    """Return attention work at this window relative to full causal, documents left aside."""
-    length = config.seq_length
-    return costs.grid_pairs(config)(window) / window_pairs(length, length)
-
-
 def alpha_for_share(config: SkyLadderConfig, total_steps: int, share: Fraction) -> Fraction:
     """Return the rate, in tokens per step, that grows the window over this share of the run."""
     span = config.schedule.final_window - config.schedule.start_window
