@@ -8,9 +8,6 @@ Without a GPU: ``SKYLADDER_DEVICE=cpu``. Without any ``--skyladder-*`` flag this
 from __future__ import annotations
 
 import logging
-import os
-import sys
-import traceback
 from functools import partial
 from typing import Any
 
@@ -18,6 +15,7 @@ from megatron_skyladder.cpu import engine as cpu_engine
 from megatron_skyladder.ladder.config import config_from_args
 from megatron_skyladder.megatron_lm import releases
 from megatron_skyladder.runtime.console import log_to_console
+from megatron_skyladder.runtime.ending import explained
 
 logger = logging.getLogger("megatron_skyladder.pretrain_gpt")  # __name__ is __main__ here
 SPIKY_LOSS_FACTOR = 10  # a loss this many times the largest so far is spiky, as in Megatron
@@ -123,27 +121,10 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatro
 def main() -> None:
     """Train."""
     log_to_console()
-    try:
+    with explained():
         releases.release_of(releases.installed())
         cpu_engine.install_or_check_device()
         _launch()
-    except (ValueError, releases.MegatronMismatchError) as error:
-        if os.environ.get("SKYLADDER_TRACEBACK") or not _says_it_all(error):
-            raise
-        if os.environ.get("RANK", "0") == "0":
-            logger.error("error: %s", error)
-        sys.exit(2)
-
-
-def _says_it_all(error: BaseException) -> bool:
-    """Return whether we refuse to start, the same on every rank: nobody needs the traceback.
-
-    What goes wrong elsewhere, or once training runs, may be news of this rank alone.
-    """
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    raised_by: str = frames[-1].f_globals.get("__name__", "")
-    training = any(frame.f_code is forward_step.__code__ for frame in frames)
-    return raised_by.startswith("megatron_skyladder.") and not training
 
 
 def _launch() -> None:

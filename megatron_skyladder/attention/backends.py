@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megatron_skyladder.attention import sdpa
 from megatron_skyladder.attention.segments import Segments
 from megatron_skyladder.cpu import engine as cpu_engine
+from megatron_skyladder.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def make_backend(name: str, **arguments: Any) -> torch.nn.Module:
         arguments: those of Megatron's core attention, with ``softmax_scale`` resolved.
 
     Raises:
-        ValueError: what the backend needs is not installed.
+        UsageError: what the backend needs is not installed.
     """
     name, reason = choose_backend(name, arguments["config"].params_dtype)
     if arguments["layer_number"] == 1:
@@ -204,13 +205,13 @@ def choose_backend(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[str,
         dtype: of the model's parameters.
 
     Raises:
-        ValueError: what the backend needs is not installed.
+        UsageError: what the backend needs is not installed.
     """
     if name == "auto":
         return _best_backend(dtype)
     missing = _missing(name)
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-attention-backend={name} needs {missing}. Install it, or use auto, "
             "which takes the best of what is there."
         )

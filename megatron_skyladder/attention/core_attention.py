@@ -26,6 +26,7 @@ from megatron_skyladder.attention.segments import (
     grid_segments,
 )
 from megatron_skyladder.attention.statistics import LayerStatistics, recording
+from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import clock
 
 _masks = MaskCache()
@@ -45,7 +46,7 @@ class SkyLadderAttention(MegatronModule):
     The arguments are those with which Megatron builds any core attention.
 
     Raises:
-        ValueError: the model asks for something that windows cannot be combined with.
+        UsageError: the model asks for something that windows cannot be combined with.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ def _check_model(
         AttnMaskType.causal,
         AttnMaskType.padding_causal,
     ):
-        raise ValueError(
+        raise UsageError(
             f"SkyLadder attention is causal self-attention; this layer asks for {attention_type} "
             f"attention with a {attn_mask_type.name} mask."
         )

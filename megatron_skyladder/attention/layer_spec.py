@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_skyladder.attention.core_attention import SkyLadderAttention
+from megatron_skyladder.errors import UsageError
 
 
 def with_skyladder(spec: Any) -> Any:
@@ -23,7 +24,7 @@ def with_skyladder(spec: Any) -> Any:
             returns such a spec when called as Megatron's model builder does.
 
     Raises:
-        ValueError: the spec has no core attention to replace.
+        UsageError: the spec has no core attention to replace.
     """
     if not dataclasses.is_dataclass(spec) and callable(spec):
 
@@ -34,7 +35,7 @@ def with_skyladder(spec: Any) -> Any:
         return wrapped
     replaced, count = _replace(spec)
     if count == 0:
-        raise ValueError(
+        raise UsageError(
             f"no core_attention was found in the layer spec {spec!r}, so SkyLadder cannot be "
             "applied. Use a spec of Megatron's GPT layers (local or Transformer Engine)."
         )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from megatron_skyladder.errors import UsageError
+
 _NOTHING = ("", "none", "null", "false", "no", "off", "0")  # as text, on a command line or in YAML
 
 
@@ -131,11 +133,11 @@ def refuse(findings: Iterable[Finding]) -> None:
     """Raise what stops training, all of it at once.
 
     Raises:
-        ValueError: at least one of them does.
+        UsageError: at least one of them does.
     """
     lines = [str(finding) for finding in findings if finding.rule.effect.stops]
     if lines:
-        raise ValueError("\n".join(dict.fromkeys(lines)))
+        raise UsageError("\n".join(dict.fromkeys(lines)))
 
 
 _IN_16_BITS = "its attention runs in 16 bits"
@@ -225,7 +227,7 @@ def check_model(config: Any, attention_dropout: float | None = None) -> None:
         attention_dropout: of one layer, in place of the configuration's.
 
     Raises:
-        ValueError: it asks for what a rule of the model refuses.
+        UsageError: it asks for what a rule of the model refuses.
     """
     values = {rule.name: getattr(config, rule.name, None) for rule in RULES if rule.of_model}
     if attention_dropout is not None:

@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_skyladder.errors import UsageError
+
 DEVICE_VARIABLE = "SKYLADDER_DEVICE"
 _CPU = torch.device("cpu")
 _MEMORY_BYTES = 24 << 30  # what device properties claim
@@ -42,11 +44,11 @@ def is_requested() -> bool:
     """Return whether ``SKYLADDER_DEVICE=cpu`` is set.
 
     Raises:
-        ValueError: the variable has another value than ``cpu``, ``cuda`` or none.
+        UsageError: the variable has another value than ``cpu``, ``cuda`` or none.
     """
     value = os.environ.get(DEVICE_VARIABLE, "")
     if value not in ("", "cpu", "cuda"):
-        raise ValueError(f"{DEVICE_VARIABLE}={value} is unknown. Set it to cpu or cuda.")
+        raise UsageError(f"{DEVICE_VARIABLE}={value} is unknown. Set it to cpu or cuda.")
     return value == "cpu"
 
 
@@ -59,12 +61,12 @@ def install_or_check_device() -> None:
     """Install the engine where it is asked for; elsewhere make sure that there is a GPU.
 
     Raises:
-        ValueError: there is no GPU and the CPU engine was not asked for, or the reverse.
+        UsageError: there is no GPU and the CPU engine was not asked for, or the reverse.
     """
     if is_requested():
         install()
     elif not torch.cuda.is_available():
-        raise ValueError(
+        raise UsageError(
             "no CUDA device is visible to torch. Run where there is one, or set "
             f"{DEVICE_VARIABLE}=cpu to train on the CPU (gloo; for small models and tests)."
         )
@@ -74,13 +76,14 @@ def install() -> None:
     """Make ``torch.cuda`` land on the CPU in this process. A second call does nothing.
 
     Raises:
-        ValueError: a CUDA device is visible, or Megatron has been imported already.
+        UsageError: a CUDA device is visible.
+        ValueError: Megatron has been imported already.
     """
     global _installed
     if _installed:
         return
     if torch.cuda.is_available():
-        raise ValueError(
+        raise UsageError(
             f"{DEVICE_VARIABLE}=cpu, but torch sees {torch.cuda.device_count()} CUDA device(s). "
             f"Unset {DEVICE_VARIABLE} to train on them, or hide them with CUDA_VISIBLE_DEVICES= "
             "if you really mean the CPU."
@@ -108,10 +111,10 @@ def run_script(arguments: list[str]) -> None:
         arguments: the script and what comes after it on the command line.
 
     Raises:
-        ValueError: there is no such script, or the engine cannot be installed.
+        UsageError: there is no such script, or the engine cannot be installed.
     """
     if not arguments or not os.path.isfile(arguments[0]):
-        raise ValueError(
+        raise UsageError(
             "give the script to run on the CPU, such as python -m megatron_skyladder.cpu "
             f"pretrain_gpt.py --num-layers 2 ...; given: {' '.join(arguments[:1]) or 'nothing'}."
         )

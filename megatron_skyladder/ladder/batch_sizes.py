@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_skyladder.errors import UsageError
+
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -51,7 +53,7 @@ def batch_sizes(args: Any) -> BatchSizes:
             one, ``step_batch_size_schedule``: ``THRESHOLD:SIZE ...``, thresholds in tokens.
 
     Raises:
-        ValueError: the batch size schedule cannot be read.
+        UsageError: the batch size schedule cannot be read.
     """
     text = getattr(args, "step_batch_size_schedule", None)
     if text is None:
@@ -66,7 +68,7 @@ def batch_sizes(args: Any) -> BatchSizes:
     stages.sort()
     starts = [start for start, _ in stages]
     if starts[:1] != [0] or len(set(starts)) < len(starts) or min(s for _, s in stages) < 1:
-        raise ValueError(
+        raise UsageError(
             f"--step-batch-size-schedule={text!r} cannot be read. Give TOKENS:SAMPLES pairs that "
             'start at 0, such as "0:768 250B:1536".'
         )

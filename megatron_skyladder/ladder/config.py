@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.batch_sizes import batch_sizes
 from megatron_skyladder.ladder.presets import SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import (
@@ -243,7 +244,7 @@ def config_from_args(args: Any) -> SkyLadderConfig | None:
         The configuration, or None where no ``--skyladder-*`` flag was given.
 
     Raises:
-        ValueError: a flag is wrong; the message says which and what to do.
+        UsageError: a flag is wrong; the message says which and what to do.
     """
     if not is_requested(args):
         return None
@@ -253,7 +254,7 @@ def config_from_args(args: Any) -> SkyLadderConfig | None:
     if schedule.final_window > seq_length:
         given = getattr(args, "skyladder_final_window", None) is not None
         source = "" if given else f" (set by --skyladder-preset={flags['preset']})"
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-final-window={schedule.final_window}{source} is above "
             f"--seq-length={seq_length}. A window cannot be longer than the row: lower it, or "
             "raise --seq-length."
@@ -368,12 +369,12 @@ def _total_steps(args: Any, begin_samples: int) -> int:
 
 def _check_begin(begin_samples: int, args: Any) -> None:
     if begin_samples < 0:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-begin-samples={begin_samples}: give 0 or more consumed samples."
         )
     train_samples = _total_samples(args, 0)
     if train_samples and begin_samples >= train_samples:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-begin-samples={begin_samples} is not before the end of the run, which "
             f"has {train_samples} samples. Give the samples that were consumed when the schedule "
             "is to start."
@@ -385,7 +386,7 @@ def _check_ends(schedule: WindowSchedule, args: Any, begin_samples: int) -> None
     total_steps = _total_steps(args, begin_samples)
     unfinished = schedule.ramp_steps > total_steps
     if unfinished and total_steps and not getattr(args, "skyladder_allow_unfinished", None):
-        raise ValueError(
+        raise UsageError(
             f"the schedule ({schedule.describe()}) takes {float(schedule.ramp_steps):,.0f} steps, "
             f"but the run has {total_steps:,}: it would end at a window of "
             f"{schedule.window_at(total_steps - 1)}. Give a higher --skyladder-alpha, or "
@@ -397,12 +398,12 @@ def _eval_lengths(given: tuple[int, ...], seq_length: int) -> tuple[int, ...]:
     lengths = tuple(sorted(set(given)))
     outside = [length for length in lengths if not 1 <= length <= seq_length]
     if outside:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-eval-lengths has {outside[0]}, but context lengths lie between 1 and "
             f"--seq-length={seq_length}."
         )
     if lengths and lengths[0] == seq_length:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-eval-lengths={seq_length} is the whole row, which plain validation "
             f"reports already. Give shorter lengths, such as {max(1, seq_length // 4)}."
         )
@@ -414,7 +415,7 @@ def _stats_interval(given: int | None, args: Any) -> int:
         return 0
     log_interval = getattr(args, "log_interval", None) or 1
     if given < 1 or given % log_interval:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-attention-stats-interval={given} has to be a multiple of "
             f"--log-interval={log_interval}, at least 1 of them: what is measured goes into the "
             "log line."
@@ -424,7 +425,7 @@ def _stats_interval(given: int | None, args: Any) -> int:
 
 def _choice(flag: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-{flag}={value} is unknown. Choose one of: {', '.join(choices)}."
         )
     return value
@@ -451,43 +452,43 @@ def _number(text: str) -> Fraction:
     """Read 0.125 or 1/8 exactly.
 
     Raises:
-        ValueError: it is not a number.
+        UsageError: it is not a number.
     """
     try:
         return exact(text)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{text!r} is not a number such as 0.125 or 1/8") from None
+        raise UsageError(f"{text!r} is not a number such as 0.125 or 1/8") from None
 
 
 def _lengths(text: str) -> tuple[int, ...]:
     """Read 512,4096,8192.
 
     Raises:
-        ValueError: it is not a list of lengths.
+        UsageError: it is not a list of lengths.
     """
     try:
         return tuple(int(length) for length in text.split(","))
     except ValueError:
-        raise ValueError(f"{text!r} is not a list of lengths such as 512,4096,8192") from None
+        raise UsageError(f"{text!r} is not a list of lengths such as 512,4096,8192") from None
 
 
 def _multiple(text: str) -> int | str:
     """Read a number of tokens or auto.
 
     Raises:
-        ValueError: it is neither.
+        UsageError: it is neither.
     """
     try:
         return text if text == ROUND_TO_AUTO else int(text)
     except ValueError:
-        raise ValueError(f"{text!r} is neither a number nor auto") from None
+        raise UsageError(f"{text!r} is neither a number nor auto") from None
 
 
 def _stage(text: str) -> Stage:
     """Read WINDOW:SHARE.
 
     Raises:
-        ValueError: it is not that, or the window is below 1.
+        UsageError: it is not that, or the window is below 1.
     """
     window, _, share = text.partition(":")
     try:
@@ -495,7 +496,7 @@ def _stage(text: str) -> Stage:
     except (ValueError, ZeroDivisionError):
         stage = None
     if stage is None or (window != "final" and stage.window < 1):
-        raise ValueError(f"{text!r} is not WINDOW:SHARE, such as 128:0.5")
+        raise UsageError(f"{text!r} is not WINDOW:SHARE, such as 128:0.5")
     return stage
 
 

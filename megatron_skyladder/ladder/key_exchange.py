@@ -28,6 +28,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_skyladder.errors import UsageError
+
 Span = tuple[int, int]  # tokens [start, stop)
 
 
@@ -73,10 +75,10 @@ def chunk_length_of(cp_size: int, seq_length: int) -> int:
     """Return the tokens of a chunk.
 
     Raises:
-        ValueError: the row does not divide into 2 * cp_size chunks.
+        UsageError: the row does not divide into 2 * cp_size chunks.
     """
     if seq_length % (2 * cp_size):
-        raise ValueError(
+        raise UsageError(
             f"--seq-length={seq_length} does not divide into {2 * cp_size} chunks, two for each of "
             f"{cp_size} context-parallel ranks. Give a multiple of {2 * cp_size}, or another "
             "--context-parallel-size."
@@ -125,7 +127,7 @@ def needed_tails(
         holds itself. The drawing in the module gives [[[0, 0, 0, 0]], [[4, 0, 0, 0]]].
 
     Raises:
-        ValueError: the row does not divide into 2 * cp_size chunks.
+        UsageError: the row does not divide into 2 * cp_size chunks.
     """
     chunk_length = chunk_length_of(cp_size, seq_length)
     row_starts = np.arange(int(cu_seqlens[-1]) // seq_length, dtype=np.int64) * seq_length
@@ -159,7 +161,7 @@ def exchange_plan(
         sliding_window: see `first_visible`.
 
     Raises:
-        ValueError: the row does not divide into 2 * cp_size chunks.
+        UsageError: the row does not divide into 2 * cp_size chunks.
     """
     tails = needed_tails(
         cu_seqlens, cp_size=cp_size, seq_length=seq_length, sliding_window=sliding_window

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
+from megatron_skyladder.errors import UsageError
+
 STEPWISE_ROUND_TO = 1024  # Table 20: r
 FINAL_WINDOW = -1  # in a stage: stands for the final window until that is known
 DEFAULT_NUM_CYCLES = 2  # up-down-up-down: the M shape
@@ -79,7 +81,7 @@ class WindowSchedule:
         num_cycles: for ``cyclic`` and ``cyclic-jump``: how often the window grows.
 
     Raises:
-        ValueError: a value is out of range, or the rate is missing or given twice.
+        UsageError: a value is out of range, or the rate is missing or given twice.
 
     Example (1B model at 8K in the paper): ``WindowSchedule(start_window=32, final_window=8192,
     alpha=0.125).window_at(8) == 33``, and 8192 from step 65,280 on.
@@ -277,71 +279,71 @@ SCHEDULES: dict[str, Callable[[WindowSchedule, int, int], int]] = {
 def _check(schedule: WindowSchedule) -> None:
     name = schedule.schedule
     if name not in SCHEDULES:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-schedule={name} is unknown. Choose one of: {', '.join(SCHEDULES)}."
         )
     if schedule.final_window < 1:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-final-window={schedule.final_window} is not a window. "
             "Give at least 1 token, or leave it out for --seq-length."
         )
     if schedule.round_to is not None and schedule.round_to < 1:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-round-to={schedule.round_to} is not a multiple. Give at least 1 token."
         )
     if schedule.total_steps is not None and schedule.total_steps < 1:
-        raise ValueError(f"total_steps={schedule.total_steps}: a run has at least one step.")
+        raise UsageError(f"total_steps={schedule.total_steps}: a run has at least one step.")
     if name == "constant":
         return
     if name == "staged":
         _check_stages(schedule)
         return
     if schedule.stages:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-stages is for --skyladder-schedule=staged, but the schedule is {name}. "
             "Drop one of the two."
         )
     if schedule.start_window < 1:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-start-window={schedule.start_window} is not a window. "
             "Give at least 1 token, such as 32 (the paper's) or 8 (its recommendation)."
         )
     if schedule.start_window > schedule.final_window:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-start-window={schedule.start_window} is above the final window of "
             f"{schedule.final_window}. Give a smaller start, or use --skyladder-schedule=reversed "
             "for a window that shrinks."
         )
     if name in ("cyclic", "cyclic-jump") and schedule.num_cycles < 1:
-        raise ValueError(f"--skyladder-cycles={schedule.num_cycles}: give at least 1 cycle.")
+        raise UsageError(f"--skyladder-cycles={schedule.num_cycles}: give at least 1 cycle.")
     _check_rate(schedule)
 
 
 def _check_rate(schedule: WindowSchedule) -> None:
     if schedule.alpha is not None and schedule.expand_fraction is not None:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-alpha={float(exact(schedule.alpha)):g} and --skyladder-expand-fraction="
             f"{float(exact(schedule.expand_fraction)):g} both set the rate. Give only one of them."
         )
     if schedule.alpha is None and schedule.expand_fraction is None:
-        raise ValueError(
+        raise UsageError(
             f"schedule {schedule.schedule} has no rate. Give --skyladder-alpha (tokens per step) "
             "or --skyladder-expand-fraction (share of all training samples)."
         )
     if schedule.alpha is not None and exact(schedule.alpha) <= 0:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-alpha={float(exact(schedule.alpha))} never reaches the final window of "
             f"{schedule.final_window} tokens. Give a positive rate such as 0.125 (one token "
             "every 8 steps), or --skyladder-expand-fraction=0.64."
         )
     if schedule.expand_fraction is not None:
         if not 0 < exact(schedule.expand_fraction) <= 1:
-            raise ValueError(
+            raise UsageError(
                 f"--skyladder-expand-fraction={float(exact(schedule.expand_fraction))} is not a "
                 "share of the run. Give a number above 0 and at most 1, such as 0.64."
             )
         if schedule.total_steps is None:
-            raise ValueError(
+            raise UsageError(
                 "an expand fraction needs the length of the run. Give total_steps "
                 "(--train-samples or --train-iters), or a rate with --skyladder-alpha."
             )
@@ -349,33 +351,33 @@ def _check_rate(schedule: WindowSchedule) -> None:
 
 def _check_stages(schedule: WindowSchedule) -> None:
     if not schedule.stages:
-        raise ValueError(
+        raise UsageError(
             "--skyladder-schedule=staged needs --skyladder-stages WINDOW:SHARE ..., for example "
             "--skyladder-stages 128:0.5 2048:0.5."
         )
     if schedule.total_steps is None:
-        raise ValueError(
+        raise UsageError(
             "stages are shares of the run: give total_steps (--train-samples or --train-iters)."
         )
     for stage in schedule.stages:
         if not 1 <= stage.window <= schedule.final_window:
-            raise ValueError(
+            raise UsageError(
                 f"--skyladder-stages has a window of {stage.window}. "
                 f"Windows lie between 1 and the final window of {schedule.final_window}."
             )
         if stage.share <= 0:
-            raise ValueError(
+            raise UsageError(
                 f"--skyladder-stages gives the window {stage.window} a share of "
                 f"{float(stage.share):g}. Shares are above 0."
             )
     total = sum(stage.share for stage in schedule.stages)
     if total != 1:
-        raise ValueError(
+        raise UsageError(
             f"the shares of --skyladder-stages add up to {float(total):g}. They have to add up "
             "to 1: each is a share of the whole run."
         )
     if schedule.stages[-1].window != schedule.final_window:
-        raise ValueError(
+        raise UsageError(
             f"the last of --skyladder-stages is {schedule.stages[-1].window}, but the final window "
             f"is {schedule.final_window}. Make them equal (--skyladder-final-window)."
         )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 
+from megatron_skyladder.errors import UsageError
 from megatron_skyladder.megatron_lm.releases import MegatronMismatchError
 
 
@@ -28,7 +29,7 @@ def eod_token() -> int:
     """Return the tokenizer's end-of-document id.
 
     Raises:
-        ValueError: the tokenizer has none.
+        UsageError: the tokenizer has none.
     """
     from megatron.training import get_tokenizer
 
@@ -37,7 +38,7 @@ def eod_token() -> int:
     except (AttributeError, NotImplementedError):
         eod = None
     if eod is None:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-intra-document needs the end-of-document token, but the tokenizer "
             f"({args().tokenizer_type}) has none. Use a tokenizer that has one, or leave the flag "
             "out."

@@ -88,7 +88,7 @@ def check(options: Any) -> None:
         options: Megatron's arguments, parsed.
 
     Raises:
-        ValueError: all rules that stop training and are met, one on a line.
+        UsageError: all rules that stop training and are met, one on a line.
     """
     limits.refuse(findings(options))
 
@@ -97,6 +97,6 @@ def check_entry_point(options: Any) -> None:
     """Refuse, with SkyLadder or without, what only Megatron's own script would act on.
 
     Raises:
-        ValueError: all such flags, one on a line.
+        UsageError: all such flags, one on a line.
     """
     limits.refuse(limits.find((rule for rule in RULES if rule.entry_point_always), options))

@@ -21,6 +21,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.config import (
     DEFAULT_SCHEDULE,
     add_arguments,
@@ -44,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser that raises what a user can fix, instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(
+        raise UsageError(
             f"{message}. The flags come from {PREFIX}* variables and {CONFIG_VARIABLE}, see the "
             "help of megatron_skyladder.pretrain_gpt."
         )
@@ -54,7 +55,7 @@ def flags(environment: Mapping[str, str]) -> argparse.Namespace:
     """Return the ``skyladder_*`` values that an environment sets.
 
     Raises:
-        ValueError: a value is wrong, or the file cannot be read or holds an unknown flag.
+        UsageError: a value is wrong, or the file cannot be read or holds an unknown flag.
     """
     parser = _Parser(prog="SkyLadder", allow_abbrev=False)
     add_arguments(parser)
@@ -79,7 +80,7 @@ def _words_of_file(path: str | None) -> list[str]:
         with open(path, encoding="utf-8") as file:
             return shlex.split(file.read(), comments=True)
     except OSError as error:
-        raise ValueError(f"{CONFIG_VARIABLE}={path} cannot be read: {error.strerror}.") from None
+        raise UsageError(f"{CONFIG_VARIABLE}={path} cannot be read: {error.strerror}.") from None
 
 
 def _words(action: argparse.Action, variable: str, value: str | None) -> list[str]:
@@ -89,7 +90,7 @@ def _words(action: argparse.Action, variable: str, value: str | None) -> list[st
     flag = action.option_strings[0]
     if action.nargs == 0:
         if value.lower() not in _YES + _NO:
-            raise ValueError(f"{variable}={value}: set it to 1, or leave it unset.")
+            raise UsageError(f"{variable}={value}: set it to 1, or leave it unset.")
         return [flag] if value.lower() in _YES else []
     return [flag, *(value.split() if action.nargs == "+" else [value])]
 
@@ -101,7 +102,7 @@ def switch_on(options: Any) -> None:
         options: Megatron's validated arguments.
 
     Raises:
-        ValueError: a setting is wrong, or asks for documents to be masked.
+        UsageError: a setting is wrong, or asks for documents to be masked.
     """
     from megatron_skyladder.megatron_lm import hooks
 
@@ -116,7 +117,7 @@ def switch_on(options: Any) -> None:
     config = config_from_args(options)
     assert config is not None
     if config.intra_document:
-        raise ValueError(
+        raise UsageError(
             "SKYLADDER_INTRA_DOCUMENT: documents cannot be masked through --spec alone, because "
             "their ends do not reach the attention. Patch the checkout (skyladder patch apply DIR)"
             ", or train with -m megatron_skyladder.pretrain_gpt."

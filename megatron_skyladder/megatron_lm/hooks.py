@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_skyladder.attention.layer_spec import with_skyladder
+from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.megatron_lm import compat, flag_rules
@@ -47,7 +48,7 @@ def install(config: SkyLadderConfig, options: Any) -> None:
             checkpoint carries it.
 
     Raises:
-        ValueError: a Megatron flag that cannot be combined with SkyLadder.
+        UsageError: a Megatron flag that cannot be combined with SkyLadder.
     """
     check_options(config, options)
     if getattr(options, "create_attention_mask_in_dataloader", False):
@@ -154,7 +155,7 @@ def compare_fingerprints(saved: str | None, wanted: str, *, allow_change: bool) 
     """Make sure that a resumed run goes on under the schedule it began with.
 
     Raises:
-        ValueError: the checkpoint was trained under another schedule.
+        UsageError: the checkpoint was trained under another schedule.
     """
     if saved == wanted:
         return
@@ -166,7 +167,7 @@ def compare_fingerprints(saved: str | None, wanted: str, *, allow_change: bool) 
         )
         return
     if not allow_change:
-        raise ValueError(
+        raise UsageError(
             f"the checkpoint was trained under another schedule.\n  checkpoint: {saved}\n"
             f"  this run:   {wanted}\nUse the checkpoint's flags, or add "
             "--skyladder-allow-schedule-change to go on under the new schedule."

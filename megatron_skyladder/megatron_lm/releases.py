@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from megatron_skyladder.errors import UsageError
+
 logger = logging.getLogger(__name__)
 
 ALLOW_VARIABLE = "SKYLADDER_ALLOW_UNTESTED_MEGATRON"
 PACKAGE_INFO = "package_info.py"  # in megatron/core: MAJOR, MINOR, PATCH, PRE_RELEASE
 
 
-class MegatronMismatchError(RuntimeError):
+class MegatronMismatchError(UsageError):
     """The Megatron that is installed does not have what SkyLadder needs."""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from megatron_skyladder.errors import UsageError
+
 
 def gpt_layer_spec(options: Any, config: Any, vp_stage: int | None = None) -> Any:
     """Return the spec of a stock GPT's layers, as Megatron's own builders choose it.
@@ -18,7 +20,7 @@ def gpt_layer_spec(options: Any, config: Any, vp_stage: int | None = None) -> An
         One layer's spec for a dense model, this stage's block of specs for a mixture of experts.
 
     Raises:
-        ValueError: the arguments ask for a kind of layers that is not built here.
+        UsageError: the arguments ask for a kind of layers that is not built here.
     """
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.spec_utils import import_module
@@ -27,7 +29,7 @@ def gpt_layer_spec(options: Any, config: Any, vp_stage: int | None = None) -> An
         return import_module(options.spec)
     for flag in ("heterogeneous_layers_config_path", "experimental_attention_variant"):
         if getattr(options, flag, None):
-            raise ValueError(
+            raise UsageError(
                 f"--{flag.replace('_', '-')} is not built by SkyLadder's entry point on this "
                 "release of Megatron. Patch your checkout instead (skyladder patch apply)."
             )
@@ -48,7 +50,7 @@ def spec_from_environment() -> Any:
     """Return the spec for ``--spec``, and switch SkyLadder on.
 
     Raises:
-        ValueError: what the environment says, or a model whose layers differ from each other.
+        UsageError: what the environment says, or a model whose layers differ from each other.
     """
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
@@ -57,7 +59,7 @@ def spec_from_environment() -> Any:
 
     options = get_args()
     if options.num_experts:  # Megatron wants one stage's block here, and does not say which
-        raise ValueError(
+        raise UsageError(
             "--spec megatron_skyladder.layer_specs builds dense models, not --num-experts="
             f"{options.num_experts}. Patch the checkout instead (skyladder patch apply DIR)."
         )

@@ -59,7 +59,7 @@ class Trainer(Protocol):
         """The token id that ends a document.
 
         Raises:
-            ValueError: the tokenizer has none.
+            UsageError: the tokenizer has none.
         """
 
     @property

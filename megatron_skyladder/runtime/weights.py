@@ -15,6 +15,8 @@ import math
 from functools import partial
 from typing import Any
 
+from megatron_skyladder.errors import UsageError
+
 
 def reference_stds(hidden_size: int, num_layers: int) -> tuple[float, float]:
     """Return the std of all matrices, and that of the output projections."""
@@ -32,7 +34,7 @@ def draw_as_reference(config: Any) -> None:
             twice (each model chunk has the same configuration) does no harm.
 
     Raises:
-        ValueError: the configuration sets another way to draw weights.
+        UsageError: the configuration sets another way to draw weights.
     """
     from megatron.core.utils import init_method_normal
 
@@ -72,7 +74,7 @@ def _check_nothing_else_is_asked_for(config: Any) -> None:
         if given
     ]
     if other:
-        raise ValueError(
+        raise UsageError(
             f"--skyladder-init=reference and {', '.join(other)} both say how weights are drawn. "
             "Give only one of them."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 
@@ -59,3 +60,20 @@ def mean_of_means() -> None:
     from megatron_skyladder.runtime import sequence_mean
 
     sequence_mean.SequenceMean.wrap = lambda self, forward_step: forward_step  # type: ignore
+
+
+def fail_between_steps() -> None:
+    """Let a mistake of ours show on rank 1 alone, after a step and outside of ``forward_step``."""
+    from megatron.training import training
+
+    from megatron_skyladder.ladder.schedules import WindowSchedule
+
+    train_step = training.train_step
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        result = train_step(*args, **kwargs)
+        if os.environ["RANK"] == "1":
+            WindowSchedule(alpha=1).window_at(-1)
+        return result
+
+    training.train_step = failing

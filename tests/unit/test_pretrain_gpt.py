@@ -1,14 +1,20 @@
 """How a launch that fails says so."""
 
 import logging
+import time
 from types import SimpleNamespace
 
 import pytest
+from test_config import REFUSED, parse
 
 from megatron_skyladder import pretrain_gpt
+from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder.config import config_from_args
 from megatron_skyladder.ladder.schedules import WindowSchedule
 from megatron_skyladder.megatron_lm import releases
-from megatron_skyladder.testing import requires_megatron
+from megatron_skyladder.runtime import ending
+
+INSTALLED = releases.installed
 
 
 def refuse():
@@ -17,6 +23,10 @@ def refuse():
 
 def fail_elsewhere():
     int("eight")
+
+
+def fail_in_ours():
+    WindowSchedule(alpha=1).window_at(-1)
 
 
 @pytest.fixture
@@ -37,33 +47,46 @@ def launch(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize(("rank", "num_messages"), [("0", 1), ("3", 0)])
-def test_what_we_refuse_is_said_once_without_a_traceback(launch, caplog, rank, num_messages):
+def test_what_we_refuse_is_said_without_a_traceback(launch, caplog):
     with pytest.raises(SystemExit) as leaving:
-        launch(refuse, rank)
+        launch(refuse)
     assert leaving.value.code == 2
-    assert caplog.text.count("--skyladder-start-window=9 is above") == num_messages
+    assert "error: --skyladder-start-window=9 is above" in caplog.text
+
+
+def test_a_refusal_of_one_rank_alone_is_said_by_it_in_time(launch, caplog, monkeypatch):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    with pytest.raises(SystemExit) as leaving:
+        launch(refuse, "3")
+    assert leaving.value.code == 2
+    assert waited == [ending.GRACE_SECONDS]  # in which the launcher ends it, if rank 0 refused too
+    assert "error on rank 3: --skyladder-start-window=9 is above" in caplog.text
 
 
 def test_the_traceback_on_request(launch, monkeypatch):
     monkeypatch.setenv("SKYLADDER_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="is above the final window"):
+    with pytest.raises(UsageError, match="is above the final window"):
         launch(refuse)
 
 
+def test_another_megatron_is_a_refusal(launch, monkeypatch, caplog):
+    monkeypatch.setattr(releases, "_folder_of", lambda part: None)
+    monkeypatch.setattr(releases, "installed", INSTALLED)
+    with pytest.raises(SystemExit) as leaving:
+        launch(lambda: None)
+    assert leaving.value.code == 2
+    assert "error: no Megatron is installed" in caplog.text
+
+
 @pytest.mark.parametrize("rank", ["0", "3"])
-def test_the_errors_of_others_keep_their_traceback(launch, rank):
-    with pytest.raises(ValueError, match="invalid literal"):
-        launch(fail_elsewhere, rank)
-
-
-@requires_megatron
-def test_an_error_in_a_step_keeps_its_traceback_on_every_rank(launch, monkeypatch):
-    import megatron.training
-
-    monkeypatch.setattr(megatron.training, "get_timers", refuse)
-    with pytest.raises(ValueError, match="is above the final window"):
-        launch(lambda: pretrain_gpt.forward_step(None, None), "3")
+@pytest.mark.parametrize("fail", [fail_elsewhere, fail_in_ours])
+def test_other_errors_keep_their_traceback_and_name_the_rank(launch, caplog, fail, rank):
+    """Whoever raises them, and wherever: only the type tells."""
+    with pytest.raises(ValueError, match=r"invalid literal|steps count from 0") as failure:
+        launch(fail, rank)
+    assert not isinstance(failure.value, UsageError)
+    assert f"rank {rank} failed with ValueError: {failure.value}" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -79,3 +102,10 @@ def test_where_stock_megatron_averages_otherwise_than_one_process(caplog, given,
     options = {"context_parallel_size": 2, "eod_mask_loss": True, "calculate_per_token_loss": False}
     pretrain_gpt._warn_of_unequal_parts(SimpleNamespace(**options | given))
     assert ("Add --calculate-per-token-loss" in caplog.text) == warned
+
+
+def test_every_error_of_the_flags_is_a_refusal():
+    """Wrong numbers, wrong names, too early, too late: never a plain ValueError."""
+    for flags, _ in REFUSED:
+        with pytest.raises(UsageError):
+            config_from_args(parse(flags))

@@ -6,12 +6,14 @@ import configparser
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_skyladder.errors import UsageError
+
 _PREFIX = "megatron-"
 _KEYS = {"reason", "file", "function", "insert"}
 _SIDES = ("before", "after")
 
 
-class PatchError(ValueError):
+class PatchError(UsageError):
     """The checkout does not have what the patch needs, or the patch is not well-formed."""
 
 

@@ -1,0 +1,11 @@
+"""The one class of errors that are not bugs."""
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done, and whoever started the run can change that.
+
+    A flag, a variable, an input or a checkpoint does not fit; the message says what was given, what
+    is needed and what to do, so nobody needs a traceback. Every rank comes to the same conclusion
+    before training. All other errors, a plain ``ValueError`` among them, are faults of the
+    program: they keep their traceback.
+    """
