@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_skyladder.slurm import checkpoints
+from megatron_skyladder.slurm.flags import by_flag
+from megatron_skyladder.slurm.settings import Settings
 
 FINISHED, STOPPED, TIME_LIMIT, TERMINATED = "finished", "stopped", "time limit", "terminated"
 EARLY_EXIT, CRASHED, VANISHED, RUNNING = "exited early", "crashed", "vanished", "running"
@@ -87,6 +89,23 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def flags(self) -> dict[str, str]:
+        """Megatron's flags with their values; none before there are settings."""
+        try:
+            return by_flag(Settings.read(self.path).flags)
+        except FileNotFoundError:
+            return {}
+
+    def newest_checkpoint(self) -> int:
+        """Return the iteration of the newest complete checkpoint; 0: there is none."""
+        flags = self.flags
+        found = [
+            checkpoints.find(folder, flags.get("--ckpt-format")).newest
+            for folder in checkpoints.folders(self.checkpoints, flags)
+        ]
+        return max(*found, checkpoints.newest_local(flags))
+
+    @property
     def is_finished(self) -> bool:
         """Whether training has come to its end."""
         return (self.path / "finished").exists()
@@ -114,7 +133,7 @@ class RunFolder:
 
     def close_earlier(self) -> None:
         """Note how attempts ended that could not say so themselves."""
-        newest = checkpoints.find(self.checkpoints).newest
+        newest = self.newest_checkpoint()
         for attempt in self.attempts():
             if attempt.outcome != RUNNING:
                 continue
@@ -156,7 +175,7 @@ class RunFolder:
             outcome = signal
         else:
             outcome = STOPPED if self.is_stopped else EARLY_EXIT
-        newest = checkpoints.find(self.checkpoints).newest
+        newest = self.newest_checkpoint()
         closed = replace(attempt, ended=time.time(), end_iteration=newest, outcome=outcome)
         if outcome in FAILURES and not closed.made_progress:
             reason = reason or _REASONS[outcome]

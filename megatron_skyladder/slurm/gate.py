@@ -36,32 +36,45 @@ def begin(run: RunFolder, settings: Settings) -> int:
     answer = _reason_not_to_train(run, settings)
     if answer is not None:
         return answer
-    found = checkpoints.settle(run.checkpoints)
-    skipped = tuple(f"{entry.folder.name}: {entry.reason}" for entry in found.incomplete)
+    start, skipped = _settle_checkpoints(run)
     attempt = Attempt(
         number=len(run.attempts()) + 1,
         job=os.environ.get("SLURM_JOB_ID", "none"),
         restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         hosts=os.environ.get("SLURM_JOB_NODELIST", "this machine"),
         started=time.time(),
-        start_iteration=found.newest,
+        start_iteration=start,
         skipped=skipped,
     )
     run.write(attempt)
     _write_versions(run.attempt_folder(attempt.number))
-    for entry in skipped:
-        logger.warning("skipped an incomplete checkpoint, %s", entry)
-    if found.newest and found.named != str(found.newest):
-        logger.warning(
-            "%s named %s; the newest complete checkpoint is %s",
-            checkpoints.TRACKER,
-            found.named or "none",
-            found.newest,
-        )
-    start = f"from iteration {found.newest:,}" if found.newest else "from the beginning"
-    _report(run, f"training, attempt {attempt.number}, {start}")
+    begins = f"from iteration {start:,}" if start else "from the beginning"
+    _report(run, f"training, attempt {attempt.number}, {begins}")
     logger.info("logs: %s", run.attempt_folder(attempt.number))
     return TRAIN
+
+
+def _settle_checkpoints(run: RunFolder) -> tuple[int, tuple[str, ...]]:
+    """Return the iteration that training begins from, and which checkpoints were not used."""
+    flags = run.flags
+    start, notes = checkpoints.newest_local(flags), []
+    for folder in checkpoints.folders(run.checkpoints, flags):
+        found = checkpoints.settle(folder, flags.get("--ckpt-format"))
+        start = max(start, found.newest)
+        for entry in found.incomplete:
+            notes.append(f"{entry.folder.name}: {entry.reason}")
+            logger.warning("skipped an incomplete checkpoint, %s", notes[-1])
+        for entry in found.unknown:
+            notes.append(f"{entry.folder.name}, left as it is: {entry.reason}")
+            logger.warning("did not use a checkpoint, %s", notes[-1])
+        if found.named not in (None, "release", str(found.newest)):
+            logger.warning(
+                "%s named %s; the newest complete checkpoint there is %s",
+                folder / checkpoints.TRACKER,
+                found.named or "none",
+                found.newest or "none",
+            )
+    return start, tuple(notes)
 
 
 def _reason_not_to_train(run: RunFolder, settings: Settings) -> int | None:

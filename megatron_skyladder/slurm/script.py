@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skyladder.slurm.attempts import RunFolder, write_whole
+from megatron_skyladder.slurm.flags import by_flag
 from megatron_skyladder.slurm.settings import FILE_NAME, Settings
 
 BEGIN, END = "# <settings>\n", "# </settings>\n"
@@ -31,6 +32,7 @@ OWNED = (
     "chdir",
     "wrap",
 )
+FSDP_FLAGS = {"--use-torch-fsdp2", "--use-megatron-fsdp"}
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +106,15 @@ def _assignments(settings: Settings, jobs: int | None) -> Iterable[str]:
     options, prefix = _container(settings)
     yield f"SRUN_OPTIONS=({_words(options)})"
     yield f"PREFIX=({_words(prefix)})"
-    for name, value in environment.variables.items():
+    for name, value in {**_variables_of(settings), **environment.variables}.items():
         yield f"export {name}={shlex.quote(value)}"
+
+
+def _variables_of(settings: Settings) -> dict[str, str]:
+    """Return what the run's flags need otherwise than the script's default."""
+    if by_flag(settings.flags).keys() & FSDP_FLAGS:
+        return {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}  # Megatron refuses 1 here; 8 is CUDA's default
+    return {}
 
 
 def _words(words: list[str]) -> str:
@@ -159,24 +168,11 @@ def _changes(old: Settings, new: Settings) -> list[str]:
     changes = []
     if old.entry != new.entry:
         changes.append(f"entry: {old.entry} -> {new.entry}")
-    before, after = _by_flag(old.flags), _by_flag(new.flags)
+    before, after = by_flag(old.flags), by_flag(new.flags)
     for flag in sorted(before.keys() | after.keys()):
         if before.get(flag) != after.get(flag):
             changes.append(f"{flag}: {before.get(flag, 'absent')} -> {after.get(flag, 'absent')}")
     return changes
-
-
-def _by_flag(words: tuple[str, ...]) -> dict[str, str]:
-    """Return flags with their values as text; where one is given twice, the last."""
-    flags: dict[str, str] = {}
-    name = ""
-    for word in words:
-        if word.startswith("--"):
-            name, _, value = word.partition("=")
-            flags[name] = value
-        else:
-            flags[name] = f"{flags.get(name, '')} {word}".strip()
-    return flags
 
 
 def submit(settings: Settings, *, jobs: int | None = None, array: bool = False) -> list[str]:

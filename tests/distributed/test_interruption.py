@@ -14,6 +14,7 @@ import torch
 from histories import LADDER, RESHARDABLE, STEPS, WINDOWS, History, assert_same_history
 from runs import Run, Trainer
 
+from megatron_skyladder.slurm.checkpoints import Found, find
 from megatron_skyladder.testing import read_checkpoint, requires_megatron
 
 pytestmark = requires_megatron
@@ -123,6 +124,12 @@ def test_exit_interval(trainer: Trainer, uninterrupted) -> None:
         run = history.go_on("--exit-interval 3")
         assert max(run.windows) == end - 8
     assert_same_history(history, uninterrupted(flags))
+    # the SLURM gate knows what Megatron wrote by itself, and by what it is complete
+    assert find(history.folder) == Found(STEPS, (), str(STEPS))
+    for mark in history.folder.glob("iter_*/metadata.json"):
+        mark.unlink()
+    assert all("no metadata.json" in entry.reason for entry in find(history.folder).incomplete)
+    assert find(history.folder).newest == 0
 
 
 def test_exit_signal(trainer: Trainer, uninterrupted) -> None:

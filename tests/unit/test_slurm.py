@@ -139,6 +139,16 @@ def test_environment(settings: Settings) -> None:
     assert "\nexport A='b c'\n" in text
 
 
+def test_fsdp_gets_more_than_one_hardware_queue(settings: Settings) -> None:
+    """Megatron: FSDP requires CUDA_DEVICE_MAX_CONNECTIONS > 1 or unset."""
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    assert f"\nexport {name}=8\n" not in script.job_script(settings)
+    fsdp = replace(settings, flags=(*settings.flags, "--use-megatron-fsdp"))
+    assert f"\nexport {name}=8\n" in script.job_script(fsdp)
+    chosen = replace(fsdp, environment=Environment(variables={name: "32"}))
+    assert f"\nexport {name}=32\n" in script.job_script(chosen)
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("jobs", [None, 4])
 def test_the_scripts_of_the_examples(path: Path, jobs: int | None, tmp_path: Path) -> None:
