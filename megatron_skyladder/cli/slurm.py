@@ -110,8 +110,13 @@ def run(args: argparse.Namespace) -> int:
     _check_flags(settings)
     if not args.submit:
         return _show(settings, text)
-    script.write_run_folder(settings, text, allow_changes=args.allow_changes)
-    ids = script.submit(settings, jobs=jobs, array=args.array is not None)
+    ids = script.submit_run(
+        settings,
+        text,
+        jobs=jobs,
+        array=args.array is not None,
+        allow_changes=args.allow_changes,
+    )
     print(f"submitted {', '.join(ids)}")
     print(f"how it stands: {Path(settings.folder) / 'status.txt'}")
     return 0
@@ -157,5 +162,7 @@ def _show(settings: Settings, text: str) -> int:
             except ValueError as error:
                 code, verdict = 1, str(error)
     print(f"# run folder: {settings.folder}\n# {verdict}", file=sys.stderr)
+    for name in settings.environment.passed:
+        print(f"# {name}: handed to jobs by sbatch's environment, written nowhere", file=sys.stderr)
     print("# nothing was written or submitted: add --submit", file=sys.stderr)
     return code

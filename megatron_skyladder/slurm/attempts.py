@@ -11,6 +11,7 @@ attempt that ends without a word is told from one that was asked to stop.
         error.<rank>.json    written by a rank that fails
     RUN/attempt            path of the latest attempt's folder
     RUN/status.txt         the state for people; the first line says it all
+    RUN/wandb_id           Weights & Biases' name for it: one run there, whatever becomes of jobs
     RUN/stop               made by a user: save, and do not go on
     RUN/finished           made by rank 0 when training has come to its end
     RUN/submitted          touched by a submission: failures before it do not count
@@ -21,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -114,6 +116,14 @@ class RunFolder:
     def is_stopped(self) -> bool:
         """Whether a user wants it to stop."""
         return (self.path / "stop").exists()
+
+    def wandb_id(self) -> str:
+        """Return what Weights & Biases knows the run by, chosen at the first call."""
+        path = self.path / "wandb_id"
+        if not path.exists():
+            name = re.sub(r"[^\w.-]", "-", self.path.name)[:100]  # folders of one name are many
+            write_whole(path, f"{name}-{secrets.token_hex(4)}\n")
+        return path.read_text().strip()
 
     def attempt_folder(self, number: int) -> Path:
         """Return the folder of an attempt."""
@@ -216,8 +226,12 @@ def failure_reason(folder: Path, exit_code: int) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that nobody ever sees a part of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _from_json(text: str) -> Attempt:

@@ -47,6 +47,7 @@ def begin(run: RunFolder, settings: Settings) -> int:
         skipped=skipped,
     )
     run.write(attempt)
+    run.wandb_id()  # chosen here, where nobody else asks for it
     _write_versions(run.attempt_folder(attempt.number))
     begins = f"from iteration {start:,}" if start else "from the beginning"
     _report(run, f"training, attempt {attempt.number}, {begins}")

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_skyladder.slurm.attempts import RunFolder
@@ -46,6 +47,19 @@ def command(run: RunFolder, settings: Settings, environment: dict[str, str]) -> 
     ]
 
 
+def rank_environment(run: RunFolder, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of this node's ranks, from that of this process."""
+    return {
+        # an attempt goes on with the W&B run of the one before it; Megatron names none
+        "WANDB_RUN_ID": run.wandb_id(),
+        "WANDB_RESUME": "allow",
+        **environment,
+        RUN_VARIABLE: str(run.path),
+        # torchrun would end the ranks at once; up to torch 2.7 it knows no such variable
+        "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT",
+    }
+
+
 def main(words: list[str]) -> int:
     """Run this node's ranks and return torchrun's exit code."""
     came = _note_signals()
@@ -53,12 +67,7 @@ def main(words: list[str]) -> int:
     settings = Settings.read(run.path)
     attempt = Path(os.environ[ATTEMPT_VARIABLE])
     index = int(os.environ.get("SLURM_NODEID", "0"))
-    environment = {
-        **os.environ,
-        RUN_VARIABLE: str(run.path),
-        # torchrun would end the ranks at once; up to torch 2.7 it knows no such variable
-        "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT",
-    }
+    environment = rank_environment(run, os.environ)
     with (attempt / f"node.{index}.log").open("a") as log:
         torchrun = subprocess.Popen(
             command(run, settings, environment),

@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_skyladder.slurm import masking
+
 RUN_VARIABLE = "SKYLADDER_RUN_DIR"
 ATTEMPT_VARIABLE = "SKYLADDER_ATTEMPT_DIR"
 
@@ -56,7 +58,8 @@ def _log_to(path: Path) -> None:
 
 
 def _report_error(attempt: Path, rank: int, message: str) -> None:
-    report = {"rank": rank, "time": time.time(), "message": message.strip()[:2000]}
+    message = masking.mask(message.strip(), os.environ)[:2000]  # it gets into status.txt
+    report = {"rank": rank, "time": time.time(), "message": message}
     (attempt / f"error.{rank:04}.json").write_text(json.dumps(report) + "\n")
 
 

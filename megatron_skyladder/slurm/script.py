@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,7 @@ def _assignments(settings: Settings, jobs: int | None) -> Iterable[str]:
     options, prefix = _container(settings)
     yield f"SRUN_OPTIONS=({_words(options)})"
     yield f"PREFIX=({_words(prefix)})"
+    yield f"PASSED=({_words(list(environment.passed))})"
     for name, value in {**_variables_of(settings), **environment.variables}.items():
         yield f"export {name}={shlex.quote(value)}"
 
@@ -175,26 +178,127 @@ def _changes(old: Settings, new: Settings) -> list[str]:
     return changes
 
 
-def submit(settings: Settings, *, jobs: int | None = None, array: bool = False) -> list[str]:
-    """Submit the script in the run folder and return the jobs' ids.
+def submit_run(
+    settings: Settings,
+    script: str,
+    *,
+    jobs: int | None = None,
+    array: bool = False,
+    allow_changes: bool = False,
+) -> list[str]:
+    """Write the run folder, submit its script and return the jobs' ids.
+
+    Where nothing is submitted, the folder is left as it was found.
+
+    Args:
+        settings: of the run.
+        script: what `job_script` made of them.
+        jobs: see there.
+        array: see there.
+        allow_changes: see `write_run_folder`.
 
     Raises:
-        ValueError: sbatch refuses it.
+        ValueError: the folder has another run, a variable is missing, or sbatch refuses a job.
     """
-    script = Path(settings.folder) / SCRIPT_NAME
+    _need_sbatch()
+    _check_passed(settings)
+    files = _FilesBefore(Path(settings.folder))
     times = 1 if array or jobs is None else jobs
-    return [sbatch("--parsable", str(script)).split(";")[0] for _ in range(times)]
+    ids: list[str] = []
+    try:
+        write_run_folder(settings, script, allow_changes=allow_changes)
+        words = ["--parsable", *_export(settings), str(Path(settings.folder) / SCRIPT_NAME)]
+        for _ in range(times):
+            ids.append(sbatch(*words, variables=settings.secrets).split(";")[0])
+    except (ValueError, OSError) as error:
+        if ids:
+            raise ValueError(
+                f"{error}\n{len(ids)} of {times} jobs are submitted ({', '.join(ids)}) and will "
+                "train; give the command again with the number that is missing, or scancel them."
+            ) from None
+        if "timed out" in str(error):  # the controller may have taken the job all the same
+            raise ValueError(
+                f"{error}\nLook with squeue --name={Path(settings.folder).name} whether the job is "
+                "there before you submit again."
+            ) from None
+        files.restore()
+        raise
+    return ids
 
 
-def sbatch(*words: str) -> str:
+class _FilesBefore:
+    """What a run folder held before a submission, to put it back."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._there = {path for path in (folder, RunFolder(folder).checkpoints) if path.exists()}
+        self._texts = {
+            path: path.read_text() if path.exists() else None
+            for path in (folder / FILE_NAME, folder / SCRIPT_NAME)
+        }
+        submitted = folder / "submitted"
+        self._submitted = submitted.stat().st_mtime_ns if submitted.exists() else None
+
+    def restore(self) -> None:
+        """Put back files, and take away folders that were not there and hold nothing."""
+        for path, text in self._texts.items():
+            if text is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_whole(path, text)
+        submitted = self._folder / "submitted"
+        if self._submitted is None:
+            submitted.unlink(missing_ok=True)
+        else:
+            os.utime(submitted, ns=(self._submitted, self._submitted))
+        for path in (RunFolder(self._folder).checkpoints, self._folder):
+            if path not in self._there:
+                with contextlib.suppress(OSError):  # it is not there, or somebody uses it
+                    path.rmdir()
+
+
+def _check_passed(settings: Settings) -> None:
+    missing = [
+        name
+        for name in settings.environment.passed
+        if name not in settings.secrets and not os.environ.get(name)
+    ]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} in [variables] has no value, and is not set in this shell "
+            "either. Export it and submit from the same shell, or leave it out."
+        )
+
+
+def _export(settings: Settings) -> list[str]:
+    """Return the option that hands passed variables to jobs, where sbatch would not do it."""
+    names = settings.environment.passed
+    chosen = os.environ.get("SBATCH_EXPORT") or settings.sbatch.get("export") or "ALL"
+    if not names or chosen.split(",")[0] == "ALL":
+        return []
+    others = () if chosen in ("NONE", "NIL") else chosen.split(",")
+    return [f"--export={','.join([*others, *names])}"]
+
+
+def sbatch(*words: str, variables: Mapping[str, str] | None = None) -> str:
     """Run sbatch and return what it prints.
+
+    Args:
+        words: of its command line.
+        variables: added to its environment.
 
     Raises:
         ValueError: there is none, or it refuses.
     """
+    _need_sbatch()
+    environment = {**os.environ, **(variables or {})}
+    done = subprocess.run(["sbatch", *words], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        reason = done.stderr.strip() or f"it ends with {done.returncode} and says nothing"
+        raise ValueError(f"sbatch refuses the job: {reason}")
+    return (done.stdout or done.stderr).strip()
+
+
+def _need_sbatch() -> None:
     if shutil.which("sbatch") is None:
         raise ValueError("there is no sbatch here. Submit on a login node of the cluster.")
-    done = subprocess.run(["sbatch", *words], capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"sbatch refuses the job: {done.stderr.strip()}")
-    return (done.stdout or done.stderr).strip()

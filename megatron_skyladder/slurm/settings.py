@@ -8,13 +8,14 @@ from __future__ import annotations
 import configparser
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_skyladder.planning.examples import DEFAULT_GPU, example
 from megatron_skyladder.planning.layouts import GPUS_PER_NODE
+from megatron_skyladder.slurm import masking
 
 FILE_NAME = "settings.json"
 DEFAULT_ENTRY = "megatron_skyladder.pretrain_gpt"
@@ -40,6 +41,8 @@ class Environment:
         setup: shell lines before Python, inside the container if there is one.
         python: the interpreter after these lines.
         variables: set for the whole job.
+        passed: names of variables that a job gets from the environment of sbatch: secrets, and
+            what the file names without a value. Their values are written nowhere.
     """
 
     kind: str = "bare"
@@ -48,6 +51,7 @@ class Environment:
     setup: str = ""
     python: str = "python"
     variables: dict[str, str] = field(default_factory=dict)
+    passed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Settings:
         environment: where processes run.
         signal_seconds: how long before the time limit a job starts to save.
         max_tries: failures in a row, without a new checkpoint, after which nothing is tried again.
+        secrets: values that the example file gives to some of the passed variables; they go to
+            sbatch, and into no file.
     """
 
     folder: str
@@ -77,6 +83,7 @@ class Settings:
     environment: Environment
     signal_seconds: int = 600
     max_tries: int = 3
+    secrets: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_ranks(self) -> int:
@@ -84,8 +91,10 @@ class Settings:
         return self.nodes * self.ranks_per_node
 
     def to_json(self) -> str:
-        """Return it as text for the run folder."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        """Return it as text for the run folder, without secrets."""
+        values = asdict(self)
+        del values["secrets"]
+        return json.dumps(values, indent=1) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Settings:
@@ -96,7 +105,8 @@ class Settings:
         """
         values = json.loads((folder / FILE_NAME).read_text())
         environment = values.pop("environment")
-        environment["mounts"] = tuple(environment["mounts"])
+        for name in ("mounts", "passed"):
+            environment[name] = tuple(environment.get(name, ()))
         return cls(
             **{**values, "flags": tuple(values["flags"]), "environment": Environment(**environment)}
         )
@@ -121,22 +131,28 @@ def from_file(path: Path, overrides: Mapping[tuple[str, str], Any], flags: list[
     example_flags = _example_flags(run)
     gpus_per_node = _integer(slurm, "gpus-per-node", GPUS_PER_NODE, least=0)
     ranks_per_node = _integer(slurm, "ranks-per-node", gpus_per_node)
+    all_flags = (*example_flags, *shlex.split(run.get("flags", "")), *flags)
+    _refuse_secrets(sections, all_flags)
+    variables, passed, given = _split_variables(sections["variables"])
     return Settings(
         folder=str(_folder(run, path)),
-        flags=(*example_flags, *shlex.split(run.get("flags", "")), *flags),
+        flags=all_flags,
         entry=run.get("entry", DEFAULT_ENTRY),
         nodes=_integer(slurm, "nodes", 1),
         ranks_per_node=ranks_per_node,
         gpus_per_node=gpus_per_node,
         sbatch={k: v for k, v in slurm.items() if k not in SECTIONS["slurm"]},
-        environment=_environment(sections["environment"], sections["variables"]),
+        environment=_environment(sections["environment"], variables, passed),
         signal_seconds=_integer(sections["survival"], "signal-seconds", 600),
         max_tries=_integer(sections["survival"], "max-tries", 3),
+        secrets=given,
     )
 
 
 def _read_sections(path: Path) -> dict[str, dict[str, str]]:
-    parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(" #",))
+    parser = configparser.ConfigParser(
+        interpolation=None, inline_comment_prefixes=(" #",), allow_no_value=True
+    )
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # variables have capitals
     try:
         parser.read_string(path.read_text(), source=str(path))
@@ -147,7 +163,10 @@ def _read_sections(path: Path) -> dict[str, dict[str, str]]:
         raise ValueError(
             f"{path} has a section [{min(unknown)}]. Known are: {', '.join(SECTIONS)}."
         )
-    sections = {name: dict(parser[name]) if name in parser else {} for name in SECTIONS}
+    sections = {
+        name: {key: value or "" for key, value in parser[name].items()} if name in parser else {}
+        for name in SECTIONS
+    }
     for name, keys in SECTIONS.items():
         wrong = [key for key in sections[name] if key not in keys]
         if name in ("run", "environment", "survival") and wrong:
@@ -187,7 +206,26 @@ def _folder(run: dict[str, str], path: Path) -> Path:
     return folder
 
 
-def _environment(section: dict[str, str], variables: dict[str, str]) -> Environment:
+def _refuse_secrets(sections: dict[str, dict[str, str]], flags: Sequence[str]) -> None:
+    """Refuse secrets where their values would be written down; [variables] handles its own."""
+    masking.refuse(shlex.join(flags), "flags in [run]")
+    for section in ("slurm", "environment"):
+        for key, value in sections[section].items():
+            masking.refuse(value, f"{key} in [{section}]")
+
+
+def _split_variables(
+    section: dict[str, str],
+) -> tuple[dict[str, str], tuple[str, ...], dict[str, str]]:
+    """Return variables to write down, names to pass on, and values given for some of these."""
+    passed = {n: v for n, v in section.items() if not v or masking.is_secret(n, v)}
+    written = {name: value for name, value in section.items() if name not in passed}
+    return written, tuple(passed), {name: value for name, value in passed.items() if value}
+
+
+def _environment(
+    section: dict[str, str], variables: dict[str, str], passed: tuple[str, ...]
+) -> Environment:
     kind, image = section.get("kind", "bare"), section.get("image", "")
     if kind not in KINDS:
         raise ValueError(f"kind = {kind} in [environment] is unknown. Choose: {', '.join(KINDS)}.")
@@ -201,6 +239,7 @@ def _environment(section: dict[str, str], variables: dict[str, str]) -> Environm
         setup=section.get("setup", "").strip(),
         python=section.get("python", "python"),
         variables=variables,
+        passed=passed,
     )
 
 

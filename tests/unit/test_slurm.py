@@ -14,7 +14,7 @@ import pytest
 
 from megatron_skyladder.cli import main
 from megatron_skyladder.planning.examples import example
-from megatron_skyladder.slurm import script
+from megatron_skyladder.slurm import masking, script
 from megatron_skyladder.slurm.settings import Environment, Settings, from_file
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples" / "slurm").glob("*.ini"))
@@ -356,6 +356,196 @@ def test_submitting(
     assert main([*words, "--", "--seed", "2"]) == 1
     assert "--seed: 1 -> 2" in capsys.readouterr().err
     assert main([*words, "--allow-changes", "--", "--seed", "2"]) == 0
+
+
+def snapshot(folder: Path) -> dict[str, object]:
+    """Return what is there: each file's content, and when it was submitted."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    } | {str(path): path.stat().st_mtime_ns for path in folder.rglob("submitted")}
+
+
+REFUSALS = {
+    "no sbatch": "there is no sbatch here",
+    "echo 'Invalid account or partition' >&2; exit 1": "Invalid account or partition",
+    "exit 2": "it ends with 2 and says nothing",
+    "exec /no/such/program": "sbatch refuses the job",
+}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("body", REFUSALS)
+def test_a_refused_submission_leaves_the_folder_as_it_was(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    body: str,
+    earlier: bool,
+) -> None:
+    """So that the next try is free to change what it wants."""
+    fake_sbatch(tmp_path, monkeypatch, "echo 7")
+    folder = tmp_path / "runs"
+    words = ["slurm", str(EXAMPLES[1]), "--run-dir", str(folder / "run"), "--submit"]
+    if earlier:
+        assert main([*words, "--", "--seed", "1"]) == 0
+    before = snapshot(tmp_path / "runs")
+    if body == "no sbatch":
+        monkeypatch.setattr(script.shutil, "which", lambda name: None)
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\n{body}\n")
+    assert main([*words, "--allow-changes", "--chain", "2", "--", "--seed", "2"]) == 1
+    assert REFUSALS[body] in capsys.readouterr().err
+    assert snapshot(folder) == before
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 8\n")
+    assert main([*words, "--", "--seed", "1" if earlier else "3"]) == 0
+
+
+def test_a_chain_of_which_some_jobs_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as by a limit on submitted jobs: those that were taken have what they need."""
+    count = f"echo >> {tmp_path}/n; n=$(wc -l < {tmp_path}/n)"
+    body = f"{count}; [ $n -lt 3 ] && echo $n || {{ echo limit >&2; false; }}"
+    fake_sbatch(tmp_path, monkeypatch, body)
+    words = ["slurm", str(EXAMPLES[1]), "--run-dir", str(tmp_path / "run"), "--submit"]
+    assert main([*words, "--chain", "5"]) == 1
+    error = capsys.readouterr().err
+    assert "sbatch refuses the job: limit" in error
+    assert "2 of 5 jobs are submitted (1, 2) and will train" in error
+    assert (tmp_path / "run" / "settings.json").exists()
+
+
+def test_a_submission_that_times_out_may_have_been_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_sbatch(tmp_path, monkeypatch, "echo 'Socket timed out on send/recv' >&2; exit 1")
+    words = ["slurm", str(EXAMPLES[1]), "--run-dir", str(tmp_path / "run"), "--submit"]
+    assert main(words) == 1
+    assert "Look with squeue --name=run whether the job is there" in capsys.readouterr().err
+    assert (tmp_path / "run" / "settings.json").exists()
+
+
+# --- secrets --------------------------------------------------------------------------------------
+
+KEY = "a-secret-of-mine"
+
+
+def example_with(folder: Path, variables: str, setup: str = "true", flags: str = "") -> Path:
+    return write(
+        folder,
+        f"[run]\nexample = 1b-8k\nfolder = {folder}/run\nflags = {flags}\n[environment]\n"
+        f"setup =\n    {setup}\n[variables]\n{variables}\n",
+    )
+
+
+@pytest.mark.parametrize("given", ["in the file", "in the shell", "in the shell, no ="])
+def test_secrets_go_to_sbatch_and_nowhere_else(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: str,
+) -> None:
+    fake_sbatch(tmp_path, monkeypatch, f'echo "$WANDB_API_KEY" > {tmp_path}/got; echo 7')
+    line = {"in the file": f"WANDB_API_KEY = {KEY}", "in the shell, no =": "WANDB_API_KEY"}
+    path = example_with(tmp_path, f"{line.get(given, 'WANDB_API_KEY =')}\nNCCL_DEBUG = INFO")
+    if given != "in the file":
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert main(["slurm", str(path)]) == 0
+    shown = capsys.readouterr()
+    assert KEY not in shown.out + shown.err
+    assert "export NCCL_DEBUG=INFO" in shown.out
+    assert "# WANDB_API_KEY: handed to jobs by sbatch's environment" in shown.err
+    assert array_words(shown.out, "PASSED") == ["WANDB_API_KEY"]
+    assert main(["slurm", str(path), "--submit"]) == 0
+    shown = capsys.readouterr()
+    assert KEY not in shown.out + shown.err
+    assert (tmp_path / "got").read_text() == f"{KEY}\n"
+    for file in (tmp_path / "run").rglob("*"):
+        assert not file.is_file() or KEY not in file.read_text()
+    assert Settings.read(tmp_path / "run").environment.passed == ("WANDB_API_KEY",)
+
+
+def test_a_variable_without_a_value_has_to_be_in_the_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_sbatch(tmp_path, monkeypatch, "echo 7")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert main(["slurm", str(example_with(tmp_path, "HF_TOKEN =")), "--submit"]) == 1
+    assert "HF_TOKEN in [variables] has no value, and is not set" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "option"),
+    [("", []), ("ALL,X=1", []), ("NONE", ["--export=A_KEY"]), ("X", ["--export=X,A_KEY"])],
+)
+def test_sites_where_sbatch_exports_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, chosen: str, option: list[str]
+) -> None:
+    monkeypatch.delenv("SBATCH_EXPORT", raising=False)
+    passing = replace(settings, environment=Environment(passed=("A_KEY",)))
+    with_option = replace(passing, sbatch={"export": chosen} if chosen else {})
+    assert script._export(with_option) == option
+    monkeypatch.setenv("SBATCH_EXPORT", chosen)
+    assert script._export(passing) == option
+    assert script._export(settings) == []
+
+
+NAMES = (
+    "WANDB_API_KEY HF_TOKEN HUGGING_FACE_HUB_TOKEN AWS_SECRET_ACCESS_KEY AWS_ACCESS_KEY_ID "
+    "AWS_SESSION_TOKEN MLFLOW_TRACKING_PASSWORD COMET_APIKEY GITHUB_PAT PGPASSWORD SSHPASS db_pw"
+)
+ORDINARY = (
+    "TOKENIZERS_PARALLELISM NCCL_SOCKET_IFNAME NCCL_IB_PKEY NVTE_FUSED_ATTN WANDB_PROJECT "
+    "HF_HUB_OFFLINE OMP_NUM_THREADS PATH"
+)
+
+
+def test_names_and_values_of_secrets() -> None:
+    assert [name for name in NAMES.split() if not masking.is_secret(name, "1")] == []
+    assert [name for name in ORDINARY.split() if masking.is_secret(name, "1")] == []
+    values = (f"hf_{'a' * 20}", f"ghp_{'a' * 20}", "http://me:pw@proxy:80", "0123456789" * 4)
+    assert all(masking.is_secret("X", value) for value in values)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("setup", "export WANDB_API_KEY=abc"),
+        ("setup", "module load x; HF_TOKEN='abc' huggingface-cli login"),
+        ("setup", "wandb login 0123456789abcdef0123"),
+        ("setup", "git clone https://me:pw@host/x"),
+        ("flags", "--hf-token abc"),
+        ("flags", "--api-key=abc"),
+    ],
+)
+def test_secrets_that_would_be_written_down_are_refused(
+    tmp_path: Path, key: str, text: str
+) -> None:
+    path = example_with(tmp_path, "", **{key: text})
+    with pytest.raises(ValueError, match=rf"{key} in \[.*spells out what looks like a secret"):
+        from_file(path, {}, [])
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("setup", 'export WANDB_API_KEY="$(cat ~/.key)"'),
+        ("setup", "huggingface-cli login --token $HF_TOKEN"),
+        ("setup", "git checkout 0123456789012345678901234567890123456789"),
+        ("flags", "--calculate-per-token-loss --moe-token-dispatcher-type alltoall"),
+    ],
+)
+def test_what_spells_out_no_secret_is_taken(tmp_path: Path, key: str, text: str) -> None:
+    assert from_file(example_with(tmp_path, "", **{key: text}), {}, [])
+
+
+def test_masking() -> None:
+    environment = {"A_TOKEN": "token-of-a", "A_KEY": "short", "NAME": "ordinary name"}
+    text = masking.mask("token-of-a, short, ordinary name, http://u:p@h", environment)
+    assert text == "***, short, ordinary name, http***h"
 
 
 def test_without_slurm(

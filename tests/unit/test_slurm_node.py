@@ -132,6 +132,13 @@ def test_errors_are_reported(ranks: Ranks) -> None:
     assert not ranks.run.is_finished
 
 
+def test_a_reported_error_has_no_secret(ranks: Ranks) -> None:
+    """It gets into status.txt, which others read."""
+    ranks.environment["WANDB_API_KEY"] = "0123456789abcdef"
+    ranks.rank("import os; raise ValueError('API key ' + os.environ['WANDB_API_KEY'] + ' is bad')")
+    assert ranks.error() == "ValueError: API key *** is bad"
+
+
 def test_exit_codes_are_reported(ranks: Ranks) -> None:
     assert ranks.rank("import sys; sys.exit(3)") == 3
     assert ranks.error() == "exit code 3"
@@ -201,6 +208,38 @@ def test_ranks_are_asked_to_save(ranks: Ranks, way: str) -> None:
     assert not ranks.has_error and not ranks.run.is_finished
     assert "rank 1 prints" in ranks.log(1)
     assert (ranks.attempt / "node.0.log").exists()
+
+
+WANDB = """\
+import os, wandb
+run = wandb.init(dir=os.environ["SKYLADDER_RUN_DIR"], name="n", project="p", config={})
+print("W&B run", run.id, "resume", run.settings.resume)
+run.log({"loss": 1.0}, 1)
+run.finish()
+"""
+
+
+def test_attempts_are_one_run_of_weights_and_biases(ranks: Ranks) -> None:
+    """With the call of Megatron's _set_wandb_writer, which names neither an id nor resume."""
+    pytest.importorskip("torch")
+    pytest.importorskip("wandb")
+    ranks.environment["WANDB_MODE"] = "offline"
+    assert ranks.node(WANDB, ranks=1).wait(SECONDS) == 0
+    assert f"W&B run {ranks.run.wandb_id()} resume allow" in ranks.log()
+
+
+def test_the_name_of_the_wandb_run_is_chosen_once(tmp_path: Path) -> None:
+    folders = [RunFolder(tmp_path / name / "a#run") for name in ("one", "two")]
+    for run in folders:
+        run.path.mkdir(parents=True)
+    first, again, other = (
+        node.rank_environment(run, {"A": "b"}) for run in (folders[0], folders[0], folders[1])
+    )
+    assert first == again and first["A"] == "b" and first["WANDB_RESUME"] == "allow"
+    assert first["WANDB_RUN_ID"].startswith("a-run-")
+    assert first["WANDB_RUN_ID"] != other["WANDB_RUN_ID"]  # another run of the same name
+    mine = {"WANDB_RUN_ID": "mine", "WANDB_RESUME": "must"}  # such as from [variables]
+    assert node.rank_environment(folders[0], mine).items() >= mine.items()
 
 
 def test_a_rank_that_fails_ends_the_node(ranks: Ranks) -> None:
