@@ -71,10 +71,18 @@ def test_a_crash_loop_ends_with_the_reason_on_top(cluster: Cluster, jobs: Jobs) 
     folder = jobs.folder / "crash"
     folder.mkdir()
     (folder / "crash").touch()
-    run, (job,) = jobs.submit("crash", entry=TOY, flags=ENDLESS)
+    run, (job,) = jobs.submit(
+        "crash",
+        entry=TOY,
+        flags=ENDLESS,
+        slurm="time = 20\nexport = NONE",
+        variables={"A_TOKEN": "secret-of-the-toy"},
+    )
     cluster.wait_for(job, "FAILED")
     assert outcomes(run) == ["crashed", "crashed"]  # max-tries of the example file
-    assert "RuntimeError: Disk quota exceeded" in headline(run)
+    # the secret came to the ranks, through no file and past sbatch's --export, and stays there
+    assert "RuntimeError: Disk quota exceeded ***" in headline(run)
+    assert all("secret" not in path.read_text() for path in run.path.glob("*.*"))
     assert "2 attempts in a row failed" in headline(run)
     assert cluster.show(job)["Restarts"] == "1"
     assert "Disk quota exceeded" in log_of(run, job)

@@ -22,7 +22,7 @@ def main() -> None:
     """Count to --train-iters, from the latest checkpoint on."""
     run, attempt = Path(os.environ[RUN_VARIABLE]), Path(os.environ[ATTEMPT_VARIABLE])
     if (run / "crash").exists():
-        raise RuntimeError("Disk quota exceeded")
+        raise RuntimeError(f"Disk quota exceeded {os.environ['A_TOKEN']}")
     if os.environ["RANK"] != "0":  # the others leave with the first, as Megatron's ranks do
         while not (attempt / "leaving").exists():
             time.sleep(0.1)
