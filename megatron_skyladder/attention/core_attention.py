@@ -16,8 +16,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_skyladder.attention import context_parallel, limits, sdpa
-from megatron_skyladder.attention.backends import SdpaBackend, from_thd, make_backend, to_thd
+from megatron_skyladder.attention import context_parallel, limits
+from megatron_skyladder.attention.backends import from_thd, make_backend, to_thd
 from megatron_skyladder.attention.segments import (
     MaskCache,
     ParallelSegments,
@@ -69,8 +69,11 @@ class SkyLadderAttention(MegatronModule):
         self.backend = make_backend(
             self._clock.config.attention_backend,
             config=config,
+            scale=self.softmax_scale,
             layer_number=layer_number,
-            softmax_scale=self.softmax_scale,
+            attention_dropout=attention_dropout,
+            softmax_scale=softmax_scale,
+            cp_comm_type=cp_comm_type,
             pg_collection=pg_collection,
             **backend_arguments,
         )
@@ -128,8 +131,10 @@ class SkyLadderAttention(MegatronModule):
             return from_thd(out, query.shape[1])
         if record is not None:
             record(to_thd(query), to_thd(key), segments)
-        if segments.grid is not None and isinstance(backend, SdpaBackend):
-            return sdpa.attend_grid(query, key, value, segments.grid, self.softmax_scale)
+        if segments.grid == query.shape[0]:
+            return backend.attend_full(query, key, value, segments)
+        if segments.grid is not None:
+            return backend.attend_windows(query, key, value, segments)
         out = backend(to_thd(query), to_thd(key), to_thd(value), segments)
         return from_thd(out, query.shape[1])
 

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_skyladder.attention.segments import Segments, to_device
 
+# without cuDNN, which plans, and keeps, a graph for every shape: one for each window of a ladder
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _SMALLEST_BUCKET = 16  # tokens; below it a call costs more than the padding
 _MIN_BLOCK, _MAX_BLOCK = 128, 512  # queries that share one mask in a band
 
@@ -103,10 +107,17 @@ def _causal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """[batch, heads, length, D] each; grouped queries where the heads differ."""
-    grouped = query.shape[1] != key.shape[1]
-    return scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
-    )
+    return _attend(query, key, value, is_causal=True, scale=scale)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments: Any
+) -> torch.Tensor:
+    arguments["enable_gqa"] = query.shape[1] != key.shape[1]
+    if query.device.type != "cuda":
+        return scaled_dot_product_attention(query, key, value, **arguments)
+    with sdpa_kernel(_KERNELS):
+        return scaled_dot_product_attention(query, key, value, **arguments)
 
 
 def _attend_band(
@@ -127,20 +138,18 @@ def _attend_band(
     num_queries, offset = query.shape[0], key.shape[0] - query.shape[0]
     block = min(max(sliding_window or _MAX_BLOCK, _MIN_BLOCK), _MAX_BLOCK)
     q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-    grouped = q.shape[1] != k.shape[1]
     parts = []
     for start in range(0, num_queries, block):
         stop = min(start + block, num_queries)
         first = 0 if sliding_window is None else max(0, offset + start - sliding_window + 1)
         last = offset + stop
         mask = _band_mask(stop - start, last - first, sliding_window, query.device)
-        out = scaled_dot_product_attention(
+        out = _attend(
             q[:, :, start:stop],
             k[:, :, first:last],
             v[:, :, first:last],
             attn_mask=mask,
             scale=scale,
-            enable_gqa=grouped,
         )
         parts.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(parts)

@@ -21,6 +21,7 @@ from megatron_skyladder.ladder.fragments import fragment_cu_seqlens, rows_cu_seq
 from megatron_skyladder.ladder.key_exchange import Launch, RankPlan, exchange_plan
 
 _MIN_PADDED_SEGMENTS = 16
+_TILE = 128  # tokens: FlashAttention's block of queries; cuDNN wants multiples of 64
 _KEPT_MASKS = 256  # more than the micro-batches in flight of any pipeline schedule
 
 
@@ -32,8 +33,6 @@ class Segments:
         cu_seqlens_q: int32 host array [N + 1], offsets into the query tokens.
         cu_seqlens_k: int32 host array [N + 1], offsets into the key tokens; each segment has at
             least as many keys as queries, and the last query sees the last key (bottom right).
-        max_seqlen_q: host bound on the longest segment's queries, in tokens.
-        max_seqlen_k: the same for keys.
         sliding_window: tokens a query sees at most, itself included; None: all of its segment.
         grid: the window length where the grid alone cuts every row (no documents, no sliding,
             queries and keys the same tokens): windows can be batched without gathering.
@@ -42,23 +41,59 @@ class Segments:
 
     cu_seqlens_q: np.ndarray
     cu_seqlens_k: np.ndarray
-    max_seqlen_q: int
-    max_seqlen_k: int
     sliding_window: int | None
     grid: int | None
     device: torch.device
 
     @cached_property
     def cu_seqlens_q_device(self) -> torch.Tensor:
-        """int32 [padded N + 1]: trailing empty segments make the count one of a few sizes."""
-        return to_device(_pad_count(self.cu_seqlens_q), self.device)
+        """int32 [N + 1]."""
+        return to_device(self.cu_seqlens_q, self.device)
 
     @cached_property
     def cu_seqlens_k_device(self) -> torch.Tensor:
-        """int32 [padded N + 1]; the very same tensor as for queries where the offsets are."""
+        """int32 [N + 1]; the very same tensor as for queries where the offsets are."""
         if self.cu_seqlens_k is self.cu_seqlens_q:
             return self.cu_seqlens_q_device
+        return to_device(self.cu_seqlens_k, self.device)
+
+    @cached_property
+    def padded_q_device(self) -> torch.Tensor:
+        """int32 [padded N + 1], for kernels that plan by the number of segments.
+
+        Trailing empty segments make the count one of a few sizes.
+        """
+        return to_device(_pad_count(self.cu_seqlens_q), self.device)
+
+    @cached_property
+    def padded_k_device(self) -> torch.Tensor:
+        """The same for keys; the very same tensor as for queries where the offsets are."""
+        if self.cu_seqlens_k is self.cu_seqlens_q:
+            return self.padded_q_device
         return to_device(_pad_count(self.cu_seqlens_k), self.device)
+
+    @cached_property
+    def max_seqlen_q(self) -> int:
+        """The longest segment's queries in tokens, rounded up to a kernel's tile.
+
+        Grids and plans are sized by it: a bound such as the window would launch blocks for tokens
+        that are not there, and the bare length would be another plan at every step.
+        """
+        return _whole_tiles(self.lengths_q)
+
+    @cached_property
+    def max_seqlen_k(self) -> int:
+        """The same for keys; equal where the offsets are, which kernels look at."""
+        return _whole_tiles(self.lengths_k)
+
+    def of_one_sequence(self, num_tokens: int) -> Segments:
+        """Return the grid's windows of a single sequence, for calls in which sequences join heads.
+
+        Args:
+            num_tokens: of the sequence on this rank.
+        """
+        assert self.grid is not None
+        return _one_sequence(num_tokens, self.grid, self.device)
 
     @cached_property
     def lengths_q(self) -> np.ndarray:
@@ -165,9 +200,7 @@ def _make_segments(
     """Return this rank's segments of whole rows."""
     grid = rows.cut if not documents and rows.sliding_window is None else None
     if rows.cp_size == 1:
-        return Segments(
-            cu_seqlens, cu_seqlens, rows.cut, rows.cut, rows.sliding_window, grid, rows.device
-        )
+        return Segments(cu_seqlens, cu_seqlens, rows.sliding_window, grid, rows.device)
     plan = exchange_plan(
         cu_seqlens,
         cp_size=rows.cp_size,
@@ -186,16 +219,21 @@ def _make_segments(
 
 
 def _launch_segments(launch: Launch, rows: Rows, *, grid: int | None) -> Segments:
-    longest_run = rows.seq_length // rows.cp_size  # of the last rank, whose chunks are neighbours
     return Segments(
-        launch.cu_seqlens_q,
-        launch.cu_seqlens_k,
-        min(rows.cut, longest_run),
-        rows.cut,
-        rows.sliding_window,
-        grid,
-        rows.device,
+        launch.cu_seqlens_q, launch.cu_seqlens_k, rows.sliding_window, grid, rows.device
     )
+
+
+@lru_cache(maxsize=8)
+def _one_sequence(num_tokens: int, window_len: int, device: torch.device) -> Segments:
+    starts = np.arange(0, num_tokens, window_len, dtype=np.int32)
+    offsets = np.append(starts, np.int32(num_tokens))
+    return Segments(offsets, offsets, None, window_len, device)
+
+
+def _whole_tiles(lengths: np.ndarray) -> int:
+    longest = int(lengths.max(initial=1))
+    return -(-longest // _TILE) * _TILE
 
 
 def _pad_count(cu_seqlens: np.ndarray) -> np.ndarray:

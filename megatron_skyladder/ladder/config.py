@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.batch_sizes import batch_sizes
+from megatron_skyladder.ladder.kernels import AUTO, KERNELS
 from megatron_skyladder.ladder.presets import SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import (
     DEFAULT_NUM_CYCLES,
@@ -27,7 +28,7 @@ DEFAULT_SCHEDULE = "linear"
 DEFAULT_START_WINDOW = 32  # the paper's 8K setting
 DEFAULT_EXPAND_FRACTION = Fraction(64, 100)  # its best share under every budget
 MASKS = ("local", "sliding")
-BACKENDS = ("auto", "te", "varlen", "flash", "sdpa")
+BACKENDS = (AUTO, *KERNELS)
 ROUND_TO_AUTO = "auto"
 INITS = ("megatron", "reference")
 

@@ -204,8 +204,18 @@ def _backend(report: Report, flags: argparse.Namespace, launch_flags: list[str])
 
     in_float32 = launch_flags and not {"--bf16", "--fp16"}.intersection(launch_flags)
     dtype = torch.float32 if in_float32 else torch.bfloat16
-    name, reason = backends.choose_backend(flags.skyladder_attention_backend or "auto", dtype)
-    report.run["attention backend"] = f"{name}: {reason}"
+    choices = backends.choose_backends(
+        flags.skyladder_attention_backend or "auto",
+        dtype,
+        deterministic="--deterministic-mode" in launch_flags,
+    )
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for choice in choices:
+        by_reason.setdefault((choice.name, choice.reason), []).append(choice.call.value)
+    report.run["attention backend"] = "; ".join(
+        f"{name}: {reason}" if len(by_reason) == 1 else f"{name} for {', '.join(calls)}: {reason}"
+        for (name, reason), calls in by_reason.items()
+    )
 
 
 def _way_in_and_schedule(

@@ -82,8 +82,9 @@ def build(name: str, kv_heads: int, **config_changes: Any) -> torch.nn.Module:
     return make_backend(
         name,
         config=model_config(kv_heads, **config_changes),
+        scale=HEAD_DIM**-0.5,
         layer_number=1,
-        softmax_scale=HEAD_DIM**-0.5,
+        softmax_scale=None,
         pg_collection=types.SimpleNamespace(tp=None, cp=None, hcp=None),
     )
 
@@ -106,8 +107,6 @@ def model_config(kv_heads: int, **changes: Any) -> Any:
 def segments(
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
     window_size: tuple[int, int],
     device: str = "cpu",
 ) -> Segments:
@@ -116,8 +115,6 @@ def segments(
     return Segments(
         cu_seqlens_q=host_q,
         cu_seqlens_k=host_q if np.array_equal(host_q, cu_k.numpy()) else cu_k.numpy(),
-        max_seqlen_q=max_q,
-        max_seqlen_k=max_k,
         sliding_window=None if window_size[0] < 0 else window_size[0] + 1,
         grid=None,
         device=torch.device(device),
@@ -133,7 +130,7 @@ def check_bf16(name: str, case: Case, part: tuple[int, int], device: str) -> Non
     """
     start, stop = part
     cu_q, cu_k, keys = case.segments(start, stop)
-    offsets = segments(cu_q, cu_k, case.seq_length, case.seq_length, case.window_size, device)
+    offsets = segments(cu_q, cu_k, case.window_size, device)
     backend = build(name, 2)
     mask = case.dense()[start:stop, keys].to(device)
     half = [x.detach().to(device) for x in make_qkv(2, torch.bfloat16, seq_length=case.seq_length)]
@@ -238,7 +235,7 @@ def attend_without_a_look(name: str) -> None:
     """
     case = CASES[5]
     cu_q, cu_k, keys = case.segments(24, 72)
-    offsets = segments(cu_q, cu_k, SEQ_LENGTH, SEQ_LENGTH, case.window_size)
+    offsets = segments(cu_q, cu_k, case.window_size)
     backend = build(name, 2)
     qkv = make_qkv(2, torch.bfloat16)
     with no_look_at_the_device():

@@ -38,8 +38,7 @@ def random_tokens(heads: int, seed: int, rows: int = ROWS) -> Any:
 
 
 def segments_of(offsets: np.ndarray, *, window: int | None = None) -> Segments:
-    longest = int(np.diff(offsets).max())
-    return Segments(offsets, offsets, longest, longest, window, None, CPU)
+    return Segments(offsets, offsets, window, None, CPU)
 
 
 def dense(
@@ -123,8 +122,6 @@ def test_queries_whose_keys_came_from_another_rank(window: int | None) -> None:
     second = Segments(
         np.array([0, half], np.int32),
         np.array([0, LENGTH - begin], np.int32),
-        half,
-        LENGTH - begin,
         window,
         None,
         CPU,

@@ -54,7 +54,7 @@ def test_segments_match_the_dense_mask(window, ends, sliding):
     mask = dense_mask(length, window_len=window, document_ends=ends, sliding=sliding)
     cut = length if sliding else window
     offsets = fragment_cu_seqlens(ends, seq_length=length, window_len=cut)
-    segments = Segments(offsets, offsets, cut, cut, window if sliding else None, None, CPU)
+    segments = Segments(offsets, offsets, window if sliding else None, None, CPU)
     qkv = random_qkv(length, length)
     got = sdpa.attend_segments(*qkv, segments, SCALE)
     assert_same(got, qkv, dense_attention(*qkv, torch.from_numpy(mask)))
@@ -95,9 +95,7 @@ def test_queries_lie_at_the_end_of_their_keys(pieces, sliding_window):
             for key in range(extra + query + 1):
                 if sliding_window is None or key > extra + query - sliding_window:
                     mask[offsets_q[index] + query, offsets_k[index] + key] = True
-    segments = Segments(
-        offsets_q, offsets_k, lengths_q.max(), lengths_k.max(), sliding_window, None, CPU
-    )
+    segments = Segments(offsets_q, offsets_k, sliding_window, None, CPU)
     qkv = random_qkv(mask.shape[0], mask.shape[1])
     got = sdpa.attend_segments(*qkv, segments, SCALE)
     assert_same(got, qkv, dense_attention(*qkv, mask))
@@ -129,7 +127,7 @@ def test_no_square_mask_is_made(kind):
             ends = np.array([100, 3000], dtype=np.int32)
             offsets = fragment_cu_seqlens(ends, seq_length=length, window_len=length)
             window = 1500 if kind == "sliding" else None
-            segments = Segments(offsets, offsets, length, length, window, None, CPU)
+            segments = Segments(offsets, offsets, window, None, CPU)
             out = sdpa.attend_segments(*qkv, segments, SCALE)
         out.sum().backward()
     assert (

@@ -12,6 +12,7 @@ from megatron_skyladder.attention.segments import (  # noqa: E402
     Segments,
     grid_segments,
 )
+from megatron_skyladder.ladder.fragments import fragment_cu_seqlens  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -25,14 +26,14 @@ ROWS = rows_of(8, 8, 1)
 
 def segments_of(offsets):
     offsets = np.array(offsets, dtype=np.int32)
-    return Segments(offsets, offsets, 8, 8, None, None, CPU)
+    return Segments(offsets, offsets, None, None, CPU)
 
 
 @pytest.mark.parametrize(
     ("num_segments", "padded"), [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (1000, 1024)]
 )
 def test_the_number_of_segments_is_padded_to_few_sizes(num_segments, padded):
-    offsets = segments_of(range(num_segments + 1)).cu_seqlens_q_device
+    offsets = segments_of(range(num_segments + 1)).padded_q_device
     assert offsets.dtype == torch.int32
     assert offsets.tolist() == [*range(num_segments + 1)] + [num_segments] * (padded - num_segments)
 
@@ -40,18 +41,20 @@ def test_the_number_of_segments_is_padded_to_few_sizes(num_segments, padded):
 def test_equal_offsets_are_one_tensor():
     segments = segments_of([0, 4, 9])
     assert segments.cu_seqlens_k_device is segments.cu_seqlens_q_device
+    assert segments.padded_k_device is segments.padded_q_device
+    assert segments.cu_seqlens_q_device.tolist() == [0, 4, 9]  # a count that is not padded
 
 
 def test_grid_segments_of_two_rows():
     segments = grid_segments(rows_of(4, 10, 2))
     assert segments.cu_seqlens_q.tolist() == [0, 4, 8, 10, 14, 18, 20]
-    assert (segments.max_seqlen_q, segments.grid, segments.sliding_window) == (4, 4, None)
+    assert (segments.max_seqlen_q, segments.grid, segments.sliding_window) == (128, 4, None)
 
 
 def test_a_sliding_row_is_one_segment():
     segments = grid_segments(rows_of(4, 10, 2, sliding=True))
     assert segments.cu_seqlens_q.tolist() == [0, 10, 20]
-    assert (segments.max_seqlen_q, segments.grid, segments.sliding_window) == (10, None, 4)
+    assert (segments.max_seqlen_q, segments.grid, segments.sliding_window) == (128, None, 4)
 
 
 def test_a_sliding_window_of_the_whole_row_is_the_grid():
@@ -91,8 +94,8 @@ def test_the_same_mask_is_made_once_through_detach():
 def test_the_same_mask_under_another_window_is_not_mixed_up():
     cache = MaskCache()
     mask = torch.tensor([0, 4, 8], dtype=torch.int32)
-    assert cache.get(mask, ROWS).max_seqlen_q == 8
-    assert cache.get(mask, rows_of(4, 8, 1)).max_seqlen_q == 4
+    one, other = cache.get(mask, ROWS), cache.get(mask, rows_of(4, 8, 1, sliding=True))
+    assert (one.sliding_window, other.sliding_window) == (None, 4)
 
 
 def test_a_context_parallel_rank_gets_its_part_of_the_grid():
@@ -101,7 +104,7 @@ def test_a_context_parallel_rank_gets_its_part_of_the_grid():
         segments = grid_segments(rows_of(2, 16, 2, cp_size=2, cp_rank=rank))
         assert segments.cu_seqlens_q.tolist() == list(range(0, 17, 2))
         assert segments.cu_seqlens_k is segments.cu_seqlens_q
-        assert (segments.grid, segments.max_seqlen_q, segments.max_seqlen_k) == (2, 2, 2)
+        assert (segments.grid, segments.max_seqlen_q, segments.max_seqlen_k) == (2, 128, 128)
 
 
 def test_windows_that_end_with_the_chunks_but_are_no_grid_there():
@@ -119,7 +122,35 @@ def test_a_context_parallel_rank_that_needs_keys_of_others():
     assert segments.own.cu_seqlens_q.tolist() == [0, 6]
     assert segments.joined.cu_seqlens_q.tolist() == [0, 2]
     assert segments.joined.cu_seqlens_k.tolist() == [0, 6]
-    assert (segments.joined.max_seqlen_q, segments.joined.max_seqlen_k) == (6, 6)
+    assert (segments.joined.max_seqlen_q, segments.joined.max_seqlen_k) == (128, 128)
     other = grid_segments(rows_of(6, 16, 1, cp_size=2, cp_rank=0))
     assert isinstance(other, ParallelSegments)
     assert other.joined is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tiles"), [((1,), 1), ((128,), 1), ((129, 3), 2), ((5, 0, 1000), 8)]
+)
+def test_the_longest_length_is_the_true_one_in_whole_tiles(lengths, tiles):
+    segments = segments_of(np.cumsum((0, *lengths)))
+    assert (segments.max_seqlen_q, segments.max_seqlen_k) == (128 * tiles, 128 * tiles)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_equal_offsets_have_equal_maxima_on_every_rank(rank):
+    """Transformer Engine drops FlashAttention where offsets are equal and maxima are not."""
+    ends = np.array([300, 310, 900], np.int32)
+    row = fragment_cu_seqlens(ends, seq_length=2048, window_len=700)
+    segments = MaskCache().get(
+        torch.from_numpy(row), rows_of(700, 2048, 1, cp_size=4, cp_rank=rank)
+    )
+    launches = (segments.own, segments.joined)
+    equal = [x for x in launches if x and np.array_equal(x.cu_seqlens_q, x.cu_seqlens_k)]
+    assert equal
+    assert all(x.max_seqlen_q == x.max_seqlen_k for x in equal)
+
+
+def test_one_sequence_of_a_grid():
+    segments = grid_segments(rows_of(4, 10, 3)).of_one_sequence(10)
+    assert segments.cu_seqlens_q.tolist() == [0, 4, 8, 10]
+    assert segments.cu_seqlens_k is segments.cu_seqlens_q

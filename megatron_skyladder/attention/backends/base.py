@@ -1,0 +1,105 @@
+"""What every backend answers, and the views that it is called on.
+
+Shapes: T tokens of all sequences of a micro-batch, one after the other; S tokens of one sequence, b
+sequences, h query heads, g key/value heads (h a multiple of g), d head size, W window.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from megatron_skyladder.attention.segments import Segments
+
+
+class Backend(torch.nn.Module):
+    """One kernel library behind three calls; a subclass defines `forward`, and `missing`.
+
+    Args:
+        scale: factor on the logits.
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.softmax_scale = scale
+
+    @classmethod
+    def build(cls, *, config: Any, scale: float, **stock_arguments: Any) -> Backend:
+        """Build the backend of one layer.
+
+        Args:
+            config: Megatron's TransformerConfig.
+            scale: factor on the logits.
+            stock_arguments: what Megatron gives to any core attention of this layer.
+        """
+        return cls(scale)
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raise whatever tells that the library is not there, or too old."""
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """Attend within segments of any lengths, causal, aligned at the bottom right.
+
+        Args:
+            query: [Tq, h, d]; key, value: [Tk, g, d].
+            segments: offsets into Tq and Tk that attention may not cross.
+
+        Returns:
+            [Tq, h, d].
+        """
+        raise NotImplementedError
+
+    def attend_windows(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """Attend within equal windows of each sequence.
+
+        Sequences join the heads, not the windows: [S, b, h, d] -> [S, b * h, d] needs no copy of a
+        contiguous tensor, the offsets are those of one sequence, and query head i * h + j still
+        meets key head i * g + j * g // h.
+
+        Args:
+            query: [S, b, h, d]; key, value: [S, b, g, d].
+            segments: with ``grid`` set.
+
+        Returns:
+            [S, b, h * d].
+        """
+        num_tokens, num_sequences = query.shape[:2]
+        joined = (tensor.flatten(1, 2) for tensor in (query, key, value))
+        out = self(*joined, segments.of_one_sequence(num_tokens))
+        return out.reshape(num_tokens, num_sequences, -1)
+
+    def attend_full(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """Attend to whole sequences, causal; shapes as for `attend_windows`."""
+        return self.attend_windows(query, key, value, segments)
+
+
+def window_size(segments: Segments) -> tuple[int, int]:
+    """Return FlashAttention's (left, right), both inclusive: W visible tokens are (W - 1, 0)."""
+    left = -1 if segments.sliding_window is None else segments.sliding_window - 1
+    return left, 0
+
+
+def to_thd(tensor: torch.Tensor) -> torch.Tensor:
+    """[S, b, heads, d] -> [b * S, heads, d], sequence after sequence; a view where b is 1."""
+    return tensor.transpose(0, 1).flatten(0, 1)
+
+
+def from_thd(tensor: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    """[b * S, heads, d] -> [S, b, heads * d]; a view where b is 1."""
+    return tensor.flatten(1).unflatten(0, (num_sequences, -1)).transpose(0, 1)
+
+
+def require_arguments(function: Any, *names: str) -> None:
+    """Raise ImportError where a function of this release does not take an argument."""
+    missing = [name for name in names if name not in inspect.signature(function).parameters]
+    if missing:
+        raise ImportError(f"{function.__name__} does not take {', '.join(missing)}")

@@ -1,0 +1,194 @@
+"""Which backend runs which call here: by what is installed, asked for, and fits the device."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from megatron_skyladder.attention.backends.base import Backend
+from megatron_skyladder.attention.backends.flash import (
+    FlashBackend,
+    FlashCuteBackend,
+    FlashHopperBackend,
+    VarlenBackend,
+)
+from megatron_skyladder.attention.backends.sdpa import SdpaBackend
+from megatron_skyladder.attention.backends.te import TransformerEngineBackend
+from megatron_skyladder.attention.segments import Segments
+from megatron_skyladder.cpu import engine as cpu_engine
+from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder.kernels import AUTO, KERNELS, Call, preference
+
+logger = logging.getLogger(__name__)
+
+BACKENDS: dict[str, type[Backend]] = {
+    "te": TransformerEngineBackend,
+    "fa4": FlashCuteBackend,
+    "fa3": FlashHopperBackend,
+    "flash": FlashBackend,
+    "varlen": VarlenBackend,
+    "sdpa": SdpaBackend,
+}
+_HOPPER = (9, 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of one kind of call, and why."""
+
+    call: Call
+    name: str
+    reason: str
+
+
+class BackendOfCalls(Backend):
+    """Hands each kind of call to the backend that was chosen for it."""
+
+    def __init__(self, scale: float, *, full: Backend, windows: Backend, packed: Backend) -> None:
+        super().__init__(scale)
+        self._full, self._windows, self._packed = full, windows, packed
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """See `Backend`."""
+        out: torch.Tensor = self._packed(query, key, value, segments)
+        return out
+
+    def attend_windows(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """See `Backend`."""
+        return self._windows.attend_windows(query, key, value, segments)
+
+    def attend_full(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """See `Backend`."""
+        return self._full.attend_full(query, key, value, segments)
+
+
+def make_backend(name: str, *, config: Any, scale: float, **stock_arguments: Any) -> Backend:
+    """Build the backend of one layer.
+
+    Args:
+        name: a key of ``KERNELS`` or ``auto``.
+        config: Megatron's TransformerConfig.
+        scale: factor on the logits.
+        stock_arguments: what Megatron gives to any core attention of this layer.
+
+    Raises:
+        UsageError: what the backend needs is not installed, or the device cannot run it.
+    """
+    choices = choose_backends(
+        name, config.params_dtype, deterministic=bool(config.deterministic_mode)
+    )
+    if stock_arguments["layer_number"] == 1:
+        for choice in choices:
+            logger.info(
+                "attention backend for %s: %s (%s)", choice.call.value, choice.name, choice.reason
+            )
+    built = {
+        used: BACKENDS[used].build(config=config, scale=scale, **stock_arguments)
+        for used in {choice.name for choice in choices}
+    }
+    if len(built) == 1:
+        return next(iter(built.values()))
+    full, windows, packed = (built[choice.name] for choice in choices)
+    return BackendOfCalls(scale, full=full, windows=windows, packed=packed)
+
+
+def choose_backends(
+    name: str, dtype: torch.dtype = torch.bfloat16, *, deterministic: bool = False
+) -> tuple[Choice, Choice, Choice]:
+    """Return what runs the full window, windows, and packed calls here.
+
+    Args:
+        name: a key of ``KERNELS``, or ``auto``, which takes the first of `kernels.PREFERENCES`
+            that is installed.
+        dtype: of the model's parameters.
+        deterministic: whether the model is.
+
+    Raises:
+        UsageError: what was named is not installed, or the device cannot run it.
+    """
+    full, windows, packed = (_choose(name, call, dtype, deterministic) for call in Call)
+    return full, windows, packed
+
+
+@lru_cache(maxsize=64)
+def _choose(name: str, call: Call, dtype: torch.dtype, deterministic: bool) -> Choice:
+    if name != AUTO:
+        missing = _missing(name)
+        if missing:
+            raise UsageError(
+                f"--skyladder-attention-backend={name} needs {missing}. Install it, or use auto, "
+                "which takes the best of what is there."
+            )
+        unfit = _unfit(name, call, deterministic)
+        if unfit is None:
+            return Choice(call, name, "as --skyladder-attention-backend says")
+        if not deterministic:
+            raise UsageError(f"--skyladder-attention-backend={name} cannot be used here: {unfit}.")
+    elif cpu_engine.is_installed() or cpu_engine.is_requested():
+        return Choice(call, "sdpa", "the CPU engine runs, the others need a GPU")
+    elif dtype == torch.float32:
+        return Choice(call, "sdpa", "the model is float32, the others take float16 and bfloat16")
+    row = preference(call, _capability())
+    passed_over: list[str] = []
+    for candidate in row.order:
+        unfit = _missing(candidate) or _unfit(candidate, call, deterministic)
+        if unfit is None:
+            return Choice(call, candidate, "; ".join([*passed_over, row.reason]))
+        passed_over.append(f"no {unfit}")
+    raise AssertionError("sdpa ends every row and is always there")
+
+
+def _capability() -> tuple[int, int]:
+    """Return the device's compute capability; Hopper's where there is no device to ask."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else _HOPPER
+
+
+def _missing(name: str) -> str | None:
+    """Return what a backend lacks here, or None.
+
+    A package is imported rather than looked for: one that is half installed, or built for another
+    torch, is not there either, and raises what it likes.
+    """
+    try:
+        BACKENDS[name].check_installed()
+    except Exception as error:
+        return f"{KERNELS[name].needs} ({type(error).__name__}: {error})"
+    return None
+
+
+def _unfit(name: str, call: Call, deterministic: bool) -> str | None:
+    """Return why an installed backend cannot run a call on this device, or None."""
+    capability = _capability()
+    lowest = KERNELS[name].capability
+    if capability < lowest:
+        return f"{name} below compute capability {lowest[0]}.{lowest[1]}"
+    if name != "te" or call is not Call.PACKED:
+        return None
+    if deterministic:  # cuDNN's backward would hold [heads, tokens, tokens] twice over
+        return "te for packed calls in --deterministic-mode: its workspace does not fit in memory"
+    if capability < _HOPPER and not _te_has_flash_attention():
+        return (
+            "te for packed calls before Hopper without a flash-attn that Transformer Engine takes "
+            "(2.1.1 or later, before 2.8.4): it would attend unfused, which runs out of memory"
+        )
+    return None
+
+
+def _te_has_flash_attention() -> bool:
+    try:
+        from transformer_engine.pytorch.attention.dot_product_attention.utils import (
+            FlashAttentionUtils,
+        )
+    except ImportError:
+        return False
+    return bool(FlashAttentionUtils.is_installed)

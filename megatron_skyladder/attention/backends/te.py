@@ -1,0 +1,138 @@
+"""``te``: Megatron's TEDotProductAttention, as stock Megatron builds it."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from megatron_skyladder.attention.backends.base import Backend, window_size
+from megatron_skyladder.attention.segments import Segments
+
+# TE's names; Megatron's enumeration lacks the second, and only the name is looked at
+_CAUSAL = SimpleNamespace(name="causal")
+_PADDING_CAUSAL = SimpleNamespace(name="padding_causal")
+_PADDING_CAUSAL_BOTTOM_RIGHT = SimpleNamespace(name="padding_causal_bottom_right")
+
+
+class TransformerEngineBackend(Backend):
+    """The full window is stock's own call, windows are its batch, all else is packed (thd).
+
+    TE's own context parallelism stays off: keys have been fetched before it is called. Modules are
+    held in tuples, so that their (empty) FP8 state stays out of checkpoints and a run can go on
+    with another backend.
+
+    Args:
+        stock: builds a module from changes to stock's arguments.
+        scale: factor on the logits.
+    """
+
+    def __init__(self, stock: Any, scale: float) -> None:
+        super().__init__(scale)
+        self._build = stock
+        self._full = (stock(),)
+        # or TE's PyTorch attention takes the queries' lengths for those of the keys
+        self._packed = (stock(mask="padding_causal", attention_type="cross"),)
+        self._windows: dict[int, tuple[torch.nn.Module]] = {1: self._full}
+
+    @classmethod
+    def build(cls, *, config: Any, scale: float, **stock_arguments: Any) -> Backend:
+        """See `Backend`."""
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+        from megatron.core.transformer.enums import AttnMaskType
+
+        config = copy.copy(config)
+        config.context_parallel_size = 1
+
+        def stock(
+            mask: str = "causal", attention_type: str = "self", num_sequences: int = 1
+        ) -> torch.nn.Module:
+            own = copy.copy(config)
+            own.num_attention_heads *= num_sequences
+            own.num_query_groups *= num_sequences
+            return TEDotProductAttention(
+                own,
+                attn_mask_type=AttnMaskType[mask],
+                attention_type=attention_type,
+                **stock_arguments,
+            )
+
+        return cls(stock, scale)
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """See `Backend`."""
+        import transformer_engine.pytorch  # noqa: F401
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """See `Backend`."""
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        key, value = _starting_at_zero(key), _starting_at_zero(value)
+        (attention,) = self._packed
+        attention.window_size = window_size(segments)
+        offsets_q, offsets_k = segments.padded_q_device, segments.padded_k_device
+        same = offsets_k is offsets_q
+        out = attention(
+            query,
+            key,
+            value,
+            None,
+            attn_mask_type=_PADDING_CAUSAL if same else _PADDING_CAUSAL_BOTTOM_RIGHT,
+            packed_seq_params=PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=offsets_q,
+                cu_seqlens_kv=offsets_k,
+                max_seqlen_q=segments.max_seqlen_q,
+                max_seqlen_kv=segments.max_seqlen_k,
+            ),
+        )
+        return out.view(query.shape)
+
+    def attend_windows(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """See `Backend`: [S, b, h, d] -> [S / W, W, b * h, d]; a shorter last window is a call."""
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        assert segments.grid is not None
+        num_tokens, num_sequences = query.shape[:2]
+        if num_sequences not in self._windows:
+            self._windows[num_sequences] = (self._build(num_sequences=num_sequences),)
+        (attention,) = self._windows[num_sequences]
+        whole = num_tokens - num_tokens % segments.grid
+        outputs = []
+        for start, stop in ((0, whole), (whole, num_tokens)):
+            if start == stop:
+                continue
+            width = min(segments.grid, stop - start)
+            batched = (
+                _starting_at_zero(x[start:stop].flatten(1, 2)).unflatten(0, (-1, width))
+                for x in (query, key, value)
+            )
+            out = attention(
+                *batched,
+                None,
+                attn_mask_type=_CAUSAL,
+                packed_seq_params=PackedSeqParams(qkv_format="bshd"),
+            )
+            outputs.append(out.reshape(stop - start, num_sequences, -1))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def attend_full(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """See `Backend`; argument for argument what stock Megatron's layer calls."""
+        from megatron.core.transformer.enums import AttnMaskType
+
+        (attention,) = self._full
+        return attention(query, key, value, None, attn_mask_type=AttnMaskType.causal)
+
+
+def _starting_at_zero(tensor: torch.Tensor) -> torch.Tensor:
+    """TE tells the layout from addresses and knows none in which contiguous keys begin later."""
+    return tensor.clone() if tensor.storage_offset() and tensor.is_contiguous() else tensor

@@ -1,0 +1,391 @@
+"""Which backend runs which call, and what each kernel library is called with.
+
+The libraries are recorders here; tests/te runs the real ones' Python, tests/gpu their kernels.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("megatron.core")
+
+from megatron_skyladder.attention import sdpa  # noqa: E402
+from megatron_skyladder.attention.backends import (  # noqa: E402
+    BACKENDS,
+    choose,
+    choose_backends,
+    from_thd,
+    make_backend,
+    to_thd,
+)
+from megatron_skyladder.attention.segments import Rows, Segments, grid_segments  # noqa: E402
+from megatron_skyladder.cpu import engine as cpu_engine  # noqa: E402
+from megatron_skyladder.ladder.kernels import KERNELS, PREFERENCES, Call, preference  # noqa: E402
+
+CPU = torch.device("cpu")
+SCALE = 0.25
+PACKAGES = ("transformer_engine", "flash_attn", "flash_attn_interface", "flash_attn.cute")
+
+
+@pytest.fixture(autouse=True)
+def a_gpu_without_packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a GPU; packages that are not there, whatever is installed."""
+    monkeypatch.setattr(cpu_engine, "is_installed", lambda: False)
+    monkeypatch.setattr(cpu_engine, "is_requested", lambda: False)
+    for name in PACKAGES:
+        monkeypatch.setitem(sys.modules, name, None)
+    choose._choose.cache_clear()
+    yield
+    choose._choose.cache_clear()
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Give the process a device of some compute capability."""
+
+    def set_capability(major: int, minor: int) -> None:
+        choose._choose.cache_clear()
+        monkeypatch.setattr(choose, "_capability", lambda: (major, minor))
+
+    return set_capability
+
+
+def install(monkeypatch: pytest.MonkeyPatch, module: str, function: Callable[..., Any]) -> None:
+    fake: Any = types.ModuleType(module)
+    fake.flash_attn_varlen_func = function
+    monkeypatch.setitem(sys.modules, module, fake)
+
+
+def install_all(monkeypatch: pytest.MonkeyPatch, *, te_has_flash_attention: bool = True) -> None:
+    def function(cu_seqlens_q, window_size, deterministic):
+        raise NotImplementedError
+
+    for module in ("flash_attn", "flash_attn_interface", "flash_attn.cute"):
+        install(monkeypatch, module, function)
+    for module in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    monkeypatch.setattr(choose, "_te_has_flash_attention", lambda: te_has_flash_attention)
+
+
+def names(name: str = "auto", **asked: Any) -> tuple[str, ...]:
+    return tuple(choice.name for choice in choose_backends(name, **asked))
+
+
+# --- the choice ---------------------------------------------------------------------------------
+
+
+def test_every_kernel_that_is_described_has_a_backend_and_a_place() -> None:
+    assert set(BACKENDS) == set(KERNELS)
+    for row in PREFERENCES:
+        assert row.order[-1] == "sdpa" and row.reason
+        assert set(row.order) <= set(KERNELS)
+    assert {name for row in PREFERENCES for name in row.order} == set(KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen"),
+    [
+        ((7, 5), ("sdpa", "sdpa", "sdpa")),
+        ((8, 0), ("te", "flash", "flash")),
+        ((8, 9), ("te", "flash", "flash")),
+        ((9, 0), ("te", "fa3", "fa3")),
+        ((10, 0), ("te", "fa4", "fa4")),
+        ((12, 0), ("te", "fa4", "fa4")),
+    ],
+)
+def test_auto_with_everything_installed(
+    monkeypatch: pytest.MonkeyPatch,
+    device: Callable[[int, int], None],
+    capability: tuple[int, int],
+    chosen: tuple[str, ...],
+) -> None:
+    """Worked out by hand: stock's call at the full window, FlashAttention elsewhere."""
+    install_all(monkeypatch)
+    device(*capability)
+    assert names() == chosen
+
+
+def test_auto_with_transformer_engine_alone(
+    monkeypatch: pytest.MonkeyPatch, device: Callable[[int, int], None]
+) -> None:
+    install_all(monkeypatch)
+    for module in ("flash_attn", "flash_attn_interface", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, module, None)
+    device(9, 0)
+    assert names() == ("te", "varlen", "varlen")
+
+
+def test_auto_says_what_it_passed_over() -> None:
+    full, windows, _ = choose_backends("auto")
+    assert (full.name, windows.name) == ("varlen", "varlen")
+    assert full.reason.startswith("no transformer-engine (ModuleNotFoundError: ")
+    assert "; no flash-attn 2.4 or later (ModuleNotFoundError: " in windows.reason
+    assert windows.reason.endswith(preference(Call.WINDOWS, (9, 0)).reason)
+
+
+def test_auto_takes_sdpa_in_float32_and_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    full, *_ = choose_backends("auto", torch.float32)
+    assert full.name == "sdpa"
+    assert full.reason == "the model is float32, the others take float16 and bfloat16"
+    monkeypatch.setattr(cpu_engine, "is_requested", lambda: True)
+    assert names(dtype=torch.bfloat16) == ("sdpa",) * 3
+
+
+def test_a_package_that_breaks_on_import_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    (tmp_path / "flash_attn.py").write_text("raise OSError('undefined symbol')")
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "later (OSError: undefined symbol); " in choose_backends("auto")[1].reason
+
+
+def test_what_was_named_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"backend=te needs transformer-engine .*Install it, or"):
+        choose_backends("te")
+
+    def of_an_old_release(q: Any) -> None:
+        raise NotImplementedError
+
+    install(monkeypatch, "flash_attn", of_an_old_release)
+    with pytest.raises(ValueError, match=r"2.4 or later .*does not take window_size, determ"):
+        choose_backends("flash")
+    assert names("varlen") == ("varlen",) * 3
+    assert choose_backends("varlen")[0].reason == "as --skyladder-attention-backend says"
+
+
+def test_what_the_device_cannot_run_is_refused(
+    monkeypatch: pytest.MonkeyPatch, device: Callable[[int, int], None]
+) -> None:
+    install_all(monkeypatch, te_has_flash_attention=False)
+    device(8, 0)
+    with pytest.raises(ValueError, match=r"backend=fa4 cannot be used here: fa4 below .* 9\.0"):
+        choose_backends("fa4")
+    with pytest.raises(ValueError, match=r"backend=te cannot .* flash-attn that Transformer Eng"):
+        choose_backends("te")
+    assert names()[0] == "te"  # stock's own call: what stock runs is stock's matter
+
+
+def test_deterministic_transformer_engine_leaves_packed_calls_to_flash_attention(
+    monkeypatch: pytest.MonkeyPatch, device: Callable[[int, int], None]
+) -> None:
+    install_all(monkeypatch)
+    device(9, 0)
+    assert names("te", deterministic=True) == ("te", "te", "fa3")
+    assert names("te") == ("te", "te", "te")
+
+
+# --- what the libraries are called with ---------------------------------------------------------
+
+
+def config(**changes: Any) -> types.SimpleNamespace:
+    values = {"params_dtype": torch.bfloat16, "deterministic_mode": False, **changes}
+    return types.SimpleNamespace(**values)
+
+
+def build(name: str, **changes: Any) -> torch.nn.Module:
+    return make_backend(name, config=config(**changes), scale=SCALE, layer_number=2)
+
+
+def segments(offsets: list[int], window: int | None) -> Segments:
+    array = np.array(offsets, np.int32)
+    return Segments(array, array, window, None, CPU)
+
+
+FLASH = {"flash": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_attention_is_called_with(
+    monkeypatch: pytest.MonkeyPatch, name: str, window: int | None, deterministic: bool
+) -> None:
+    """A window of 100 visible tokens is (99, 0); no window is -1, and None to FlashAttention 4."""
+    calls: list[dict[str, Any]] = []
+
+    def record(
+        q: Any,
+        k: Any,
+        v: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        *,
+        softmax_scale: float,
+        causal: bool,
+        window_size: Any,
+        deterministic: bool,
+    ) -> Any:
+        calls.append(dict(locals()))
+        return (q, None) if name == "fa4" else q
+
+    install(monkeypatch, FLASH[name], record)
+    backend = build(name, deterministic_mode=deterministic)
+    q = torch.zeros(300, 4, 8)
+    out = backend(q, q, q, segments([0, 130, 300], window))
+    (call,) = calls
+    assert out is q
+    assert call["cu_seqlens_q"].tolist() == [0, 130, 300]  # never padded
+    assert call["cu_seqlens_k"] is call["cu_seqlens_q"]
+    assert (call["max_seqlen_q"], call["max_seqlen_k"]) == (256, 256)
+    assert call["causal"] and call["softmax_scale"] == SCALE
+    assert call["deterministic"] is deterministic
+    unbounded = (None, None) if name == "fa4" else (-1, 0)
+    assert call["window_size"] == (unbounded if window is None else (99, 0))
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_varlen_is_called_with(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    import torch.nn.attention.varlen
+
+    calls: list[dict[str, Any]] = []
+
+    def record(
+        q: Any,
+        k: Any,
+        v: Any,
+        cu_q: Any,
+        cu_k: Any,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float,
+        window_size: Any,
+        enable_gqa: bool,
+    ) -> Any:
+        cudnn = torch._C._get_cudnn_sdp_enabled()
+        calls.append({"cudnn": cudnn, **locals()})
+        return q
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", record)
+    backend = build("varlen")
+    q, k = torch.zeros(300, 4, 8), torch.zeros(300, 2, 8)
+    backend(q, k, k, segments([0, 130, 300], window))
+    (call,) = calls
+    assert not call["cudnn"]  # it would plan a graph for every window
+    assert (call["max_q"], call["scale"], call["enable_gqa"]) == (256, SCALE, True)
+    assert call["window_size"] == ((-1, 0) if window is None else (99, 0))
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3])
+@pytest.mark.parametrize("window", [16, 20, 64])
+def test_windows_join_sequences_to_heads(
+    monkeypatch: pytest.MonkeyPatch, window: int, num_sequences: int
+) -> None:
+    """One sequence's offsets for all of them, no copy of contiguous tensors, the same numbers."""
+    pointers = []
+
+    def exact(q: Any, k: Any, v: Any, cu_q: Any, *_: Any, window_size: Any, **__: Any) -> Any:
+        pointers.append(q.data_ptr())
+        return sdpa.attend_segments(q, k, v, segments(cu_q.tolist(), None), SCALE)
+
+    def function(*args: Any, window_size: Any, deterministic: bool, **kwargs: Any) -> Any:
+        return exact(*args, window_size=window_size)
+
+    install(monkeypatch, "flash_attn", function)
+    query = torch.randn(64, num_sequences, 4, 8)
+    key, value = (torch.randn(64, num_sequences, 2, 8) for _ in range(2))
+    grid = grid_segments(Rows(64, num_sequences, window, False, CPU))
+    out = build("flash").attend_windows(query, key, value, grid)
+    assert pointers == [query.data_ptr()]
+    packed = sdpa.attend_segments(*(to_thd(x) for x in (query, key, value)), grid, SCALE)
+    torch.testing.assert_close(out, from_thd(packed, num_sequences))
+
+
+# --- Transformer Engine: what is built, and which of its modules gets which call ------------------
+
+
+class Recorder(torch.nn.Module):
+    """In the place of TEDotProductAttention: notes how it was built and called."""
+
+    def __init__(self, **built: Any) -> None:
+        super().__init__()
+        self.built = built
+        self.calls: list[dict[str, Any]] = []
+
+    def forward(self, query: Any, key: Any, value: Any, mask: Any, **arguments: Any) -> Any:
+        shapes = [tuple(x.shape) for x in (query, key, value)]
+        window = getattr(self, "window_size", None)
+        self.calls.append({"shapes": shapes, "mask": mask, "window": window, **arguments})
+        return query.flatten(-2)
+
+
+@pytest.fixture
+def te() -> tuple[torch.nn.Module, list[Recorder]]:
+    from megatron_skyladder.attention.backends.te import TransformerEngineBackend
+
+    modules: list[Recorder] = []
+
+    def stock(**changes: Any) -> Recorder:
+        modules.append(Recorder(**changes))
+        return modules[-1]
+
+    return TransformerEngineBackend(stock, SCALE), modules
+
+
+def test_the_full_window_is_stocks_call(te: Any) -> None:
+    """Argument for argument, on a module built with nothing changed; see tests/te too."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    backend, modules = te
+    q, kv = torch.zeros(64, 2, 4, 8), torch.zeros(64, 2, 2, 8)
+    out = backend.attend_full(q, kv, kv, grid_segments(Rows(64, 2, 64, False, CPU)))
+    assert out.shape == (64, 2, 32)
+    assert modules[0].built == {}
+    assert modules[0].calls == [
+        {
+            "shapes": [(64, 2, 4, 8), (64, 2, 2, 8), (64, 2, 2, 8)],
+            "mask": None,
+            "window": None,
+            "attn_mask_type": AttnMaskType.causal,
+        }
+    ]
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2])
+def test_windows_are_the_batch(te: Any, num_sequences: int) -> None:
+    backend, modules = te
+    q, kv = torch.zeros(64, num_sequences, 4, 8), torch.zeros(64, num_sequences, 2, 8)
+    out = backend.attend_windows(q, kv, kv, grid_segments(Rows(64, num_sequences, 24, False, CPU)))
+    assert out.shape == (64, num_sequences, 32)
+    called = [module for module in modules if module.calls]
+    (module,) = called
+    assert module.built == ({} if num_sequences == 1 else {"num_sequences": 2})
+    shapes = [call["shapes"][0] for call in module.calls]
+    heads = 4 * num_sequences
+    assert shapes == [(2, 24, heads, 8), (1, 16, heads, 8)]  # two windows, and a shorter last one
+    for call in module.calls:
+        assert call["attn_mask_type"].name == "causal"
+        assert call["packed_seq_params"].qkv_format == "bshd"
+        assert call["packed_seq_params"].cu_seqlens_q is None
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_packed_calls_have_padded_counts_and_the_window(te: Any, window: int | None) -> None:
+    backend, modules = te
+    tokens = torch.zeros(64, 4, 8)
+    same = segments([0, 10, 64], window)
+    backend(tokens, tokens, tokens, same)
+    offsets = np.array([0, 5, 64], np.int32), np.array([0, 7, 80], np.int32)
+    backend(tokens, tokens.new_zeros(80, 4, 8), tokens.new_zeros(80, 4, 8),
+            Segments(*offsets, window, None, CPU))  # fmt: skip
+    module = modules[1]
+    assert module.built == {"mask": "padding_causal", "attention_type": "cross"}
+    first, second = module.calls
+    for call in (first, second):
+        assert call["window"] == ((-1, 0) if window is None else (23, 0))
+        assert len(call["packed_seq_params"].cu_seqlens_q) == 17  # 16 segments, most of them empty
+        assert call["packed_seq_params"].max_seqlen_q == 128
+    assert first["attn_mask_type"].name == "padding_causal"
+    packed = first["packed_seq_params"]
+    assert packed.cu_seqlens_kv is packed.cu_seqlens_q
+    assert second["attn_mask_type"].name == "padding_causal_bottom_right"
