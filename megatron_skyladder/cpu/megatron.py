@@ -32,6 +32,7 @@ def prepare() -> None:
     _skip_building_helpers()
     _allow_norms_under_sequence_parallel()
     _resume_distributed_optimizer()
+    _move_splits_to_numpy()
 
 
 def set_argument_defaults(parser: argparse.ArgumentParser) -> None:
@@ -121,3 +122,21 @@ def _resume_distributed_optimizer() -> None:
     DistributedOptimizer.sharded_state_dict = sharded_state_dict
     DistributedOptimizer.load_state_dict = load_state_dict
     DistributedOptimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states
+
+
+def _move_splits_to_numpy() -> None:
+    """Let token dispatchers turn their counts into lists, as they do with what comes from a GPU.
+
+    Megatron's function does nothing to a tensor that is not on a GPU, although NumPy's array was
+    asked for, and the counts of an all-to-all then stay tensors, which torch refuses.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return move(tensor, as_numpy, **kwargs)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu

@@ -17,10 +17,15 @@ GLOBAL_BATCH_SIZE = 8
 VOCAB_SIZE = 127
 EOD = 126  # the NullTokenizer's: its last token
 
+LLAMA = (
+    "--normalization RMSNorm --swiglu --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --group-query-attention --num-query-groups 2"
+)
 ARCHITECTURES = {
-    "llama": "--normalization RMSNorm --swiglu --disable-bias-linear "
-    "--untie-embeddings-and-output-weights --group-query-attention --num-query-groups 2",
+    "llama": LLAMA,
     "gpt": "--normalization LayerNorm",
+    "moe": f"{LLAMA} --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
+    "--moe-router-load-balancing-type none",
 }
 BASE_FLAGS = (
     f"--num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 "

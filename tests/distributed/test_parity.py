@@ -78,6 +78,11 @@ LAYOUTS = {
         4,
         "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer",
     ),
+    "ep2": (2, "--expert-model-parallel-size 2"),
+    "tp2-sp-ep2": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2",
+    ),
 }
 RECOMPUTE = {
     "none": "",
@@ -94,7 +99,7 @@ class Case:
     layout: str
     micro_batch_size: int
     recompute: str
-    architecture: str  # llama: untied, grouped queries; gpt: tied, plain heads
+    architecture: str  # llama: untied, grouped queries; gpt: tied, plain heads; moe: experts
     mask: str
 
     def __str__(self) -> str:
@@ -121,6 +126,8 @@ CASES = (
     Case("tp2-pp2", 1, "uniform", "gpt", "documents"),
     Case("tp2-dp2", 4, "none", "gpt", "dividing"),
     Case("tp2-sp-dp2-distopt", 2, "selective", "gpt", "ragged+documents"),
+    Case("ep2", 2, "none", "moe", "ragged+documents"),
+    Case("tp2-sp-ep2", 1, "selective", "moe", "sliding+documents"),
 )
 
 

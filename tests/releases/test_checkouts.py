@@ -154,7 +154,7 @@ def test_without_our_flags_no_bit_changes(checkouts, data, tmp_path):
         assert all(torch.equal(other[name], stock[name]) for name in stock)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "pp4"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "pp4", "cp2"])
 def test_the_patched_script_trains_as_our_entry_point(checkouts, data, entry_point, layout):
     if layout == "pp4" and "main" not in checkouts.name:
         pytest.skip("two middle stages behave as one; tried on main only")
