@@ -17,6 +17,8 @@ COMMANDS = {
     "example": "Megatron's flags for the paper's runs, each with where it comes from",
     "slurm": "print or submit a run as SLURM jobs that survive time limits and preemption",
     "inspect": "what is in a .bin/.idx: documents, lengths, end-of-document tokens, a sample",
+    "export-hf": "a checkpoint as a Hugging Face folder, with its tokenizer",
+    "import-hf": "a Hugging Face folder as a checkpoint to go on training from",
     "doctor": "what is installed, how SkyLadder would enter, what does not fit and what to do",
     "patch": "put SkyLadder into a Megatron-LM checkout, by lines that are only inserted",
     "report": "what runs did, from their logs: one HTML page and pictures",

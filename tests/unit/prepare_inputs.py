@@ -64,10 +64,14 @@ def make_sentencepiece(path: Path, **options: Any) -> Path:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(text for text in make_texts(300) if text.isprintable()),
             model_writer=model,
-            vocab_size=330,
-            model_type="bpe",
             minloglevel=2,
-            **{"byte_fallback": True, "remove_extra_whitespaces": False, **options},
+            **{
+                "vocab_size": 330,
+                "model_type": "bpe",
+                "byte_fallback": True,
+                "remove_extra_whitespaces": False,
+                **options,
+            },
         )
     return path
 

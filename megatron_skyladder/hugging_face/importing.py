@@ -1,0 +1,302 @@
+"""Hugging Face folder -> a checkpoint that Megatron's ``--load --finetune`` takes at any layout."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_skyladder.hugging_face import torch_dist, weights
+from megatron_skyladder.hugging_face.architecture import (
+    Architecture,
+    extended,
+    from_hugging_face,
+    megatron_settings,
+)
+from megatron_skyladder.hugging_face.checkpoints import TRACKER
+from megatron_skyladder.hugging_face.folder import HuggingFaceWeights
+from megatron_skyladder.hugging_face.output import sync_folder, write_text
+from megatron_skyladder.hugging_face.torch_dist import LazyTensor
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_VERSION = 3.0
+TABLE_ROWS = 4096  # of the embedding, in memory at a time
+# Modules that save an `_extra_state` object per layer, with the local spec or Transformer Engine's.
+# Megatron refuses a checkpoint that lacks one it expects, and does not mind one too many.
+EXTRA_STATE_MODULES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "input_layernorm",
+    "pre_mlp_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+EXTRA_STATE_OUTSIDE = ("decoder.final_layernorm", "output_layer")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was made.
+
+    Args:
+        folder: for ``--load``.
+        model: what it is.
+        flags: Megatron's, to load and to go on training it.
+        ladder: the flags of an extension, None where no longer context was asked for.
+        notes: what a user has to know.
+    """
+
+    folder: Path
+    model: Architecture
+    flags: list[str]
+    ladder: list[str] | None
+    notes: list[str]
+
+
+def import_model(
+    source: Path | str,
+    folder: Path | str,
+    *,
+    tensor_parallel: int = 1,
+    divisible_by: int = 128,
+    dtype: str | None = None,
+    seq_length: int | None = None,
+    rotary_base: int | None = None,
+) -> Imported:
+    """Write a checkpoint from a Hugging Face folder.
+
+    Args:
+        source: a folder with config.json and safetensors files.
+        folder: what to make, for ``--load``; it appears when it is whole.
+        tensor_parallel: at which the vocabulary is padded. Others load too: Megatron then leaves
+            rows for no token as they are initialized, or cuts them off.
+        divisible_by: Megatron's ``--make-vocab-size-divisible-by``.
+        dtype: of the weights; the folder's where it is None.
+        seq_length: a longer context to train for.
+        rotary_base: for it; see `architecture.extended`.
+
+    Raises:
+        ValueError: it cannot be imported; nothing is left at ``folder``.
+    """
+    tensors = HuggingFaceWeights(Path(source))
+    model = from_hugging_face(tensors.config)
+    tensors.compare(model)
+    target = Path(folder)
+    if target.exists():
+        raise ValueError(f"{target} exists already. Delete it, or give another name.")
+    longer = None if seq_length is None else extended(model, seq_length, rotary_base)
+    if longer is None and rotary_base is not None:
+        raise ValueError("--rotary-base is for a longer context: give --seq-length as well.")
+    divisor = _divisor(model, _num_tokens(Path(source), model), tensor_parallel, divisible_by)
+    padded = _round_up(model.vocab_size, divisor * tensor_parallel)
+    precision = dtype or tensors.dtype()
+    _write(target, tensors, model, padded, precision, Path(source))
+    flags = _flags(longer or model, target, Path(source), precision, divisor)
+    notes = _notes(model, longer, tensor_parallel, padded)
+    ladder = None if longer is None else ["--skyladder-preset", "extend-context"]
+    return Imported(target, model, flags, ladder, notes)
+
+
+class _Layers:
+    """Converts layers when they are asked for, and keeps the last one.
+
+    Tensors are written by layer, all of one layer's after each other.
+    """
+
+    def __init__(
+        self, tensors: HuggingFaceWeights, model: Architecture, dtype: torch.dtype
+    ) -> None:
+        self._tensors, self._model, self._dtype = tensors, model, dtype
+        self._index, self._layer = -1, weights.Tensors()
+
+    def part(self, name: str, index: int) -> torch.Tensor:
+        """Return a stacked weight's part for one layer, ``[1, ...]``."""
+        if index != self._index:
+            self._layer = {}  # before the next one is made
+            self._layer = weights.layer_to_megatron(self._tensors.layer(index), self._model)
+            self._index = index
+        return self._layer[name].to(self._dtype).unsqueeze(0)
+
+
+def _write(
+    target: Path,
+    tensors: HuggingFaceWeights,
+    model: Architecture,
+    padded: int,
+    dtype: str,
+    source: Path,
+) -> None:
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    folder = partial / "release"
+    folder.mkdir(parents=True)
+    args = _arguments(model, padded, dtype, source)
+    common = {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": 0}
+    lazy = _lazy_tensors(tensors, model, padded, getattr(torch, dtype))
+    torch_dist.write(folder, lazy, _extra_states(model.num_layers), common)
+    write_text(partial / TRACKER, "release")
+    sync_folder(partial)
+    os.rename(partial, target)
+    sync_folder(target.parent)
+
+
+def _lazy_tensors(
+    tensors: HuggingFaceWeights, model: Architecture, padded: int, dtype: torch.dtype
+) -> dict[str, LazyTensor]:
+    layers = _Layers(tensors, model, dtype)
+    result = {weights.EMBEDDING: _table(tensors, weights.EMBEDDING, model, padded, dtype)}
+    for name, shape in weights.megatron_layer_shapes(model).items():
+        result[torch_dist.LAYERS + name] = LazyTensor(
+            (model.num_layers, *shape), dtype, 1, _layer_maker(layers, name)
+        )
+    norm = weights.OUTSIDE[weights.FINAL_NORM]
+    result[weights.FINAL_NORM] = LazyTensor(
+        (model.hidden_size,),
+        dtype,
+        model.hidden_size,
+        lambda first, last: tensors.read(norm)[first:last].to(dtype),
+    )
+    if not model.tied:
+        result[weights.OUTPUT] = _table(tensors, weights.OUTPUT, model, padded, dtype)
+    return result
+
+
+def _layer_maker(layers: _Layers, name: str) -> Callable[[int, int], torch.Tensor]:
+    return lambda first, last: layers.part(name, first)
+
+
+def _table(
+    tensors: HuggingFaceWeights,
+    name: str,
+    model: Architecture,
+    padded: int,
+    dtype: torch.dtype,
+) -> LazyTensor:
+    """Describe an embedding; rows for no token are the mean of the others.
+
+    Training pushes their logits down from there. Zeros or noise would begin with logits unlike
+    those of every token.
+    """
+    stored = weights.OUTSIDE[name]
+
+    def make(first: int, last: int) -> torch.Tensor:
+        rows = tensors.rows(stored, first, min(last, model.vocab_size)).to(dtype)
+        missing = last - max(first, model.vocab_size)
+        if missing <= 0:
+            return rows
+        mean = _mean_row(tensors, stored, model.vocab_size).to(dtype)
+        return torch.cat([rows, mean.expand(missing, -1)])
+
+    return LazyTensor((padded, model.hidden_size), dtype, TABLE_ROWS, make)
+
+
+def _mean_row(tensors: HuggingFaceWeights, name: str, num_rows: int) -> torch.Tensor:
+    """Return the mean row, ``[1, h]``, in double precision."""
+    total = torch.zeros(1, dtype=torch.float64)
+    for first in range(0, num_rows, TABLE_ROWS):
+        rows = tensors.rows(name, first, min(first + TABLE_ROWS, num_rows))
+        total = total + rows.sum(dim=0, keepdim=True, dtype=torch.float64)
+    return total / num_rows
+
+
+def _extra_states(num_layers: int) -> dict[str, list[None]]:
+    states: dict[str, list[None]] = {}
+    for module in EXTRA_STATE_MODULES:
+        for index in range(num_layers):
+            name = f"{torch_dist.LAYERS}{module}._extra_state/shard_{index}_{num_layers}"
+            states[name] = [None]
+    for module in EXTRA_STATE_OUTSIDE:
+        states[f"{module}._extra_state/shard_0_1"] = [None]
+    return states
+
+
+def _arguments(model: Architecture, padded: int, dtype: str, source: Path) -> Namespace:
+    """Return what Megatron's --use-checkpoint-args and its checks look for."""
+    settings = {k: v for _, values in megatron_settings(model) for k, v in values.items()}
+    return Namespace(
+        **settings,
+        seq_length=model.max_positions,
+        max_position_embeddings=model.max_positions,
+        add_position_embedding=True,
+        padded_vocab_size=padded,
+        params_dtype=getattr(torch, dtype),
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=str(source.resolve()),
+        ckpt_format="torch_dist",
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+    )
+
+
+def _flags(model: Architecture, target: Path, source: Path, dtype: str, divisor: int) -> list[str]:
+    """Return Megatron's flags, one string for each with its values."""
+    flags = [flag for flag, _ in megatron_settings(model) if flag]
+    flags += [
+        f"--seq-length {model.max_positions}",
+        f"--max-position-embeddings {model.max_positions}",
+        "--tokenizer-type HuggingFaceTokenizer",
+        f"--tokenizer-model {source}",
+        f"--make-vocab-size-divisible-by {divisor}",
+        "--ckpt-format torch_dist",
+        f"--load {target}",
+        "--finetune",
+        "--no-load-optim",
+        "--no-load-rng",
+    ]
+    return flags + {"bfloat16": ["--bf16"], "float16": ["--fp16"]}.get(dtype, [])
+
+
+def _num_tokens(source: Path, model: Architecture) -> int:
+    """Return how many tokens Megatron's HuggingFaceTokenizer counts."""
+    path = source / "tokenizer.json"
+    if not path.is_file():
+        return model.vocab_size
+    try:
+        from tokenizers import Tokenizer as Backend
+    except ImportError:
+        raise ValueError(
+            f"reading {path} needs the package tokenizers: pip install tokenizers."
+        ) from None
+    return int(Backend.from_file(str(path)).get_vocab_size(with_added_tokens=True))
+
+
+def _divisor(model: Architecture, num_tokens: int, tensor_parallel: int, divisible_by: int) -> int:
+    """Return the --make-vocab-size-divisible-by with which Megatron has a row for each of ours.
+
+    Megatron pads the tokenizer's size; some models (Qwen) have many more rows than tokens.
+    """
+    if _round_up(num_tokens, divisible_by * tensor_parallel) >= model.vocab_size:
+        return divisible_by
+    return _round_up(math.ceil(model.vocab_size / tensor_parallel), divisible_by)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple
+
+
+def _notes(
+    model: Architecture, longer: Architecture | None, tensor_parallel: int, padded: int
+) -> list[str]:
+    notes = [
+        f"the vocabulary is padded from {model.vocab_size:,} to {padded:,} rows, as "
+        f"--tensor-model-parallel-size {tensor_parallel} has it."
+    ]
+    if longer is not None:
+        notes.append(
+            f"rotary base {model.rope.base:,} for {model.max_positions:,} positions becomes "
+            f"{longer.rope.base:,} for {longer.max_positions:,}. --rotary-base chooses another."
+        )
+    return notes
