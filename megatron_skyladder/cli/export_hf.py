@@ -67,7 +67,8 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "--rope-scaling-factor",
         type=float,
         metavar="FACTOR",
-        help="what --use-rope-scaling was trained with, where the checkpoint leaves it open.",
+        help="what --use-rope-scaling or --rotary-seq-len-interpolation-factor was trained with, "
+        "where the checkpoint leaves it open; the export says so.",
     )
     parser.add_argument(
         "--trust-checkpoint",

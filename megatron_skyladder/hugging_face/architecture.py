@@ -121,8 +121,9 @@ def from_megatron(
     Args:
         args: Megatron's, see `bridge_arguments` for Bridge's.
         vocab_size: tokens of the tokenizer.
-        rope_scaling_factor: which factor ``--use-rope-scaling`` was trained with, where the
-            arguments leave it open.
+        rope_scaling_factor: which factor ``--use-rope-scaling`` or
+            ``--rotary-seq-len-interpolation-factor`` was trained with, where the arguments leave it
+            open.
 
     Raises:
         ValueError: the family cannot express it; the message names every setting.
@@ -168,9 +169,22 @@ def _megatron_rope(args: Namespace, given_factor: float | None) -> Rope:
         )
     if scaled:
         return Rope(args.rotary_base, "llama3", _llama3_factor(args, given_factor))
-    if interpolation:
-        return Rope(args.rotary_base, "linear", float(interpolation))
-    return Rope(args.rotary_base)
+    factor = _linear_factor(args, interpolation, given_factor) if interpolation else 1.0
+    return Rope(args.rotary_base) if factor == 1 else Rope(args.rotary_base, "linear", factor)
+
+
+def _linear_factor(args: Namespace, recorded: float, given: float | None) -> float:
+    """Return the interpolation that training had: GPT's builders ignored the flag up to 0.18."""
+    if given is not None:
+        return given
+    if not getattr(args, "passes_rotary_interpolation", False):
+        raise ValueError(
+            f"the run was given --rotary-seq-len-interpolation-factor={recorded}, which "
+            "Megatron-LM up to 0.18 does not hand to the model, and the checkpoint does not say "
+            "which release wrote it. Say what your Megatron did: --rope-scaling-factor 1 (up to "
+            f"0.18), or {recorded:g}; --check tells."
+        )
+    return float(recorded)
 
 
 def _llama3_factor(args: Namespace, given: float | None) -> float:
@@ -212,6 +226,7 @@ def bridge_arguments(run_config: Mapping[str, Any]) -> Namespace:
     args.use_rope_scaling = bool(model.get("rope_scaling"))
     args.passes_rope_scaling_factor = True  # unlike Megatron-LM
     args.rotary_seq_len_interpolation_factor = model.get("seq_len_interpolation_factor")
+    args.passes_rotary_interpolation = True
     if args.position_embedding_type == "rope":
         args.window_size = model.get("window_size")
     tokenizer = run_config.get("tokenizer") or {}

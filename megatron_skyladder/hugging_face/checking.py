@@ -224,9 +224,25 @@ def _megatron_model(source: Checkpoint, folder: Path, load: Path) -> Any:
     initialize_megatron(args)
     # what the checkpoint says goes before what our table of flags makes of it
     _take_over(compat.args(), source.args)
-    model = compat.gpt_model()
+    model = _build()
     load_checkpoint([model], None, None)
     return model.eval()
+
+
+def _build() -> Any:
+    """Build the model as this release's trainer does: what it ignores differs."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_skyladder.megatron_lm import compat, launch, releases
+
+    trainer = releases.release_of(releases.installed()).trainer
+    if trainer is not releases.Trainer.TAKES_MODEL_CONFIG:
+        return launch.gpt_model()
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    config = gpt_config_from_args(compat.args())
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return config.get_builder_cls()(config).build_model(groups)
 
 
 def _command_line(source: Checkpoint, folder: Path, load: Path) -> list[str]:

@@ -109,6 +109,8 @@ def _open_torch_dist(folder: Path, trust: bool) -> Checkpoint:
         raise ValueError(
             f"{folder} holds no arguments: neither Megatron-LM nor Bridge wrote it whole."
         )
+    if not (folder / torch_dist.COMMON_FILE).is_file():  # written by 0.19 or later
+        common["args"].passes_rotary_interpolation = True
     return _of_megatron(folder, "torch_dist", reader, common)
 
 

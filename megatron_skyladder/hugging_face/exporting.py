@@ -90,7 +90,7 @@ def export(
         without_tokenizer: leave the tokenizer out.
         vocab_size: rows of the embedding to keep, where it is not the tokenizer's size.
         dtype: of the weights, one of `PRECISIONS`; the checkpoint's where it is None.
-        rope_scaling_factor: of ``--use-rope-scaling``, where the checkpoint leaves it open.
+        rope_scaling_factor: of rotary scaling, where the checkpoint leaves it open.
         trust: unpickle types that are not on the list of `pickles`.
         check: compare logits with Megatron's own model; the folder appears only if they agree.
         on_part: called with the number of finished parts and of all.

@@ -238,6 +238,7 @@ def _arguments(model: Architecture, padded: int, dtype: str, source: Path) -> Na
         pipeline_model_parallel_size=1,
         consumed_train_samples=0,
         consumed_valid_samples=0,
+        passes_rotary_interpolation=True,
     )
 
 
@@ -294,6 +295,10 @@ def _notes(
         f"the vocabulary is padded from {model.vocab_size:,} to {padded:,} rows, as "
         f"--tensor-model-parallel-size {tensor_parallel} has it."
     ]
+    if model.rope.kind == "linear":
+        notes.append(
+            "--rotary-seq-len-interpolation-factor has an effect from Megatron-LM 0.19 on only."
+        )
     if longer is not None:
         notes.append(
             f"rotary base {model.rope.base:,} for {model.max_positions:,} positions becomes "
