@@ -84,6 +84,15 @@ def _run(parsed: argparse.Namespace) -> int:
     except BrokenPipeError:  # "| head" has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", __package__.partition(".")[0]):
+            raise  # not the user's to install
+        print(
+            f"skyladder {parsed.command}: this needs the package {package}, which is not installed "
+            "here. Everything at once: pip install 'megatron-skyladder[training,data,plot]'.",
+            file=sys.stderr,
+        )
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"skyladder {parsed.command}: {what}", file=sys.stderr)

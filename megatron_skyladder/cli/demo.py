@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import shutil
 import sys
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--train-iters={args.train_iters} is too short to see anything: 40 or more."
         )
+    _check_packages()
     output = Path(args.output).resolve()
     runs = [Run(name, output / name, args.train_iters) for name in SCHEDULES]
     _forget_other_settings(output, args)
@@ -62,6 +64,21 @@ def run(args: argparse.Namespace) -> int:
         bar.close()
     _conclude(output, runs)
     return 0
+
+
+def _check_packages() -> None:
+    """Look for everything before minutes are spent.
+
+    Raises:
+        ValueError: a package is missing.
+    """
+    needed = ("torch", "megatron", "tokenizers", "matplotlib")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"the demo trains for real and needs {', '.join(missing)} too, which are not "
+            "installed. Everything at once: pip install 'megatron-skyladder[training,data,plot]'."
+        )
 
 
 def _forget_other_settings(output: Path, args: argparse.Namespace) -> None:

@@ -66,7 +66,7 @@ def _keep_launch_flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Examine, compare with the other ranks where there are any, and print on rank 0."""
     report = doctor.examine(arguments, arguments.launch_flags)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and doctor.has_torch(report):
         problems = report.problems
         others = doctor.compare_ranks(report)
         report.problems = problems + others

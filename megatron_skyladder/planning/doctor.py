@@ -23,6 +23,7 @@ from megatron_skyladder import __version__
 from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE, config_from_args, is_requested
 from megatron_skyladder.megatron_lm import flag_rules, from_environment, releases
 from megatron_skyladder.megatron_lm.releases import Megatron, MegatronMismatchError
+from megatron_skyladder.runtime.ending import TRACEBACK_VARIABLE
 
 # Environment that decides how a run behaves, and so has to be the same on all ranks.
 _VARIABLE_PREFIXES = ("SKYLADDER_", "NVTE_", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTHONPATH")
@@ -50,13 +51,25 @@ class Report:
     ways: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def try_to(self, find: Callable[[], None]) -> None:
-        """Do one part; what it raises for the user to fix becomes a problem."""
+    def try_to(self, find: Callable[[], None], what: str) -> None:
+        """Do one part; what it raises becomes a problem, and does not hide the other parts.
+
+        Args:
+            find: the part.
+            what: it looks at, for an error that is not worded for the user.
+        """
         try:
             find()
         except (ValueError, MegatronMismatchError) as error:
             if str(error) not in self.problems:
                 self.problems.append(str(error))
+        except Exception as error:  # whatever a damaged installation comes up with
+            if os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            self.problems.append(
+                f"{what} could not be examined: {type(error).__name__}: {error}. The installation "
+                f"is damaged, or this is a fault of ours: {TRACEBACK_VARIABLE}=1 shows where."
+            )
 
 
 def examine(flags: argparse.Namespace, launch_flags: list[str]) -> Report:
@@ -71,23 +84,41 @@ def examine(flags: argparse.Namespace, launch_flags: list[str]) -> Report:
     report.installed["python"] = f"{platform.python_version()} ({sys.executable})"
     report.installed["megatron-skyladder"] = f"{__version__} ({Path(__file__).parents[1]})"
     _torch(report)
-    report.try_to(lambda: _megatron(report))
+    report.try_to(lambda: _megatron(report), "Megatron")
     for module, distribution in _OPTIONAL.items():
         _optional(report, module, distribution)
-    report.try_to(lambda: _device(report))
-    report.try_to(lambda: _backend(report, flags, launch_flags))
+    if has_torch(report):
+        report.try_to(lambda: _device(report), "the device")
+        report.try_to(lambda: _backend(report, flags, launch_flags), "the attention backend")
+    else:
+        report.run["device"] = report.run["attention backend"] = "unknown without torch"
     report.run["flags"] = " ".join(launch_flags) or "none given"
-    report.try_to(lambda: _way_in_and_schedule(report, flags, launch_flags))
-    report.try_to(lambda: _script(report, flags, launch_flags))
+    report.try_to(lambda: _way_in_and_schedule(report, flags, launch_flags), "the schedule")
+    report.try_to(lambda: _script(report, flags, launch_flags), "the script")
     return report
 
 
+def has_torch(report: Report) -> bool:
+    """Whether torch can be used here; only it has a version of CUDA."""
+    return "cuda" in report.installed
+
+
 def _torch(report: Report) -> None:
+    if importlib.util.find_spec("torch") is None:
+        report.installed["torch"] = "not installed"
+        report.problems.append(
+            "torch is not installed. Training needs it: pip install torch, or with Megatron "
+            "pip install 'megatron-skyladder[training]'."
+        )
+        return
     try:
         import torch
-    except ImportError as error:
-        report.installed["torch"] = f"does not import: {error}"
-        report.problems.append("torch does not import. Install it: pip install torch.")
+    except Exception as error:  # a library that is missing or of another CUDA, a half-made upgrade
+        report.installed["torch"] = f"does not import: {type(error).__name__}: {error}"
+        report.problems.append(
+            f"torch is installed but does not import ({type(error).__name__}: {error}). Install it "
+            "again: pip install --force-reinstall torch."
+        )
         return
     report.installed["torch"] = torch.__version__
     report.installed["cuda"] = torch.version.cuda or "none: torch was built without it"

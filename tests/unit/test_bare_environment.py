@@ -1,0 +1,126 @@
+"""The commands where nothing but numpy is installed: a laptop, a login node, the first hour."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_logs import write_log
+from test_patching import write_tree
+
+from megatron_skyladder.cli import COMMANDS
+from megatron_skyladder.ladder.schedules import WindowSchedule
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAUNCH = "--seq-length 128 --global-batch-size 8 --train-iters 100 --attention-dropout 0"
+
+
+class Bare:
+    """An environment with numpy alone, made of links to this one's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        venv.create(folder / "venv", symlinks=True)
+        packages = Path(np.__file__).parents[1]
+        (target,) = (folder / "venv").glob("lib/python*/site-packages")
+        for name in ("numpy", "numpy.libs"):
+            if (packages / name).exists():
+                (target / name).symlink_to(packages / name)
+
+    def run(self, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.python("-m", "megatron_skyladder", *command.split(), **environment)
+
+    def python(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        inherited = {"PATH": os.environ["PATH"], "HOME": str(self.folder)}
+        return subprocess.run(
+            [str(self.folder / "venv/bin/python"), *words],
+            env={**inherited, "PYTHONPATH": str(REPOSITORY), **environment},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+        )
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Bare:
+    bare = Bare(tmp_path_factory.mktemp("bare"))
+    (bare.folder / "d.jsonl").write_text('{"text": "1 2 3"}\n')
+    write_log(bare.folder / "run" / "train.log", WindowSchedule("linear", 32, 8192, alpha=1))
+    return bare
+
+
+NULL = "--tokenizer-type NullTokenizer --vocab-size 10"
+# command -> its exit code there
+ENDS = {
+    "doctor": 1,
+    f"doctor {LAUNCH} --skyladder-start-window 8": 1,
+    "plan --preset 1b-8k --json": 0,
+    "compare 1b-8k 1b-32k": 0,
+    "example 1b-8k": 0,
+    f"slurm {REPOSITORY}/examples/slurm/1b-8k.ini": None,  # 1 where an sbatch has no cluster
+    f"prepare --input d.jsonl --output-prefix d --workers 1 {NULL}": 0,
+    "prepare --input d.jsonl --output-prefix e --tokenizer-type Llama2Tokenizer "
+    "--tokenizer-model d.jsonl": 1,
+    "inspect d_text_document": 0,
+    "report run --json": 0,
+    "report run": 1,
+    "patch check run": 1,
+    "demo": 1,
+}
+
+
+@pytest.mark.parametrize("command", ENDS)
+def test_no_command_ends_in_a_traceback(bare: Bare, command: str) -> None:
+    done = bare.run(command)
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    assert ENDS[command] in (done.returncode, None), done.stderr
+
+
+def test_every_command_is_tried() -> None:
+    assert {command.split()[0] for command in ENDS} == set(COMMANDS)
+
+
+def test_the_doctor_says_what_is_missing(bare: Bare) -> None:
+    done = bare.run(f"doctor --json {LAUNCH} --skyladder-start-window 8", WORLD_SIZE="2", RANK="0")
+    report = json.loads(done.stdout)
+    assert report["installed"]["torch"] == "not installed"
+    assert report["run"]["attention backend"] == "unknown without torch"
+    assert report["run"]["schedule"].startswith("linear 8 -> 128")
+    torch, megatron = report["problems"]
+    assert "pip install torch" in torch and "no Megatron is installed" in megatron
+
+
+@pytest.mark.parametrize("failure", ["OSError('libcudart.so.12: cannot open')", "KeyError('x')"])
+def test_the_doctor_where_parts_are_broken(bare: Bare, tmp_path: Path, failure: str) -> None:
+    """Each in its way; what is whole is shown all the same."""
+    (tmp_path / "torch.py").write_text(f"raise {failure}\n")
+    (tmp_path / "transformer_engine.py").write_text("import torch\n")
+    tree = write_tree(tmp_path)
+    path = f"{REPOSITORY}{os.pathsep}{tree}{os.pathsep}{tmp_path}"
+    report = json.loads(bare.run("doctor --json", PYTHONPATH=path).stdout)
+    assert "does not import" in report["installed"]["torch"]
+    assert "checkout in" in report["installed"]["megatron"]
+    assert "skyladder patch apply" in report["ways"]["patch"]
+    assert any("torch is installed but does not import" in text for text in report["problems"])
+    (tree / "pretrain_gpt.py").write_bytes(b"\xff\xfe not a script")
+    done = bare.run("doctor --json", PYTHONPATH=path)
+    assert "Traceback" not in done.stderr and json.loads(done.stdout)["problems"]
+
+
+def test_a_missing_package_is_named(bare: Bare) -> None:
+    """Also one that a command asks for in mid-work."""
+    assert "needs torch, megatron, tokenizers, matplotlib too" in bare.run("demo").stderr
+    text = "import argparse\n\ndef add_parser(s, h): return s.add_parser('demo')\n"
+    text += "def run(args): import torch.distributed\n"
+    (bare.folder / "late.py").write_text(text)
+    call = "import sys, late; sys.modules['megatron_skyladder.cli.demo'] = late; "
+    call += "from megatron_skyladder.cli import main; sys.exit(main(['demo']))"
+    (bare.folder / "call.py").write_text(call)
+    done = bare.python("call.py")
+    assert done.returncode == 1
+    assert "skyladder demo: this needs the package torch, which is not installed" in done.stderr
