@@ -71,6 +71,8 @@ ENDS = {
     "report run": 1,
     "patch check run": 1,
     "demo": 1,
+    "export-hf run out --tokenizer-model d.jsonl": 1,
+    "import-hf run out": 1,
 }
 
 
