@@ -34,8 +34,9 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "runs",
         nargs="+",
         metavar="[NAME=]RUN_DIR",
-        help="a run's folder (its *.log, *.out, *.txt, *.err files and those below logs/) or a log "
-        "file. The first is what the others are compared with.",
+        help="a run's folder, also one of skyladder slurm (its *.log, *.out, *.txt, *.err files, "
+        "those below logs/ and those of its attempts), or a log file. The first is what the others "
+        "are compared with.",
     )
     parser.add_argument(
         "--output",
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         from megatron_skyladder.report.curves import load_runs
         from megatron_skyladder.report.tables import to_json
 
-        print(json.dumps(to_json(load_runs(args.runs)), indent=2))
+        print(json.dumps(to_json(load_runs(args.runs)), indent=2, allow_nan=False))
         return 0
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("report draws with matplotlib: pip install megatron-skyladder[plot].")

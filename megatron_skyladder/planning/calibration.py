@@ -107,7 +107,7 @@ def calibrate(path: str | Path) -> Calibration:
 
 def _points(run: RunLog) -> tuple[list[Point], int]:
     """Return the lines of the last batch size, without the first one, and that batch size."""
-    lines = [line for line in run.iterations if line.attention_fraction is not None]
+    lines = [line for line in run.iterations if _is_usable(line)]
     if not lines:
         raise ValueError(
             f"{run.path} says nothing about windows (skyladder/attention_fraction). Give the "
@@ -125,6 +125,12 @@ def _points(run: RunLog) -> tuple[list[Point], int]:
         fraction = line.attention_fraction - behind * (steps - 1) / (2 * steps)
         points.append(Point(line.elapsed_ms / 1e3, fraction, line.window or 0))
     return points, batch
+
+
+def _is_usable(line: Iteration) -> bool:
+    """Whether a line has the figures; those of a damaged one may be anything."""
+    needed = (line.attention_fraction, line.values.get("global batch size", 0.0))
+    return all(value is not None and math.isfinite(value) for value in needed)
 
 
 def _batch(line: Iteration) -> int:

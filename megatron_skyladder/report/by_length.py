@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_skyladder.report.curves import Run, axes_of
+from megatron_skyladder.report.curves import Run, axes_of, finite
 from megatron_skyladder.report.drawing import (
     HEIGHT,
     along_run,
     colour_of,
+    frame,
     label,
     make_panels,
     name_runs,
@@ -32,20 +33,25 @@ def loss_by_length(runs: list[Run]) -> Any:
     for column, kind in enumerate(("by_length", "by_positions")):
         values = [getattr(final, kind) if final else {} for final in finals]
         keys = sorted({key for found in values for key in found})
-        for index, found in enumerate(values):
-            style = {"color": colour_of(index), "linewidth": 1.8, "marker": "o", "markersize": 5}
-            places = [place for place, key in enumerate(keys) if key in found]
-            grid[0, column].plot(places, [found[keys[place]] for place in places], **style)
-            if compared:
-                common = [place for place in places if keys[place] in values[0]]
-                differences = [found[keys[place]] - values[0][keys[place]] for place in common]
-                grid[1, column].plot(common, differences, **style)
-        for axes in grid[:, column]:
-            axes.set_xticks(range(len(keys)), [_key_text(key) for key in keys])
-            axes.margins(x=0.08)
+        losses = [finite(found.get(key) for key in keys) for found in values]
+        _plot_keys(grid[0, column], runs, keys, losses)
+        if compared:
+            _plot_keys(grid[1, column], runs, keys, [own - losses[0] for own in losses])
     _title_by_length(grid, runs[0].name if compared else "")
     name_runs(figure, runs)
     return figure
+
+
+def _plot_keys(axes: Any, runs: list[Run], keys: list[Any], columns: list[np.ndarray]) -> None:
+    """Draw a value of each run at each key; NaN where it has none."""
+    for index, values in enumerate(columns):
+        known = np.flatnonzero(np.isfinite(values))
+        style = {"color": colour_of(index), "linewidth": 1.8, "marker": "o", "markersize": 5}
+        axes.plot(known, values[known], **style)
+    axes.set_xticks(range(len(keys)), [_key_text(key) for key in keys])
+    axes.margins(x=0.08)
+    if any(run.has_diverged for run in runs):
+        frame(axes, runs, columns, early=0)
 
 
 def _title_by_length(grid: np.ndarray, baseline: str) -> None:
@@ -70,21 +76,23 @@ def _last_by_length(run: Run) -> Any:
 
 def loss_by_length_over_training(runs: list[Run]) -> Any:
     """Draw the loss at each length against tokens; of several runs, what they differ by."""
-    lengths = sorted({length for run in runs for length in _length_losses(run)})
     baseline = _length_losses(runs[0])
-    if not lengths or max(len(found) for found in baseline.values() or [()]) < 2:
+    lengths = sorted(baseline)
+    if not lengths or max(len(found) for found in baseline.values()) < 2:
         return None
     compared = len(runs) > 1
     figure, panels = make_panels(len(lengths))
+    columns: list[list[np.ndarray]] = [[] for _ in runs]
     for axes, length in zip(panels, lengths, strict=True):
         for index, (run, axis) in enumerate(zip(runs, axes_of(runs)["tokens"], strict=True)):
             found = _length_losses(run).get(length, [])
-            values = np.array([record.by_length[length] for record in found])
+            values = finite(record.by_length[length] for record in found)
             if compared:
                 reference = baseline[length]
-                known = [record.by_length[length] for record in reference]
+                known = finite(record.by_length[length] for record in reference)
                 at_tokens = runs[0].at(runs[0].tokens, reference)
                 values = values - np.interp(run.at(run.tokens, found), at_tokens, known)
+            columns[index].append(values)
             style = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
             axes.plot(run.at(axis.values, found), values, color=colour_of(index), **style)
         along_run(axes, axis, f"{length:,} tokens in sight")
@@ -93,6 +101,8 @@ def loss_by_length_over_training(runs: list[Run]) -> Any:
     for other in panels[1:]:
         other.sharey(panels[0])
         other.tick_params(labelleft=False)
+    if any(run.has_diverged for run in runs):
+        frame(panels[0], runs, [np.concatenate(parts) for parts in columns], early=0)
     panels[0].set_ylabel(f"loss minus that of {runs[0].name}" if compared else "validation loss")
     name_runs(figure, runs)
     return figure

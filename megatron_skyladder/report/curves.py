@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_skyladder.report.log_files import ATTEMPTS
 from megatron_skyladder.report.runlog import Iteration, RunLog, Validation, read_run
 
 _MEANINGLESS = {"train", "log", "logs", "out", "output", "stdout", "console", "run"}
@@ -53,11 +56,32 @@ class Run:
         return np.array(self.log.elapsed_seconds())
 
     @cached_property
+    def lines_without_loss(self) -> list[int]:
+        """Iterations of the lines whose loss is infinite or not a number: the run diverged."""
+        return [
+            record.iteration
+            for record in self.log.iterations
+            if record.loss is not None and not math.isfinite(record.loss)
+        ]
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether losses are not finite, or ended above the first one."""
+        known = self.losses[np.isfinite(self.losses)]
+        return bool(self.lines_without_loss) or bool(known.size and known[-1] > known[0])
+
+    @cached_property
     def flops(self) -> np.ndarray | None:
-        """FLOPs spent at each record, by Megatron's count; None where a record has no rate."""
-        rates = self.column(lambda record: record.tflops_per_gpu)
-        if np.isnan(rates).any() or self.log.num_gpus is None:
+        """FLOPs spent at each record, by Megatron's count; None where a record has no rate.
+
+        A rate that is not finite is taken from the records around it.
+        """
+        logged = [record.tflops_per_gpu for record in self.log.iterations]
+        rates = finite(logged)
+        known = np.flatnonzero(~np.isnan(rates))
+        if None in logged or not known.size or self.log.num_gpus is None:
             return None
+        rates = np.interp(np.arange(rates.size), known, rates[known])
         seconds = np.diff(self.seconds, prepend=0.0)
         return np.cumsum(rates * 1e12 * self.log.num_gpus * seconds)
 
@@ -67,7 +91,7 @@ class Run:
         return self.column(lambda record: record.loss)
 
     def column(self, value: object) -> np.ndarray:
-        """Return a value of each record, NaN where there is none.
+        """Return a value of each record, NaN where there is none or it is not finite.
 
         Args:
             value: a name in the records' values, or a function of a record.
@@ -76,7 +100,7 @@ class Run:
             found = [value(record) for record in self.log.iterations]
         else:
             found = [record.values.get(str(value)) for record in self.log.iterations]
-        return np.array([np.nan if x is None else x for x in found], dtype=float)
+        return finite(found)
 
     def validations(self, dataset: str = "validation") -> list[Validation]:
         """Return the records of one validation set that lie within the training records."""
@@ -85,6 +109,10 @@ class Run:
             for record in self.log.validations
             if record.dataset == dataset and record.loss is not None
         ]
+
+    def validation_losses(self, records: list[Validation]) -> np.ndarray:
+        """Return the losses of validation records, NaN where one is not finite."""
+        return finite([record.loss for record in records])
 
     def at(self, values: np.ndarray, records: list[Validation]) -> np.ndarray:
         """Return where validation records lie on an axis given for the training records."""
@@ -95,6 +123,13 @@ class Run:
     def last(self) -> Iteration:
         """The last training record."""
         return self.log.iterations[-1]
+
+
+def finite(values: Iterable[float | None]) -> np.ndarray:
+    """Return values as an array, NaN where there is none or it is not finite."""
+    array = np.array([np.nan if x is None else x for x in values], dtype=float)
+    array[~np.isfinite(array)] = np.nan
+    return array
 
 
 def load_runs(paths: list[str]) -> list[Run]:
@@ -125,8 +160,11 @@ def load_runs(paths: list[str]) -> list[Run]:
 def _name(path: Path) -> str:
     """Return what tells a run from others: its folder, or its file unless that says nothing."""
     path = path.resolve()
+    for folder in (path, *path.parents):
+        if folder.parent.name == ATTEMPTS:  # one of the starts of a run
+            return f"{folder.parents[1].name}-{folder.name}"
     if path.is_dir():
-        return path.name
+        return path.parent.name if path.name == ATTEMPTS else path.name
     return path.parent.name if path.stem.lower() in _MEANINGLESS else path.stem
 
 

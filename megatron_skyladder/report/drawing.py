@@ -76,19 +76,38 @@ def name_runs(figure: Any, runs: Sequence[Run]) -> None:
     )
 
 
-def frame(columns: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Return limits that hold everything but the first part of the run."""
-    late = [column[int(EARLY * len(column)) :] for column in columns]
-    low = min(float(np.nanmin(values)) for values in late)
-    high = max(float(np.nanmax(values)) for values in late)
-    margin = 0.05 * (high - low) or 0.05
-    return low - margin, high + margin
+def frame(
+    axes: Any, runs: Sequence[Run], columns: Sequence[np.ndarray], *, early: float = EARLY
+) -> None:
+    """Limit a panel to what holds everything but the first part of the runs.
+
+    A run that diverged may leave the frame, rather than make the others a line at its bottom.
+
+    Args:
+        axes: the panel.
+        runs: that it shows.
+        columns: of the runs, what is drawn; NaN where there is nothing.
+        early: share of a run that may lie outside.
+    """
+    late = [column[int(early * len(column)) :] for column in columns]
+    late = [values[np.isfinite(values)] for values in late]
+    calm = [
+        values
+        for run, values in zip(runs, late, strict=True)
+        if values.size and not run.has_diverged
+    ]
+    shown = calm or [values for values in late if values.size]
+    if shown:
+        low, high = min(map(np.min, shown)), max(map(np.max, shown))
+        margin = 0.05 * (high - low) or 0.05
+        axes.set_ylim(float(low - margin), float(high + margin))
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
     """Return running means over a window that grows to 1/40 of the run on either side."""
     reach = len(values) // (2 * SMOOTHED)
-    sums = np.cumsum(np.insert(np.nan_to_num(values), 0, 0.0))
+    known = np.where(np.isfinite(values), values, 0.0)
+    sums = np.cumsum(np.insert(known, 0, 0.0))
     counts = np.cumsum(np.insert(np.isfinite(values), 0, 0))
     places = np.arange(len(values))
     near = np.minimum(np.minimum(places, len(values) - 1 - places), reach)

@@ -70,7 +70,7 @@ def training_loss(runs: list[Run]) -> Any:
             axes.plot(axis.values, run.losses, color=colour, linewidth=0.6, alpha=0.3)
             axes.plot(axis.values, smoothed(run.losses), color=colour, linewidth=2)
         along_run(axes, kind[0], f"Training loss against {kind[0].name}")
-        axes.set_ylim(*frame([run.losses for run in runs]))
+        frame(axes, runs, [run.losses for run in runs])
     panels[0].set_ylabel("loss (nats per token)")
     name_runs(figure, runs)
     return figure
@@ -85,16 +85,17 @@ def validation_loss(runs: list[Run]) -> Any:
     for axes, kind in zip(panels, axes_by_kind.values(), strict=True):
         for index, (run, axis) in enumerate(zip(runs, kind, strict=True)):
             records = run.validations()
-            losses = [record.loss for record in records]
             axes.plot(
                 run.at(axis.values, records),
-                losses,
+                run.validation_losses(records),
                 color=colour_of(index),
                 linewidth=1.8,
                 marker="o",
                 markersize=4,
             )
         along_run(axes, kind[0], f"Validation loss against {kind[0].name}")
+        if any(run.has_diverged for run in runs):
+            frame(axes, runs, [run.validation_losses(run.validations()) for run in runs], early=0)
     panels[0].set_ylabel("loss (nats per token)")
     name_runs(figure, runs)
     return figure
@@ -137,7 +138,9 @@ def stability(runs: list[Run]) -> Any:
     """Draw the gradient norm and the loss ratio against tokens."""
     norms = [run.column("grad norm") for run in runs]
     ratios = [np.append(np.nan, loss_ratios(run.losses)) for run in runs]
-    if min(len(column) for column in norms) < 3 or any(np.isnan(x).all() for x in norms + ratios):
+    if max(len(column) for column in norms) < 3:
+        return None
+    if all(np.isnan(x).all() for x in norms) or all(np.isnan(x).all() for x in ratios):
         return None
     figure, panels = make_panels(2)
     for axes, columns in zip(panels, (norms, ratios), strict=True):
@@ -145,7 +148,7 @@ def stability(runs: list[Run]) -> Any:
             colour = colour_of(index)
             axes.plot(axis.values, columns[index], color=colour, linewidth=0.6, alpha=0.3)
             axes.plot(axis.values, smoothed(columns[index]), color=colour, linewidth=2)
-        axes.set_ylim(*frame(columns))
+        frame(axes, runs, columns)
     along_run(panels[0], axis, "Gradient norm", "before clipping")
     along_run(panels[1], axis, "Loss ratio", "loss / lowest loss before")
     panels[1].axhline(1.0, color="#999999", linewidth=0.8)

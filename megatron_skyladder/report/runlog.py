@@ -12,12 +12,14 @@ here: each record covers the iterations since the record before.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
-LOG_SUFFIXES = (".log", ".out", ".txt", ".err")
+from megatron_skyladder.report import log_files
+
 RATES = ("skyladder/tflops_per_gpu", "throughput per GPU (TFLOP/s/GPU)")  # the best known first
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -25,7 +27,7 @@ _ITERATION = re.compile(r"(?:\[([\d:. -]{19,})\]\s*)?iteration\s+(\d+)/\s*(\d+) 
 _VALIDATION = re.compile(r"validation(\S*) loss at iteration (\d+)(?: on (\w+) set)? \|(.*)")
 _VALUE = " value"  # as in "lm loss value: 4.1"; the other field is its perplexity
 _SETTING = re.compile(r"^(?:\S{0,24}:)? {1,3}(\w+) \.{2,} ?(.*)$")
-_ATTEMPT = "- arguments -"
+_ATTEMPT = re.compile(r"- arguments -")
 _FINGERPRINT = re.compile(
     r"SkyLadder: (.*; step of \d+ samples; .* mask; documents (?:not )?masked.*)"
 )
@@ -64,7 +66,7 @@ class Iteration:
     def window(self) -> int | None:
         """The attention window of the last iteration, in tokens."""
         window = self.values.get("skyladder/window")
-        return None if window is None else int(window)
+        return None if window is None or not math.isfinite(window) else int(window)
 
     @property
     def tflops_per_gpu(self) -> float | None:
@@ -157,25 +159,21 @@ def read_run(path: str | Path) -> RunLog:
     """Read the log of a run.
 
     Args:
-        path: a console log, or the folder of a run: every log file in it, and in its folder
-            ``logs`` or below that, is read, in the order of their first training lines.
+        path: a console log, or the folder of a run: its log files, those below its folder ``logs``
+            and those of its ``attempts`` are read, see `log_files`.
 
     Raises:
         ValueError: there is no training line of Megatron in it.
         OSError: it cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
-        files = sorted([*path.glob("*"), *path.glob("logs/**/*")])
-        found = (file for file in files if file.suffix in LOG_SUFFIXES and file.is_file())
-        texts = [file.read_text(encoding="utf-8", errors="replace") for file in found]
-        texts = sorted(filter(_ITERATION.search, texts), key=_first_time)
-    else:
-        texts = [path.read_text(encoding="utf-8", errors="replace")]
-    run = parse("\n".join(texts))
+    run = parse("\n".join(log_files.texts_of_starts(path, _ITERATION.search, _ATTEMPT.search)))
     run.path = path
     if not run.iterations:
-        files_read = f"the {', '.join(LOG_SUFFIXES)} files of {path} and {path / 'logs'}"
+        files_read = (
+            f"the {', '.join(log_files.SUFFIXES)} files of {path}, {path / log_files.ATTEMPTS} "
+            f"and {path / 'logs'}"
+        )
         where = files_read if path.is_dir() else str(path)
         raise ValueError(
             f"no training line of Megatron (' iteration 1/ 100 | ...') in {where}. Give the "
@@ -191,11 +189,13 @@ def parse(text: str) -> RunLog:
     attempt_began = False  # what begins in the middle of a run is taken as it is
     for raw in text.splitlines():
         line = _ANSI.sub("", raw)
-        if _ATTEMPT in line:
+        if _ATTEMPT.search(line):
             run.num_attempts += 1
             attempt_began = True
         elif match := _ITERATION.search(line):
             record = _iteration(match)
+            if record is None:  # damaged: there is no place for it
+                continue
             _drop_from(run, record.iteration)
             if attempt_began or record.iteration == 1:
                 first = record  # one iteration, whatever the log interval
@@ -213,25 +213,25 @@ def parse(text: str) -> RunLog:
     return run
 
 
-def _first_time(text: str) -> str:
-    match = _ITERATION.search(text)
-    return (match[1] or "") if match else ""
-
-
-def _iteration(match: re.Match[str]) -> Iteration:
+def _iteration(match: re.Match[str]) -> Iteration | None:
+    """Return the record of a line; None where it does not say how far training is."""
     values = _numbers(match[4])
+    samples = values.pop("consumed samples", 0.0)
+    elapsed_ms = values.pop("elapsed time per iteration (ms)", 0.0)
+    if not math.isfinite(samples):
+        return None
     return Iteration(
         iteration=int(match[2]),
-        consumed_samples=int(values.pop("consumed samples", 0)),
+        consumed_samples=int(samples),
         num_iterations=1,
-        elapsed_ms=values.pop("elapsed time per iteration (ms)", 0.0),
+        elapsed_ms=elapsed_ms if math.isfinite(elapsed_ms) else 0.0,
         values=values,
         time=datetime.fromisoformat(match[1].strip()) if match[1] else None,
     )
 
 
 def _numbers(fields: str) -> dict[str, float]:
-    """Parse ``name: 1.5 | other name: 2E-3 |``; what is not a number is left out."""
+    """Parse ``name: 1.5 | other name: nan |``; what is not a number is left out."""
     numbers = {}
     for part in fields.split("|"):
         name, _, text = part.rpartition(":")

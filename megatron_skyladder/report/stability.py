@@ -34,19 +34,19 @@ class Stability:
 
 def stability(losses: np.ndarray, grad_norms: np.ndarray) -> Stability:
     """Return the figures of a run from its records, [num_records] each, NaN where not logged."""
-    losses = losses[np.isfinite(losses)]
-    norms = grad_norms[np.isfinite(grad_norms)]
+    losses, norms = _finite(losses), _finite(grad_norms)
     return Stability(
         volatility=_volatility(losses),
         smoothness=_mean(np.abs(np.diff(losses))),
-        mean_loss_ratio=_mean(loss_ratios(losses)),
+        mean_loss_ratio=_mean(_finite(loss_ratios(losses))),
         mean_grad_norm=_mean(np.minimum(norms, CLIPPED_AT)),
     )
 
 
 def loss_ratios(losses: np.ndarray) -> np.ndarray:
-    """Return L(t) / min(L(1), ..., L(t-1)) for t = 2, 3, ..."""
-    return losses[1:] / np.minimum.accumulate(losses)[:-1]
+    """Return L(t) / min(L(1), ..., L(t-1)) for t = 2, 3, ..., without the losses that are NaN."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # of a loss that is 0
+        return losses[1:] / np.fmin.accumulate(losses)[:-1]
 
 
 def _volatility(losses: np.ndarray) -> float:
@@ -54,6 +54,10 @@ def _volatility(losses: np.ndarray) -> float:
         return float("nan")
     windows = np.lib.stride_tricks.sliding_window_view(losses, VOLATILITY_WIDTH)
     return _mean(windows.std(axis=1))
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]
 
 
 def _mean(values: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -74,6 +75,7 @@ def summary(runs: Sequence[Run]) -> list[Row]:
         Row("Final training loss", [_loss(_final_training(run)) for run in runs]),
         Row("Final validation loss", [_loss(_final(run, "validation")) for run in runs]),
         Row("Test loss", [_loss(_final(run, "test")) for run in runs]),
+        Row("Losses not finite", [_not_finite(run) for run in runs], "left out of everything else"),
     ]
     rows += _against_first(runs)
     return [row for row in rows if set(row.cells) - {"", "?"}]
@@ -93,12 +95,12 @@ def _against_first(runs: Sequence[Run]) -> list[Row]:
     def flops(run: Run) -> float | None:
         if run.flops is None or first.flops is None:
             return None
-        return float(run.flops[-1] / first.flops[-1] - 1)
+        return _beyond(run.flops[-1], first.flops[-1])
 
     against = f"against {first.name}"
     reached = f"when the validation loss is down to the one {first.name} ends with"
     return [
-        row(f"Time {against}", lambda run: float(run.seconds[-1] / first.seconds[-1] - 1)),
+        row(f"Time {against}", lambda run: _beyond(run.seconds[-1], first.seconds[-1])),
         row(f"Compute {against}", flops),
         row("Same loss: tokens", lambda run: _saving_at_equal_loss(run, first, "tokens"), reached),
         row("Same loss: time", lambda run: _saving_at_equal_loss(run, first, "seconds"), reached),
@@ -111,7 +113,9 @@ def _saving_at_equal_loss(run: Run, first: Run, axis: str) -> float | None:
     records = run.validations()
     if target is None or not records:
         return None
-    losses = np.array([record.loss for record in records])
+    losses = run.validation_losses(records)
+    records = [record for record, loss in zip(records, losses, strict=True) if np.isfinite(loss)]
+    losses = losses[np.isfinite(losses)]
     places = run.at(getattr(run, axis), records)
     below = np.flatnonzero(losses <= target)
     if not below.size or not below[0]:
@@ -119,7 +123,12 @@ def _saving_at_equal_loss(run: Run, first: Run, axis: str) -> float | None:
     end = int(below[0])
     place = np.interp(-target, -losses[end - 1 : end + 1], places[end - 1 : end + 1])
     whole = first.at(getattr(first, axis), first.validations())[-1]
-    return float(place / whole - 1)
+    return _beyond(place, whole)
+
+
+def _beyond(value: float, reference: float) -> float | None:
+    """Return by which share a value is above a reference; None where that is 0."""
+    return float(value / reference - 1) if reference else None
 
 
 def stability_rows(runs: Sequence[Run]) -> list[Row]:
@@ -152,26 +161,44 @@ def stability_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def to_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the figures of each run for other programs; None where a log does not tell."""
+    """Return the figures of each run for other programs; None where a log does not tell.
+
+    None also where a figure is not finite: JSON has no word for that.
+    """
     return [
-        {
-            "name": run.name,
-            "schedule": run.log.schedule,
-            "iterations": run.last.iteration,
-            "samples": run.last.consumed_samples,
-            "tokens": int(run.tokens[-1]) if run.log.seq_length else None,
-            "seconds": float(run.seconds[-1]),
-            "flops": None if run.flops is None else float(run.flops[-1]),
-            "gpus": run.log.num_gpus,
-            "training_loss": _final_training(run),
-            "validations": [_validation_json(record) for record in run.log.validations],
-            "stability": {
-                name: None if np.isnan(value) else value
-                for name, value in asdict(stability(run.losses, run.column("grad norm"))).items()
-            },
-        }
+        _plain(
+            {
+                "name": run.name,
+                "schedule": run.log.schedule,
+                "iterations": run.last.iteration,
+                "samples": run.last.consumed_samples,
+                "tokens": int(run.tokens[-1]) if run.log.seq_length else None,
+                "seconds": float(run.seconds[-1]),
+                "flops": None if run.flops is None else float(run.flops[-1]),
+                "gpus": run.log.num_gpus,
+                "training_loss": _final_training(run),
+                "losses_not_finite": len(run.lines_without_loss),
+                "first_loss_not_finite": next(iter(run.lines_without_loss), None),
+                "validations": [_validation_json(record) for record in run.log.validations],
+                "stability": {
+                    name: None if np.isnan(value) else value
+                    for name, value in asdict(
+                        stability(run.losses, run.column("grad norm"))
+                    ).items()
+                },
+            }
+        )
         for run in runs
     ]
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with None for each number in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _validation_json(record: Validation) -> dict[str, Any]:
@@ -205,13 +232,22 @@ def all_settings(runs: Sequence[Run]) -> list[Row]:
 
 
 def _final(run: Run, dataset: str) -> float | None:
+    """Return the loss of the last validation, as it was logged."""
     records = run.validations(dataset)
     return records[-1].loss if records else None
 
 
+def _not_finite(run: Run) -> str:
+    where = run.lines_without_loss
+    return f"{len(where):,} log lines, from iteration {where[0]:,}" if where else ""
+
+
 def _final_training(run: Run) -> float | None:
-    tail = run.losses[-max(1, len(run.losses) // 50) :]  # the last 2 %
-    return float(np.nanmean(tail)) if np.isfinite(tail).any() else None
+    """Return the mean of the last 2 %; NaN where the run ended without a finite loss."""
+    tail = run.losses[-max(1, len(run.losses) // 50) :]
+    if np.isfinite(tail).any():
+        return float(np.nanmean(tail))
+    return float("nan") if run.lines_without_loss else None
 
 
 def _loss(loss: float | None) -> str:
@@ -223,7 +259,7 @@ def _figure(value: float) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:+.1f} %"
+    return "" if share is None or not math.isfinite(share) else f"{100 * share:+.1f} %"
 
 
 def _times(count: int) -> str:

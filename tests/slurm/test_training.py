@@ -12,6 +12,7 @@ import pytest
 from cluster import Cluster, wait_until
 from conftest import HERE, Jobs, iterations, outcomes
 
+from megatron_skyladder.report.runlog import read_run
 from megatron_skyladder.slurm.attempts import RunFolder
 from megatron_skyladder.testing import requires_megatron
 
@@ -73,6 +74,10 @@ def test_what_a_run_leaves_behind(straight: RunFolder) -> None:
     logs = {path.name for path in attempt.glob("*.log")}
     assert logs == {f"rank.{rank:04}.log" for rank in range(4)} | {"node.0.log", "node.1.log"}
     assert f"iteration {STEPS:8d}/" in (attempt / "rank.0003.log").read_text()
+    log = read_run(straight.path)  # as `skyladder report` and `plan --calibrate` read it
+    assert [record.iteration for record in log.iterations] == list(range(1, STEPS + 1))
+    assert (log.num_gpus, log.seq_length, log.num_attempts) == (4, 128, 1)
+    assert log.schedule is not None and log.iterations[-1].window == 128
     versions = json.loads((attempt / "versions.json").read_text())
     assert versions["torch"] and versions["megatron-core"]
     settings = json.loads((straight.path / "settings.json").read_text())

@@ -11,12 +11,14 @@ from report_logs import BATCH, GPUS, SEQ_LENGTH, STEPS, write_log
 
 from megatron_skyladder.cli import main
 from megatron_skyladder.ladder.schedules import WindowSchedule
+from megatron_skyladder.planning.calibration import calibrate
 from megatron_skyladder.report.curves import Run, axes_of, load_runs
 from megatron_skyladder.report.drawing import smoothed
+from megatron_skyladder.report.page import write_report
 from megatron_skyladder.report.pictures import PICTURES, Picture
 from megatron_skyladder.report.runlog import parse
 from megatron_skyladder.report.stability import Stability, loss_ratios, stability
-from megatron_skyladder.report.tables import differing_settings, summary
+from megatron_skyladder.report.tables import differing_settings, summary, to_json
 
 pytest.importorskip("matplotlib")
 
@@ -190,6 +192,122 @@ def test_figures_for_other_programs(
     assert last["loss"] < constant["validations"][-1]["loss"]
     assert last["by_length"][str(SEQ_LENGTH)] == pytest.approx(last["loss"], abs=0.01)
     assert constant["stability"].keys() == {field.name for field in fields(Stability)}
+
+
+# --- runs that diverged -------------------------------------------------------------------------
+
+FIGURE = re.compile(r"(?<=: )[-+.\dE]+(?= \|)|(?<=value: )[-+.\dE]+")
+
+
+def damaged(text: str, value: str, share: float, name: str = "") -> str:
+    """Put a value in place of figures of the lines after this share of the log."""
+    lines = text.splitlines()
+    first = int(share * len(lines))
+    wanted = re.compile(rf"(?<={name}: )[-+.\dE]+(?= \|)") if name else FIGURE
+    keep = re.compile(r"consumed samples: +\d+ \|")
+    for place, entry in enumerate(lines[first:], start=first):
+        samples = keep.search(entry)
+        changed = wanted.sub(value, entry)
+        lines[place] = keep.sub(samples[0], changed) if samples else changed
+    return "\n".join(lines)
+
+
+DIVERGED = {
+    "loss nan from the middle": ("nan", 0.5, "lm loss"),
+    "gradient inf all along": ("inf", 0.0, "grad norm"),
+    "everything inf from the start": ("inf", 0.0, ""),
+    "everything nan at the end": ("nan", 0.97, ""),
+    "everything -inf from the middle": ("-inf", 0.5, ""),
+    "loss above any frame": ("1.0E+12", 0.5, "lm loss"),
+    "loss 0": ("0.0", 0.5, "lm loss"),
+}
+
+
+@pytest.fixture(scope="module")
+def diverged(runs: list[Run]) -> list[Run]:
+    return [Run(name, parse(damaged(_text_of(runs[1]), *how))) for name, how in DIVERGED.items()]
+
+
+def refuse(constant: str) -> float:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+@pytest.mark.filterwarnings("error")
+def test_diverged_runs_do_not_break_the_report_for_the_others(
+    runs: list[Run], diverged: list[Run], tmp_path: Path
+) -> None:
+    page, *pictures = write_report([runs[0], *diverged], tmp_path)
+    assert len(pictures) == 8
+    text = page.read_text()
+    assert "Losses not finite" in text and "log lines, from iteration" in text
+    figures = json.loads(json.dumps(to_json([runs[0], *diverged]), allow_nan=False))
+    assert [run["losses_not_finite"] > 0 for run in figures] == [
+        *(False, True, False, True, True, True, False, False),
+    ]
+    assert figures[0] == to_json([runs[0]])[0]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", [name for name in DIVERGED if name.startswith("everything")])
+def test_a_diverged_run_alone_and_as_what_others_are_compared_with(
+    runs: list[Run], diverged: list[Run], name: str
+) -> None:
+    (run,) = (run for run in diverged if run.name == name)
+    for compared in ([run], [run, runs[0]]):
+        for row in summary(compared):
+            assert "loss" in row.label or not re.search("nan|inf", "".join(row.cells)), row
+        for picture in PICTURES:
+            figure = picture.draw(compared)
+            for axes in figure.axes if figure is not None else []:
+                assert np.isfinite(axes.get_ylim()).all()
+
+
+def test_a_run_that_diverged_leaves_the_frame_to_the_others(
+    runs: list[Run], diverged: list[Run]
+) -> None:
+    pictures = {picture.name: picture for picture in PICTURES}
+    added = [run for run in diverged if run.has_diverged]
+    assert axes_of([*runs, *added[:1], *added[2:]]).keys() == axes_of(runs).keys()
+    assert {run.name for run in added} == DIVERGED.keys() - {"loss 0", "gradient inf all along"}
+    for name in ("training-loss", "validation-loss", "stability"):
+        alone, together = (pictures[name].draw(shown).axes for shown in (runs, [*runs, *added]))
+        # the run without a single rate leaves no axis of compute to share
+        for one, other in zip(alone, together, strict=name == "stability"):
+            np.testing.assert_allclose(one.get_ylim(), other.get_ylim(), rtol=0.2)
+
+
+def test_what_a_diverged_run_comes_to(diverged: list[Run]) -> None:
+    rows = {row.label: row.cells for row in summary(diverged[:1])}
+    assert rows["Final training loss"] == ["nan"]
+    assert rows["Losses not finite"][0].startswith("29 log lines, from iteration 30,000")
+
+
+def test_a_damaged_log_still_calibrates(runs: list[Run], tmp_path: Path) -> None:
+    whole = tmp_path / "whole.log"
+    whole.write_text(_text_of(runs[1]))
+    lines = whole.read_text().splitlines()
+    lines[30] = damaged(lines[30], "nan", 0.0)
+    lines[40] = damaged(lines[40], "inf", 0.0)
+    (tmp_path / "damaged.log").write_text("\n".join(lines))
+    expected, found = calibrate(whole), calibrate(tmp_path / "damaged.log")
+    assert found.step_time.fixed == pytest.approx(expected.step_time.fixed, rel=0.01)
+
+
+def test_strict_json_on_the_command_line(
+    diverged: list[Run], tmp_path: Path, runs: list[Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.log").write_text(damaged(_text_of(runs[1]), "inf", 0.5))
+    assert main(["report", "--json", str(tmp_path / "run.log")]) == 0
+    (run,) = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert run["validations"][-1]["loss"] is None and run["training_loss"] is None
+    assert run["first_loss_not_finite"] == 30_000
+
+
+def test_lengths_that_only_one_run_was_validated_at(runs: list[Run]) -> None:
+    text = re.sub(r"skyladder/loss_at_512 ", "skyladder/loss_at_256 ", _text_of(runs[1]))
+    other = Run("other", parse(text))
+    for picture in PICTURES:
+        assert picture.draw([runs[0], other]) is not None
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

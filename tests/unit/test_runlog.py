@@ -1,6 +1,7 @@
 """Logs of Megatron as they are found: several attempts, prefixes, colours, interval means."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -172,6 +173,19 @@ def test_a_loss_that_is_no_number_is_kept_as_such() -> None:
     assert math.isnan(record.loss)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_line_whose_figures_are_not_finite(value: str) -> None:
+    """Whatever of it: a record that can be used, or none where its place is not known."""
+    whole = line(1, 4.5, extra=" throughput per GPU (TFLOP/s/GPU): 12.3 |")
+    for number in re.findall(r": +([\d.E+-]+) \|", whole):
+        (record,) = parse(whole.replace(f" {number} |", f" {value} |", 1)).iterations or [None]
+        if number == "4":  # consumed samples
+            assert record is None
+        else:
+            assert record is not None
+            assert record.window in (8, None) and math.isfinite(record.elapsed_ms)
+
+
 def test_a_folder_is_read_in_the_order_of_its_training_lines(tmp_path: Path) -> None:
     (tmp_path / "logs" / "attempt_0").mkdir(parents=True)
     (tmp_path / "b.log").write_text(ARGUMENTS + line(1, 5.0) + "\n" + line(2, 4.0))
@@ -192,3 +206,79 @@ def test_a_file_without_training_lines_is_refused(tmp_path: Path) -> None:
         read_run(file)
     with pytest.raises(ValueError, match=r"in the \.log, .* files of .* and .*logs"):
         read_run(tmp_path)
+
+
+# --- ranks with files of their own ----------------------------------------------------------------
+
+LAST_RANK = "\n".join([line(1, 5.0), line(2, 4.5), line(3, 3.0)])
+RESUMED = "\n".join([line(3, 3.5), line(4, 3.2)])
+# one log for each rank: rank 0 prints the arguments, the last one the training lines
+LAYOUTS = {
+    "skyladder slurm": ("attempts/001/rank.{:04}.log", "attempts/002/rank.{:04}.log"),
+    "torchrun --redirects 3": ("logs/x/attempt_0/{}/stdout.log", "logs/x/attempt_1/{}/stdout.log"),
+    "srun --output %j_%t.out": ("17_{}.out", "18_{}.out"),
+}
+
+
+def write_ranks(folder: Path, layout: str, ranks: int = 12) -> None:
+    for name, lines in zip(LAYOUTS[layout], (LAST_RANK, RESUMED), strict=True):
+        for rank in range(ranks):
+            path = folder / name.format(rank)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text({0: ARGUMENTS, ranks - 1: lines}.get(rank, "building the model\n"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_with_a_log_for_each_rank(tmp_path: Path, layout: str) -> None:
+    write_ranks(tmp_path, layout)
+    run = read_run(tmp_path)
+    assert [record.loss for record in run.iterations] == pytest.approx([5.0, 4.0, 3.5, 2.9])
+    assert (run.seq_length, run.num_gpus, run.num_attempts) == (128, 2, 2)
+    assert run.schedule is not None and run.schedule.startswith("linear 8 -> 128")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_rank_of_many_is_read_with_the_others(tmp_path: Path, layout: str) -> None:
+    write_ranks(tmp_path, layout)
+    run = read_run(tmp_path / LAYOUTS[layout][1].format(11))
+    assert [record.iteration for record in run.iterations] == [3, 4]
+    assert (run.seq_length, run.num_gpus, run.num_attempts) == (128, 2, 1)
+
+
+def test_parts_of_a_slurm_folder(tmp_path: Path) -> None:
+    write_ranks(tmp_path, "skyladder slurm")
+    dead = tmp_path / "attempts" / "003"  # it ended before its first training line
+    dead.mkdir()
+    (dead / "rank.0000.log").write_text(ARGUMENTS)
+    (tmp_path / "slurm-7.out").write_text("2026-01-02 job 7: not finished: requeued\n")
+    (tmp_path / "status.txt").write_text("training, attempt 3, from iteration 4\n")
+    for path, iterations, attempts in (
+        (tmp_path, [1, 2, 3, 4], 3),
+        (tmp_path / "attempts", [1, 2, 3, 4], 3),
+        (tmp_path / "attempts/002", [3, 4], 1),
+        (tmp_path / "attempts/001/rank.0000.log", [1, 2, 3], 1),
+    ):
+        run = read_run(path)
+        assert [record.iteration for record in run.iterations] == iterations
+        assert (run.seq_length, run.num_attempts) == (128, attempts)
+
+
+def test_what_torchrun_keeps_apart(tmp_path: Path) -> None:
+    """The schedule goes through logging, to stderr."""
+    write_ranks(tmp_path, "torchrun --redirects 3")
+    for attempt in (0, 1):
+        first = tmp_path / f"logs/x/attempt_{attempt}/0"
+        *head, schedule = ARGUMENTS.splitlines()
+        (first / "stdout.log").write_text("\n".join(head))
+        (first / "stderr.log").write_text(schedule)
+    assert str(read_run(tmp_path).schedule).startswith("linear 8 -> 128")
+
+
+def test_logs_of_several_jobs_stay_starts_of_their_own(tmp_path: Path) -> None:
+    """Their names differ in a number as those of ranks do, but each has everything, or none."""
+    (tmp_path / "job-1.out").write_text(ARGUMENTS + LAST_RANK)
+    (tmp_path / "job-2.out").write_text(ARGUMENTS + RESUMED)
+    assert read_run(tmp_path).num_attempts == 2
+    for number, lines in ((1, LAST_RANK), (2, RESUMED)):
+        (tmp_path / f"job-{number}.out").write_text(lines)
+    assert [record.iteration for record in read_run(tmp_path).iterations] == [1, 2, 3, 4]
