@@ -8,6 +8,7 @@ Without a GPU: ``SKYLADDER_DEVICE=cpu``. Without any ``--skyladder-*`` flag this
 from __future__ import annotations
 
 import logging
+import sys
 from functools import partial
 from typing import Any
 
@@ -123,8 +124,18 @@ def main() -> None:
     log_to_console()
     with explained():
         releases.release_of(releases.installed())
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            cpu_engine.install_where_no_gpu()
+            _print_help()
+            return
         cpu_engine.install_or_check_device()
         _launch()
+
+
+def _print_help() -> None:
+    from megatron_skyladder.megatron_lm import launch, patch_calls
+
+    launch.print_help(patch_calls.add_arguments)
 
 
 def _launch() -> None:

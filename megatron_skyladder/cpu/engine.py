@@ -72,6 +72,12 @@ def install_or_check_device() -> None:
         )
 
 
+def install_where_no_gpu() -> None:
+    """Install the engine where torch sees no CUDA device, asked for or not."""
+    if not torch.cuda.is_available():
+        install()
+
+
 def install() -> None:
     """Make ``torch.cuda`` land on the CPU in this process. A second call does nothing.
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 def install() -> None:
     """Replace ``all_gather`` and ``reduce_scatter`` in this process."""
+    torch_distributed: Any = dist
     all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
 
     def any_all_gather(
@@ -38,7 +39,8 @@ def install() -> None:
         output.copy_(torch.stack(parts).sum(dim=0))
         return None
 
-    dist.all_gather, dist.reduce_scatter = any_all_gather, any_reduce_scatter
+    torch_distributed.all_gather = any_all_gather
+    torch_distributed.reduce_scatter = any_reduce_scatter
 
 
 def _equal(tensors: list[torch.Tensor]) -> bool:

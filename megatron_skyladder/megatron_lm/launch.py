@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +90,36 @@ def gpt_model(
         vp_stage=vp_stage,
         pg_collection=pg_collection,
     )
+
+
+def print_help(
+    add_arguments: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
+) -> None:
+    """Print all flags: Megatron's, and those that ``add_arguments`` adds.
+
+    Megatron itself parses more than once, the first time without added flags.
+    """
+    from megatron.training import arguments
+
+    parser = argparse.ArgumentParser(
+        prog="megatron_skyladder.pretrain_gpt", description="Megatron-LM's flags and SkyLadder's."
+    )
+    with_printable_help(add_arguments(arguments.add_megatron_arguments(parser))).print_help()
+
+
+def with_printable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Double the percent signs that argparse would take for formatting.
+
+    Some of Megatron's help texts have them (0.18.2 to 0.19.2), and --help ends in a ValueError.
+    """
+    for action in parser._actions:
+        if action.help and action.help is not argparse.SUPPRESS:
+            action.help = re.sub(
+                r"%%|%\(\w+\)\w|%",
+                lambda found: "%%" if found[0] == "%" else found[0],
+                action.help,
+            )
+    return parser
 
 
 def _after_initialization(action: Callable[[], None]) -> None:

@@ -22,7 +22,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import mpu
+
+from megatron_skyladder.runtime import trainer
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class SequenceMean:
 
         Where there is no context parallelism it is returned as it is.
         """
-        if mpu.get_context_parallel_world_size() <= 1:  # 0 where there are no process groups
+        if trainer.current().groups.cp.size() == 1:
             return forward_step
 
         @functools.wraps(forward_step)
@@ -71,5 +72,6 @@ class SequenceMean:
         if self._counts_itself:
             return values
         total = torch.as_tensor(num_tokens, device=loss.device).detach().clone()
-        torch.distributed.all_reduce(total, group=mpu.get_context_parallel_group())
-        return loss * mpu.get_context_parallel_world_size(), total, report
+        group = trainer.current().groups.cp
+        torch.distributed.all_reduce(total, group=group)
+        return loss * group.size(), total, report

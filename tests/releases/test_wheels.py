@@ -4,8 +4,12 @@ SKYLADDER_MEGATRON_WHEELS names a folder with one sub-folder for each version, a
 ``unpack_wheels.py`` makes it.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
-from launches import DOCUMENTS_MASKED, LADDER, figures, launch, require
+from launches import DOCUMENTS_MASKED, LADDER, REPOSITORY, figures, launch, require
 from unpack_wheels import INSTALLED, OLDER
 
 from megatron_skyladder.testing import requires_megatron
@@ -36,6 +40,20 @@ def test_an_older_wheel_trains_to_the_same_losses(data, request, version):
     expected = request.getfixturevalue("on_the_installed_one")
     for found, wanted in zip(figures(log), expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("version", OLDER)
+def test_all_flags_are_printed(version):
+    wheel = require(VARIABLE, version, "make test-releases makes it")
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_skyladder.pretrain_gpt", "--help"],
+        env={**os.environ, "PYTHONPATH": f"{wheel}{os.pathsep}{REPOSITORY}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "--num-layers" in result.stdout and "--skyladder-start-window" in result.stdout
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,10 @@
 """How a launch that fails says so."""
 
+import argparse
 import logging
+import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -13,6 +17,7 @@ from megatron_skyladder.ladder.config import config_from_args
 from megatron_skyladder.ladder.schedules import WindowSchedule
 from megatron_skyladder.megatron_lm import releases
 from megatron_skyladder.runtime import ending
+from megatron_skyladder.testing import requires_megatron
 
 INSTALLED = releases.installed
 
@@ -87,6 +92,38 @@ def test_other_errors_keep_their_traceback_and_name_the_rank(launch, caplog, fai
         launch(fail, rank)
     assert not isinstance(failure.value, UsageError)
     assert f"rank {rank} failed with ValueError: {failure.value}" in caplog.text
+
+
+@requires_megatron
+def test_the_flags_are_printed_without_a_gpu():
+    """Megatron's help texts have percent signs that argparse cannot format."""
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_skyladder.pretrain_gpt", "--help"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "SKYLADDER_DEVICE": "", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "--num-layers" in result.stdout and "--skyladder-start-window" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("up to 5%) of it", "up to 5%) of it"),
+        ("100% of %(dest)s, 5%% more", "100% of dest, 5% more"),
+        ("plain", "plain"),
+    ],
+)
+@requires_megatron
+def test_percent_signs_in_help_texts(text, printed):
+    from megatron_skyladder.megatron_lm.launch import with_printable_help
+
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--flag", dest="dest").help = text
+    parser.add_argument("--hidden", help=argparse.SUPPRESS)
+    assert printed in with_printable_help(parser).format_help()
 
 
 @pytest.mark.parametrize(
