@@ -19,6 +19,7 @@ from megatron_skyladder.data.indexed import IndexedWriter
 from megatron_skyladder.megatron_lm import releases
 from megatron_skyladder.report import runlog
 
+ENTRY_POINT = "megatron_skyladder.pretrain_gpt"
 REPOSITORY = Path(__file__).parents[2]
 EOD = 127  # ends each document of the data below
 SMALL_MODEL = """
@@ -84,6 +85,7 @@ def launch(
     num_processes: int = 1,
     environment: dict[str, str] | None = None,
     fails: bool = False,
+    stop_time: bool = False,
 ) -> tuple[runlog.RunLog, str]:
     """Train and return the log, parsed and whole.
 
@@ -95,10 +97,14 @@ def launch(
         num_processes: ranks.
         environment: added variables.
         fails: whether the run is to end with an error, rather than well.
+        stop_time: let time stand still, for `every_figure`.
     """
-    entry = ["-m", "megatron_skyladder.pretrain_gpt"]
+    entry = ["-m", ENTRY_POINT]
     if script is not None:
         entry = ["-m", "megatron_skyladder.cpu", str(script)]
+    if stop_time:
+        stopped_clock = Path(__file__).with_name("stopped_clock.py")
+        entry = ["-m", "megatron_skyladder.cpu", str(stopped_clock), str(script or ENTRY_POINT)]
     path = [str(folder) for folder in (megatron, REPOSITORY) if folder]
     result = subprocess.run(
         [
@@ -129,3 +135,13 @@ def figures(log: runlog.RunLog) -> list[tuple[float | None, ...]]:
     trained = [(entry.loss, entry.values["grad norm"], entry.window) for entry in log.iterations]
     assert len(trained) >= 5, "the log has too few iterations"
     return trained + [(validation.loss,) for validation in log.validations]
+
+
+def every_figure(log: runlog.RunLog) -> list[dict[str, float]]:
+    """Return all numbers of all lines; of a run for which time stood still."""
+    assert len(log.iterations) >= 5, "the log has too few iterations"
+    of_model = "Number of parameters"  # another rank prints it, at times into the same line
+    return [
+        {name: value for name, value in entry.values.items() if not name.startswith(of_model)}
+        for entry in (*log.iterations, *log.validations)
+    ]
