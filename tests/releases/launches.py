@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,9 +107,11 @@ def launch(
         stopped_clock = Path(__file__).with_name("stopped_clock.py")
         entry = ["-m", "megatron_skyladder.cpu", str(stopped_clock), str(script or ENTRY_POINT)]
     path = [str(folder) for folder in (megatron, REPOSITORY) if folder]
+    logs = Path(tempfile.mkdtemp(prefix="logs-", dir=data.folder))
     result = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--log-dir", str(logs), "--redirects", "3"),  # or the ranks' lines run together
             *("--nproc-per-node", str(num_processes), *entry),
             *(*SMALL_MODEL.split(), *data.flags(megatron), *flags),
         ],
@@ -126,8 +129,10 @@ def launch(
         stderr=subprocess.STDOUT,
         timeout=1800,  # a minute, on a machine with nothing else to do
     )
-    assert (result.returncode != 0) == fails, "\n".join(result.stdout.splitlines()[-60:])
-    return runlog.parse(result.stdout), result.stdout
+    files = [path for rank in range(num_processes) for path in logs.rglob(f"{rank}/std*.log")]
+    text = "".join(path.read_text(errors="replace") for path in files) + result.stdout
+    assert (result.returncode != 0) == fails, "\n".join(text.splitlines()[-60:])
+    return runlog.parse(text), text
 
 
 def figures(log: runlog.RunLog) -> list[tuple[float | None, ...]]:
@@ -140,8 +145,4 @@ def figures(log: runlog.RunLog) -> list[tuple[float | None, ...]]:
 def every_figure(log: runlog.RunLog) -> list[dict[str, float]]:
     """Return all numbers of all lines; of a run for which time stood still."""
     assert len(log.iterations) >= 5, "the log has too few iterations"
-    of_model = "Number of parameters"  # another rank prints it, at times into the same line
-    return [
-        {name: value for name, value in entry.values.items() if not name.startswith(of_model)}
-        for entry in (*log.iterations, *log.validations)
-    ]
+    return [entry.values for entry in (*log.iterations, *log.validations)]
