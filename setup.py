@@ -20,6 +20,7 @@ setup(
     package_dir=BESIDE,
     package_data={
         "megatron_skyladder": ["py.typed"],
+        "megatron_skyladder.megatron_lm": ["flag_names.txt"],
         "megatron_skyladder.patches": ["*.ini"],
         "megatron_skyladder.slurm.template": ["*.sbatch"],
     },

@@ -47,9 +47,14 @@ def is_above_zero(value: Any) -> bool:
         return False
 
 
-def other_than(*names: str) -> Callable[[Any], bool]:
-    """Return a test for a choice that is none of these; a missing one is none of ours."""
-    return lambda value: is_given(value) and str(getattr(value, "name", value)) not in names
+def other_than(name: str) -> Callable[[Any], bool]:
+    """Return a test for a choice, or a list of choices, that is not just this one."""
+
+    def differs(value: Any) -> bool:
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        return any(is_given(part) and getattr(part, "name", part) != name for part in parts)
+
+    return differs
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,12 @@ class FlagRule:
         effect: what it means for a run with SkyLadder.
         why: the reason, as the second half of a sentence.
         do: what to do instead, as a sentence; empty where nothing is to be done.
+        set_to: the flag with the value that fits, where another value does.
         when: the values that it is about.
         default: Megatron's value where the flag is not given.
         attribute: its name in Megatron's arguments, where it is not the flag's.
         of_model: whether the attention asks a model's configuration too.
+        not_counted: whether the model or its work is one that ``plan`` cannot count.
         entry_point_always: whether our entry point refuses it without SkyLadder as well, because
             only Megatron's own script reads it.
     """
@@ -73,10 +80,12 @@ class FlagRule:
     effect: Effect
     why: str
     do: str = ""
+    set_to: str = ""
     when: Callable[[Any], bool] = is_given
     default: Any = None
     attribute: str = ""
     of_model: bool = False
+    not_counted: bool = False
     entry_point_always: bool = False
 
     @property
@@ -99,17 +108,20 @@ class Finding:
 
     def __str__(self) -> str:
         """Return what was given, why it matters, and what to do."""
-        shown = "" if self.value is True else f"={self._shown_value}"
         head = "cannot be combined with SkyLadder: " if self.rule.effect.stops else ""
-        default = " (Megatron's default)" if self.value == self.rule.default else ""
-        do = f" {self.rule.do}" if self.rule.do else ""
-        return f"{self.rule.flag}{shown}{default} {head}{self.rule.why}.{do}"
+        advice = self.rule.do or (f"Set {self.rule.set_to}." if self.rule.set_to else "")
+        return f"{self.given} {head}{self.rule.why}.{f' {advice}' if advice else ''}"
 
     @property
-    def _shown_value(self) -> str:
-        if isinstance(self.value, (list, tuple)):
-            return ",".join(str(part) for part in self.value)
-        return str(getattr(self.value, "name", self.value))
+    def given(self) -> str:
+        """The flag with its value."""
+        if self.value is True:
+            return self.rule.flag
+        value = self.value
+        if isinstance(value, (list, tuple)):
+            value = ",".join(str(part) for part in value)
+        default = " (Megatron's default)" if value == self.rule.default else ""
+        return f"{self.rule.flag}={getattr(value, 'name', value)}{default}"
 
 
 def find(rules: Iterable[FlagRule], settings: Any) -> Iterator[Finding]:
@@ -149,7 +161,7 @@ RULES = (
         "--attention-dropout",
         Effect.NEEDS_CHANGE,
         "its kernels have no dropout",
-        "Set --attention-dropout 0.",
+        set_to="--attention-dropout 0",
         when=is_above_zero,
         default=0.1,
         of_model=True,
@@ -157,7 +169,7 @@ RULES = (
     FlagRule(
         "--window-size",
         Effect.REFUSED,
-        "it sets the window itself",
+        "SkyLadder sets the window itself",
         "Drop --window-size (and --window-attn-skip-freq); for windows that slide, add "
         "--skyladder-mask sliding, and --skyladder-final-window for one that stays short.",
         of_model=True,
@@ -166,7 +178,7 @@ RULES = (
         "--softmax-type",
         Effect.NEEDS_CHANGE,
         "its kernels have the plain softmax only, without a sink",
-        "Set --softmax-type vanilla.",
+        set_to="--softmax-type vanilla",
         when=other_than("vanilla"),
         default="vanilla",
         of_model=True,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_skyladder.attention import limits
-from megatron_skyladder.attention.limits import Effect, Finding, FlagRule
+from megatron_skyladder.attention.limits import Effect, Finding, FlagRule, other_than
 
 _USE_DOCUMENTS = "To keep documents apart, use --skyladder-intra-document instead."
 _PACKS = "it packs sequences of several lengths and brings masks of its own"
@@ -37,15 +37,114 @@ RULES = (
     FlagRule("--sequence-packing-scheduler", Effect.CHANGES_MASKS, _PACKS, _USE_DOCUMENTS),
     FlagRule("--max-seqlen-per-dp-cp-rank", Effect.CHANGES_MASKS, _PACKS, _USE_DOCUMENTS),
     FlagRule("--use-varlen-dataset", Effect.CHANGES_MASKS, _PACKS, _USE_DOCUMENTS),
-    # --- models whose attention is not the one that SkyLadder replaces ---
-    FlagRule("--mtp-num-layers", Effect.REFUSED, "multi-token prediction is not supported"),
-    FlagRule("--multi-latent-attention", Effect.REFUSED, "latent attention is not supported"),
-    # --- accepted ---
+    FlagRule(
+        "--cp-partition-mode",
+        Effect.CHANGES_MASKS,
+        "it gives context-parallel ranks other tokens than SkyLadder expects",
+        "Drop --cp-partition-mode.",
+        when=other_than("zigzag"),
+        default="zigzag",
+    ),
+    # --- models and trainers whose attention is not the one that SkyLadder replaces ---
+    FlagRule(
+        "--mtp-num-layers",
+        Effect.REFUSED,
+        "the layers of multi-token prediction have no window",
+        "Drop --mtp-num-layers.",
+        not_counted=True,
+    ),
+    FlagRule(
+        "--multi-latent-attention",
+        Effect.REFUSED,
+        "its attention does not take latent keys and values",
+        not_counted=True,
+    ),
+    FlagRule(
+        "--experimental-attention-variant",
+        Effect.CHANGES_MASKS,
+        "its layers choose what they see themselves",
+        not_counted=True,
+    ),
+    FlagRule(
+        "--use-legacy-models",
+        Effect.CHANGES_MASKS,
+        "it builds models that do not come from megatron.core",
+        "Drop --use-legacy-models.",
+        not_counted=True,
+    ),
+    FlagRule(
+        "--yaml-cfg",
+        Effect.REFUSED,
+        "Megatron then reads no flag from the command line, SkyLadder's included",
+        "Give the settings as flags.",
+        not_counted=True,
+    ),
+    FlagRule(
+        "--perform-rl-step",
+        Effect.REFUSED,
+        "its rollouts generate text, which needs a model without windows",
+    ),
+    # --- accepted, with something to know ---
+    FlagRule(
+        "--rampup-batch-size",
+        Effect.NOTED,
+        "is ignored by Megatron 0.18 and later: the batch does not grow",
+        'Use --step-batch-size-schedule "0:SAMPLES TOKENS:SAMPLES ...", without '
+        "--global-batch-size.",
+    ),
     FlagRule(
         "--fp8-format",
         Effect.NOTED,
         "runs the linear layers in FP8; SkyLadder's attention stays in 16 bits",
         attribute="fp8",
+    ),
+    FlagRule(
+        "--fp4-format",
+        Effect.NOTED,
+        "runs the linear layers in FP4; SkyLadder's attention stays in 16 bits",
+        attribute="fp4",
+    ),
+    FlagRule(
+        "--heterogeneous-layers-config-path",
+        Effect.NOTED,
+        "gives layers that differ: plan cannot count them",
+        not_counted=True,
+    ),
+    FlagRule(
+        "--attention-backend",
+        Effect.NOTED,
+        "chooses among Transformer Engine's kernels, which only SkyLadder's backend te runs",
+        "SkyLadder's own choice is --skyladder-attention-backend.",
+        when=other_than("auto"),
+        default="auto",
+    ),
+    # --- accepted, and nothing to do ---
+    FlagRule(
+        "--cp-comm-type",
+        Effect.HARMLESS,
+        "has no effect: the exchange between context-parallel ranks is SkyLadder's own",
+        when=other_than("p2p"),
+        default="p2p",
+    ),
+    FlagRule(
+        "--window-attn-skip-freq",
+        Effect.HARMLESS,
+        "has no effect without --window-size",
+    ),
+    FlagRule(
+        "--apply-query-key-layer-scaling",
+        Effect.HARMLESS,
+        "divides logits and multiplies them again: the result is the same without it",
+    ),
+    FlagRule(
+        "--optimizer-cuda-graph",
+        Effect.HARMLESS,
+        "captures the optimizer alone, which has no window",
+    ),
+    FlagRule(
+        "--reset-position-ids",
+        Effect.HARMLESS,
+        "is honoured as without SkyLadder",
     ),
 )
 
