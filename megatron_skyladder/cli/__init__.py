@@ -7,6 +7,7 @@ import difflib
 import importlib
 import os
 import sys
+from typing import Any
 
 # Listed by name and imported on use: --help must not wait for numpy, let alone for Megatron.
 COMMANDS = {
@@ -53,14 +54,25 @@ def main(argv: list[str] | None = None) -> int:
     )
     named = next((word for word in arguments if not word.startswith("-")), None)
     command = parser
+    take = None
     for name, help_text in COMMANDS.items():
         if name == named:
             module = importlib.import_module(f"megatron_skyladder.cli.{name.replace('-', '_')}")
             command = module.add_parser(subparsers, help_text)
             command.set_defaults(run=module.run)
+            take = getattr(module, "take", None)  # takes a pasted launch out of the words
         else:
             subparsers.add_parser(name, help=help_text)
+    taken: dict[str, Any] = {}
+    if take is not None and named is not None:
+        behind = arguments.index(named) + 1
+        try:
+            words, taken = take(command, arguments[behind:])
+        except (ValueError, OSError) as error:
+            return _report(error, named)
+        arguments = [*arguments[:behind], *words]
     parsed, unknown = parser.parse_known_args(arguments)
+    vars(parsed).update(taken)
     if parsed.command is None:
         parser.print_help(sys.stderr)
         return 2
@@ -93,9 +105,15 @@ def _run(parsed: argparse.Namespace) -> int:
             "here. Everything at once: pip install 'megatron-skyladder[training,data,plot]'.",
             file=sys.stderr,
         )
-    except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"skyladder {parsed.command}: {what}", file=sys.stderr)
-    except ValueError as error:
-        print(f"skyladder {parsed.command}: {error}", file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        return _report(error, parsed.command)
+
+
+def _report(error: Exception, command: str) -> int:
+    """Print what the user can fix and return the exit code."""
+    what = str(error)
+    if isinstance(error, OSError) and error.filename:
+        what = f"{error.filename}: {error.strerror}"
+    print(f"skyladder {command}: {what}", file=sys.stderr)
     return 1

@@ -14,8 +14,9 @@ from megatron_skyladder.cli.plan import to_json as to_plan_json
 from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
 from megatron_skyladder.ladder.presets import PAPER_RUNS, SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import SCHEDULES, WindowSchedule, exact
-from megatron_skyladder.planning import budget, estimate, run_flags
+from megatron_skyladder.planning import budget, estimate, pasted, run_flags, verdict
 from megatron_skyladder.planning.budget import Fit
+from megatron_skyladder.planning.devices import list_devices
 from megatron_skyladder.planning.estimate import Plan
 from megatron_skyladder.planning.text import WIDTH, amount, scientific, table, wrap
 
@@ -62,20 +63,34 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser.add_argument("--budget-tokens", type=_count, metavar="N", help="tokens, such as 20e9")
     parser.add_argument("--budget-hours", type=float, metavar="H", help="hours on all GPUs")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("-v", "--verbose", action="store_true", help="name all that is left out")
     parser.add_argument("--plot", metavar="FILE", help="draw all of them: FILE.png or .svg")
+    pasted.add_source_flags(parser)
     run_flags.add_run_flags(parser)
     return parser
 
 
+def take(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take the launch out of the command's words."""
+    rest, found = pasted.take(parser, words)
+    return rest, {"pasted": found}
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command."""
+    if args.list_devices:
+        print(list_devices())
+        return 0
     plans = make_plans(args)
     fits = make_fits(args, plans)
     if args.plot:
         from megatron_skyladder.planning import plots
 
         plots.draw_plans(args.plot, plans)
-    print(json.dumps(to_json(plans, fits), indent=2) if args.json else to_text(plans, fits))
+    if args.json:
+        print(json.dumps(to_json(plans, fits), indent=2))
+    else:
+        print(to_text(plans, fits, details=args.verbose))
     return 0
 
 
@@ -207,16 +222,23 @@ def _fit_json(fit: Fit | None) -> dict[str, Any] | None:
 
 
 def _notes(plans: list[Plan]) -> list[str]:
-    return list(dict.fromkeys(note for plan in plans for note in plan.notes))
+    notes = [*verdict.noted(plans[0].pasted.findings)]
+    notes += [
+        f"The model is not counted: {plan.not_counted}." for plan in plans if plan.not_counted
+    ]
+    return list(dict.fromkeys([*notes, *(note for plan in plans for note in plan.notes)]))
 
 
-def to_text(plans: list[Plan], fits: list[tuple[str, Fit | None]]) -> str:
+def to_text(plans: list[Plan], fits: list[tuple[str, Fit | None]], *, details: bool = False) -> str:
     """Return the comparison as text of at most WIDTH columns, names aside."""
     parts = [_table(plans)]
     parts += [wrap("Time", f"on {plan.time.basis}") for plan in plans[:1] if plan.time]
     if fits:
         parts.append(_fit_table(plans, fits))
-    parts += [wrap("Note", note) for note in _notes(plans)]
+    notes = _notes(plans)
+    if details:
+        notes += [*verdict.harmless(plans[0].pasted.findings), *verdict.left_out(plans[0].pasted)]
+    parts += [wrap("Note", note) for note in notes]
     return "\n\n".join(parts)
 
 
@@ -233,11 +255,11 @@ def _table(plans: list[Plan]) -> str:
             f"{plan.window(0):,} to {plan.window(plan.total_steps - 1):,}",
             full,
             f"{plan.mean_fraction:.1%}",
-            scientific(plan.ladder_flops),
-            f"{1 - plan.ladder_flops / plan.constant_flops:.1%}",
+            scientific(plan.ladder_flops) if plan.shape else "?",
+            f"{1 - plan.ladder_flops / plan.constant_flops:.1%}" if plan.shape else "?",
         ]
         if plan.time:
-            ladder, constant = plan.mean_fraction, plan.constant_fraction
+            constant, ladder = plan.timed_fractions
             hours = plan.time.gpu_hours(plan.total_steps, ladder) / (plan.time.gpus or 1)
             row += [f"{hours:,.4g}", f"{plan.time.step.saved(ladder, constant):.1%}"]
         rows.append(row)

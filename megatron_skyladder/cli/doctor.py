@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_skyladder.ladder.config import add_arguments
-from megatron_skyladder.planning import doctor
+from megatron_skyladder.planning import doctor, pasted, verdict
 from megatron_skyladder.planning.doctor import Report
+from megatron_skyladder.planning.pasted import Pasted
 
 _WIDTH = 100
 _INTEGERS = (  # what the schedule is made of, beside our own flags
@@ -25,15 +26,18 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "doctor",
         help=help_text,
-        usage="skyladder doctor [--json] [the flags of your launch]",
+        usage="skyladder doctor [-v] [--json] [--from-script FILE | torchrun ... pretrain_gpt.py "
+        "<flags>]",
         allow_abbrev=False,
         description="Say what is installed, which attention backend and which way into Megatron "
-        "will be used, what does not fit and what to do. With the flags of a launch, also its "
-        "schedule. Under torchrun (torchrun ... -m megatron_skyladder doctor <flags>) all ranks "
-        "compare versions, flags and schedule.",
+        "will be used, what does not fit and what to do. With a launch, pasted or in a script, "
+        "also its schedule; nothing is started. Under torchrun (torchrun ... -m megatron_skyladder "
+        "doctor <flags>) all ranks compare versions, flags and schedule.",
         epilog="Exit code: 0 nothing is wrong, 1 something is, 2 wrong usage.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show all that was found")
+    pasted.add_source_flags(parser)
     megatron = parser.add_argument_group(
         "Megatron's flags",
         "These decide the schedule; all others are compared, and looked up in the table of flags "
@@ -44,46 +48,50 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser.set_defaults(context_parallel_size=1)
     megatron.add_argument("--step-batch-size-schedule", metavar="TOKENS:SAMPLES ...")
     add_arguments(parser)
-    _keep_launch_flags(parser)
     return parser
 
 
-def _keep_launch_flags(parser: argparse.ArgumentParser) -> None:
-    """Make the parser keep all words but ``--json``, known to it or not, as ``launch_flags``."""
-    parse_known = parser.parse_known_args
-
-    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        result, rest = parse_known(args, namespace)
-        misspelt = [word for word in rest if word.startswith("--skyladder-")]
-        if misspelt:
-            parser.error(f"there is no flag {misspelt[0].partition('=')[0]}")
-        result.launch_flags = [word for word in args if word != "--json"]
-        return result, []
-
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+def take(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take the launch out of the command's words."""
+    rest, found = pasted.take(parser, words, leave_names=True)
+    misspelt = [each for each in found.unknown if each.is_ours]
+    if misspelt:
+        raise ValueError(str(misspelt[0]))
+    own = ("--json", "-v", "--verbose")
+    flags = tuple(word for word in found.launch.flags if word.text not in own)
+    found.launch = replace(found.launch, flags=flags)
+    return rest, {"pasted": found}
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Examine, compare with the other ranks where there are any, and print on rank 0."""
-    report = doctor.examine(arguments, arguments.launch_flags)
+    report = doctor.examine(arguments, arguments.pasted)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and doctor.has_torch(report):
         problems = report.problems
         others = doctor.compare_ranks(report)
         report.problems = problems + others
         report.run["ranks"] = "disagree" if others else f"{os.environ['WORLD_SIZE']}, all alike"
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(asdict(report), indent=2) if arguments.json else _page(report))
+        if arguments.json:
+            print(json.dumps(asdict(report), indent=2))
+        else:
+            print(_page(report, arguments.pasted, details=arguments.verbose))
     return 1 if report.problems else 0
 
 
-def _page(report: Report) -> str:
-    parts = [
-        ("Installed", report.installed),
-        ("A run here", report.run),
-        ("Ways in", report.ways),
+def _page(report: Report, found: Pasted, *, details: bool) -> str:
+    """Return the verdict in three lines, then what is wrong, then (on request) all facts."""
+    parts: list[tuple[str, dict[str, str]]] = [
         ("Problems", {str(n): text for n, text in enumerate(report.problems, 1)}),
     ]
-    lines = []
+    if details:
+        parts += [
+            ("Installed", report.installed),
+            ("A run here", report.run),
+            ("Ways in", report.ways),
+            ("Notes", {str(n): text for n, text in enumerate(report.notes, 1)}),
+        ]
+    lines = [*_verdict(report, found), ""]
     for title, entries in parts:
         if not entries:
             continue
@@ -100,4 +108,29 @@ def _page(report: Report) -> str:
                 break_long_words=False,
             )
         lines.append("")
-    return "\n".join(lines if report.problems else [*lines, "Nothing is wrong."]).rstrip()
+    return "\n".join(lines).rstrip()
+
+
+def _verdict(report: Report, found: Pasted) -> list[str]:
+    """Return three lines: does it fit, what would run, what is next."""
+    count = len(report.problems)
+    wrong = f"{count} problem{'s' * (count > 1)}, see below"
+    if found.is_launch and found.launch.entry:
+        fit = verdict.fit(found)
+        first = f"Change: {wrong}" if fit.fits and count else str(fit)
+    else:
+        first = f"Change: {wrong}" if count else "Fits: nothing is wrong"
+    runs = ", ".join(
+        [
+            f"Megatron {report.installed.get('megatron', 'none').partition(',')[0]}",
+            f"torch {report.installed.get('torch', 'none').partition(' ')[0]}",
+            f"attention on {report.run.get('attention backend', 'unknown').partition(':')[0]}",
+            f"device {report.run.get('device', 'none')}",
+        ]
+    )
+    following = "-v shows all that was found"
+    if count:
+        following = "do what the problems say, then ask again"
+    elif report.run["schedule"].startswith("off"):
+        following = "skyladder plan with the flags of your launch; -v shows all that was found"
+    return [first, f"Runs: {runs}", f"Next: {following}"]

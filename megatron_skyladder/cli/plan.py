@@ -7,10 +7,11 @@ import json
 import textwrap
 from typing import Any
 
-from megatron_skyladder.planning import estimate, run_flags
+from megatron_skyladder.planning import estimate, pasted, run_flags, verdict
+from megatron_skyladder.planning.devices import list_devices
 from megatron_skyladder.planning.estimate import Plan
-from megatron_skyladder.planning.parallel import mean_max_over_mean, parallel_costs
-from megatron_skyladder.planning.text import to_text
+from megatron_skyladder.planning.parallel import parallel_costs
+from megatron_skyladder.planning.text import to_text, verdict_lines
 
 
 def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
@@ -18,14 +19,18 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "plan",
         help=help_text,
-        usage="skyladder plan [--preset NAME] [Megatron's flags] [--skyladder-*] [options]",
+        usage="skyladder plan [--preset NAME | --from-script FILE | torchrun ... pretrain_gpt.py] "
+        "[Megatron's flags]\n                      [--skyladder-*] [options]",
         formatter_class=run_flags.HelpFormatter,
         description=textwrap.dedent("""\
-            Print the window at every stage of a run, its attention work and FLOPs with and
-            without the ladder, and with a device or a log also hours and cost. Takes the flags
-            of the training command, so that its command line can be pasted.
+            Say in three lines whether SkyLadder fits a run, what it saves, and what to add. Paste
+            the command that starts training, or name the script that has it: nothing in it is
+            run. With -v also the window at every stage, attention work and FLOPs with and without
+            the ladder, hours and cost.
 
             examples:
+              skyladder plan torchrun --nproc-per-node 8 pretrain_gpt.py --num-layers 24 ...
+              skyladder plan --from-script train.sh --device h100 --price-per-gpu-hour 2.50
               skyladder plan --preset 1b-8k
               skyladder plan --preset 1b-8k --at 0,8,64000 --json
               skyladder plan --preset 1b-32k --device a100-40g --gpus 8 --price-per-gpu-hour 1.5
@@ -35,12 +40,23 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser.add_argument("--at", type=_steps, metavar="STEPS", help="steps to show, such as 0,8,64")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", metavar="FILE", help="draw windows and work: FILE.png or .svg")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show all figures")
+    pasted.add_source_flags(parser)
     run_flags.add_run_flags(parser)
     return parser
 
 
+def take(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take the launch out of the command's words."""
+    rest, found = pasted.take(parser, words)
+    return rest, {"pasted": found}
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command."""
+    if args.list_devices:
+        print(list_devices())
+        return 0
     plan = estimate.make_plan(args, name=args.preset or "run")
     steps = args.at if args.at is not None else list(estimate.stage_steps(plan))
     if max(steps) >= plan.total_steps:
@@ -49,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
         from megatron_skyladder.planning import plots
 
         plots.draw_plans(args.plot, [plan])
-    print(json.dumps(to_json(plan, steps), indent=2) if args.json else to_text(plan, steps))
+    if args.json:
+        print(json.dumps(to_json(plan, steps), indent=2))
+    else:
+        print(to_text(plan, args.at, details=args.verbose))
     return 0
 
 
@@ -66,19 +85,22 @@ def _steps(text: str) -> list[int]:
 def to_json(plan: Plan, steps: list[int]) -> dict[str, Any]:
     """Return the plan as one JSON object; shares are 0 to 1, percentages are named so."""
     result: dict[str, Any] = {
+        "verdict": _verdict_json(plan),
         "windows": {str(step): plan.window(step) for step in steps},
-        "flops": {
-            "constant": plan.constant_flops,
-            "ladder": plan.ladder_flops,
-            "saved_percent": 100 * (1 - plan.ladder_flops / plan.constant_flops),
-        },
+        "flops": _flops_json(plan),
         "schedule": plan.config.fingerprint,
-        "parameters": plan.shape.num_parameters,
+        "parameters": plan.shape and plan.shape.num_parameters,
+        "active_parameters": plan.shape and plan.shape.active_parameters,
         "steps": plan.total_steps,
         "tokens": plan.tokens,
         "full_window": None,
         "attention_fraction": plan.mean_fraction,
-        "notes": plan.notes,
+        "notes": [
+            *verdict.noted(plan.pasted.findings),
+            *plan.notes,
+            *verdict.harmless(plan.pasted.findings),
+            *verdict.left_out(plan.pasted),
+        ],
     }
     if plan.full_step is not None:
         tokens = plan.full_step * plan.batch_tokens
@@ -90,6 +112,27 @@ def to_json(plan: Plan, steps: list[int]) -> dict[str, Any]:
     if plan.context_parallel_size > 1:
         result["context_parallel"] = _context_parallel_json(plan, steps)
     return result
+
+
+def _verdict_json(plan: Plan) -> dict[str, Any]:
+    found = verdict.fit(plan.pasted)
+    return {
+        "fits": found.fits,
+        "add": list(found.add),
+        "change": list(found.change),
+        "start": found.start or None,
+        "lines": verdict_lines(plan),
+    }
+
+
+def _flops_json(plan: Plan) -> dict[str, float] | None:
+    if plan.shape is None:
+        return None
+    return {
+        "constant": plan.constant_flops,
+        "ladder": plan.ladder_flops,
+        "saved_percent": 100 * (1 - plan.ladder_flops / plan.constant_flops),
+    }
 
 
 def _context_parallel_json(plan: Plan, steps: list[int]) -> dict[str, Any]:
@@ -105,7 +148,7 @@ def _context_parallel_json(plan: Plan, steps: list[int]) -> dict[str, Any]:
         }
     return {
         "size": plan.context_parallel_size,
-        "work_max_over_mean": mean_max_over_mean(plan),
+        "work_max_over_mean": plan.busiest_over_mean,
         "stages": stages,
     }
 
@@ -117,7 +160,7 @@ def _documents_json(plan: Plan) -> dict[str, Any]:
         f"{'ladder' if ladder else 'constant'}_{'documents' if masked else 'causal'}": {
             "visible_context": float(pairs / plan.config.seq_length),
             "attention_fraction": float(pairs / plan.causal_pairs),
-            "flops": plan.flops(pairs),
+            "flops": plan.flops(pairs) if plan.shape else None,
         }
         for ladder, masked, pairs in estimate.work_under_masks(plan)
     }
@@ -138,7 +181,7 @@ def _documents_json(plan: Plan) -> dict[str, Any]:
 def _time_json(plan: Plan) -> dict[str, Any]:
     time = plan.time
     assert time is not None
-    ladder, constant = plan.mean_fraction, plan.constant_fraction
+    constant, ladder = plan.timed_fractions
     low, high = time.saved_range(ladder, constant)
     result: dict[str, Any] = {"basis": time.basis, "gpus": time.gpus}
     for name, fraction in (("constant", constant), ("ladder", ladder)):

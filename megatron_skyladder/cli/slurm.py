@@ -10,9 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_skyladder.planning import run_flags
+from megatron_skyladder.attention import limits
+from megatron_skyladder.ladder.config import config_from_args
+from megatron_skyladder.planning import pasted, run_flags
 from megatron_skyladder.slurm import script
 from megatron_skyladder.slurm.settings import DEFAULT_ENTRY, Settings, from_file
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Print the job script for a run described by an example file (copy one of examples/slurm/), after
@@ -75,22 +79,13 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         help="go on in a run folder that has a run with another command line.",
     )
     parser.epilog = f"What stands after -- are further flags of Megatron, which win.\n\n{EPILOG}"
-    _keep_what_follows_two_dashes(parser)
     return parser
 
 
-def _keep_what_follows_two_dashes(parser: argparse.ArgumentParser) -> None:
-    """Make the parser put what follows -- into ``args.flags``; argparse cannot after options."""
-    parse_known = parser.parse_known_args
-
-    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        words = list(args)
-        end = words.index("--") if "--" in words else len(words)
-        result, rest = parse_known(words[:end], namespace)
-        result.flags = words[end + 1 :]
-        return result, rest
-
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+def take(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take what follows ``--`` out of the words: flags of Megatron, not of this command."""
+    end = words.index("--") if "--" in words else len(words)
+    return words[:end], {"flags": words[end + 1 :]}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,7 +118,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_flags(settings: Settings) -> None:
-    """Check model, batch and layout against the number of ranks.
+    """Check what would end the job after it has waited: names, conflicts, batch and layout.
+
+    The model is not looked at: Megatron knows more kinds of it than `skyladder plan` can count.
 
     Raises:
         ValueError: they do not fit.
@@ -132,21 +129,12 @@ def _check_flags(settings: Settings) -> None:
         return  # a script's own flags are not ours to know
     parser = argparse.ArgumentParser(prog="skyladder slurm", add_help=False)
     run_flags.add_run_flags(parser)
-    # the tokenizer decides the vocabulary, and it may not be here
-    words = [*_without_data(settings.flags), "--vocab-size", "1", "--gpus", str(settings.num_ranks)]
-    run_flags.complete(parser.parse_args(words))
-
-
-def _without_data(words: tuple[str, ...]) -> list[str]:
-    """Leave out --data-path: documents are measured by `skyladder plan`, not here."""
-    kept: list[str] = []
-    skipping = False
-    for word in words:
-        if word.startswith("--"):
-            skipping = word == "--data-path"
-        if not skipping:
-            kept.append(word)
-    return kept
+    words, found = pasted.take(parser, settings.flags)
+    for note in found.notes:
+        logger.warning("%s", note)
+    flags = run_flags.complete(parser.parse_args([*words, "--gpus", str(settings.num_ranks)]))
+    if config_from_args(flags) is not None:
+        limits.refuse(found.findings)
 
 
 def _show(settings: Settings, text: str) -> int:

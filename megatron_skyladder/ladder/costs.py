@@ -14,19 +14,6 @@ from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.fragments import window_pairs
 from megatron_skyladder.ladder.presets import ModelShape
 
-# Peak dense bf16 TFLOP/s of one GPU, from the vendors' data sheets.
-DEVICES = {
-    "a100-40g": 312.0,
-    "a100-80g": 312.0,
-    "h100": 989.0,  # SXM
-    "h100-pcie": 756.0,
-    "h200": 989.0,
-    "gh200": 989.0,
-    "b200": 2250.0,
-    "l40s": 362.0,
-    "mi300x": 1307.0,
-}
-
 # Seconds that one FLOP of attention takes, relative to one of the matrix products, by Megatron's
 # count of both. FlashAttention's backward repeats one of six products (7/6), and attention kernels
 # run below the rate of matrix products. The paper measured two runs (Table 8: 1B, A100-40G):
@@ -37,10 +24,70 @@ ATTENTION_COST_RANGE = (1.138, 1.626)
 
 
 @dataclass(frozen=True)
-class DecoderShape:
-    """A dense GPT as Megatron builds it, all layers alike. Sizes in elements.
+class Experts:
+    """The MLPs that are mixtures of experts. Sizes in elements.
 
     Args:
+        num_layers: layers that have them in place of a dense MLP.
+        num_experts: of a layer, shared ones aside.
+        topk: experts that each token goes to.
+        ffn_hidden_size: of one expert.
+        shared_ffn_hidden_size: of the experts that see every token, together; 0: none.
+        shared_gate: whether these have a gate of their own.
+        linear_bias: whether experts have biases.
+        router_bias: whether the router has one.
+    """
+
+    num_layers: int
+    num_experts: int
+    topk: int
+    ffn_hidden_size: int
+    shared_ffn_hidden_size: int = 0
+    shared_gate: bool = False
+    linear_bias: bool = False
+    router_bias: bool = False
+
+
+@dataclass(frozen=True)
+class Mamba:
+    """The Mamba-2 layers of a hybrid model. Sizes in elements.
+
+    Args:
+        num_layers: how many.
+        num_heads, head_dim: their product is the inner width.
+        num_groups, state_dim: of the state.
+        conv_size: taps of the convolution.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    num_groups: int
+    state_dim: int
+    conv_size: int = 4
+
+    @property
+    def inner_size(self) -> int:
+        """Width of the state's input."""
+        return self.num_heads * self.head_dim
+
+    def weights(self, hidden_size: int) -> int:
+        """Return the elements of a layer's two matrices."""
+        inputs = 2 * self.inner_size + 2 * self.num_groups * self.state_dim + self.num_heads
+        return hidden_size * (inputs + self.inner_size)
+
+    def parameters(self, hidden_size: int) -> int:
+        """Return a layer's parameters, its input norm aside."""
+        conv = (self.inner_size + 2 * self.num_groups * self.state_dim) * (self.conv_size + 1)
+        return self.weights(hidden_size) + conv + 3 * self.num_heads + self.inner_size
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """A decoder as Megatron builds it. Sizes in elements.
+
+    Args:
+        num_layers: layers with attention; of a GPT, all.
         vocab_size: rows of the embedding, padding included; see `padded_vocab_size`.
         gated_mlp: whether the MLP has a gate (SwiGLU), hence two input matrices.
         linear_bias: whether all linear layers have a bias.
@@ -49,6 +96,10 @@ class DecoderShape:
         qk_norm: whether queries and keys are normalised, each over kv_channels.
         tied_embeddings: whether the output layer reuses the word embedding.
         learned_positions: rows of a learned position embedding; 0 for RoPE or none.
+        output_gate: whether attention's result has a gate, as wide as the queries.
+        num_mlp_layers: layers with a dense MLP; None: every layer that has no experts.
+        experts: the layers that have a mixture of experts, or None.
+        mamba: the layers that have a state in place of attention, or None.
     """
 
     num_layers: int
@@ -65,6 +116,10 @@ class DecoderShape:
     qk_norm: bool = False
     tied_embeddings: bool = False
     learned_positions: int = 0
+    output_gate: bool = False
+    num_mlp_layers: int | None = None
+    experts: Experts | None = None
+    mamba: Mamba | None = None
 
     @classmethod
     def of_paper(cls, model: ModelShape) -> DecoderShape:
@@ -86,47 +141,107 @@ class DecoderShape:
 
     @property
     def num_parameters(self) -> int:
-        """All parameters, embeddings and vocabulary padding included."""
-        embeddings = 1 if self.tied_embeddings else 2
-        return (
-            self.num_layers * self._layer_parameters
-            + self._norm_parameters
-            + embeddings * self.vocab_size * self.hidden_size
-            + self.learned_positions * self.hidden_size
-        )
+        """All parameters, embeddings and vocabulary padding included: what memory has to hold."""
+        return self._parameters(active=False)
+
+    @property
+    def active_parameters(self) -> int:
+        """The parameters that a token meets: of the experts, those it goes to."""
+        return self._parameters(active=True)
 
     @property
     def matmul_parameters(self) -> int:
         """Weights that each token is multiplied with: the layers' matrices and the output layer."""
-        return self.num_layers * self._layer_weights + self.vocab_size * self.hidden_size
+        layers = self.num_layers * self._attention_weights + self._mlp_layers * self._mlp_weights
+        if self.experts:
+            layers += self.experts.num_layers * self._expert_weights(self.experts.topk)
+        if self.mamba:
+            layers += self.mamba.num_layers * self.mamba.weights(self.hidden_size)
+        return layers + self.vocab_size * self.hidden_size
+
+    @property
+    def _mlp_layers(self) -> int:
+        if self.num_mlp_layers is not None:
+            return self.num_mlp_layers
+        return self.num_layers - (self.experts.num_layers if self.experts else 0)
 
     @property
     def _qkv_size(self) -> int:
-        return self.query_size + 2 * self.num_query_groups * self.kv_channels
-
-    @property
-    def _ffn_inputs(self) -> int:
-        return self.ffn_hidden_size * (2 if self.gated_mlp else 1)
+        gate = self.query_size if self.output_gate else 0
+        return self.query_size + gate + 2 * self.num_query_groups * self.kv_channels
 
     @property
     def _norm_parameters(self) -> int:
         return self.hidden_size * (2 if self.norm_bias else 1)
 
     @property
-    def _layer_weights(self) -> int:
-        attention = self._qkv_size + self.query_size
-        return self.hidden_size * (attention + self._ffn_inputs + self.ffn_hidden_size)
+    def _attention_weights(self) -> int:
+        return self.hidden_size * (self._qkv_size + self.query_size)
 
     @property
-    def _layer_parameters(self) -> int:
+    def _mlp_weights(self) -> int:
+        return self._mlp_matrices(self.ffn_hidden_size)
+
+    def _ffn_inputs(self, ffn_hidden_size: int) -> int:
+        return ffn_hidden_size * (2 if self.gated_mlp else 1)
+
+    def _mlp_matrices(self, ffn_hidden_size: int) -> int:
+        return self.hidden_size * (self._ffn_inputs(ffn_hidden_size) + ffn_hidden_size)
+
+    def _mlp_biases(self, ffn_hidden_size: int) -> int:
+        return self._ffn_inputs(ffn_hidden_size) + self.hidden_size
+
+    def _expert_weights(self, num_experts: int) -> int:
+        """Return the matrices of a layer's router, shared experts and so many others."""
+        assert self.experts is not None
+        experts = self.experts
+        routed = num_experts * self._mlp_matrices(experts.ffn_hidden_size)
+        shared = self._mlp_matrices(experts.shared_ffn_hidden_size)
+        gate = self.hidden_size if experts.shared_gate else 0
+        return routed + shared + gate + self.hidden_size * experts.num_experts
+
+    def _parameters(self, *, active: bool) -> int:
+        embeddings = 1 if self.tied_embeddings else 2
+        total = (
+            self.num_layers * self._attention_parameters
+            + self._mlp_layers * self._mlp_parameters
+            + self._norm_parameters
+            + embeddings * self.vocab_size * self.hidden_size
+            + self.learned_positions * self.hidden_size
+        )
+        if self.experts:
+            num_experts = self.experts.topk if active else self.experts.num_experts
+            total += self.experts.num_layers * self._expert_parameters(num_experts)
+        if self.mamba:
+            layer = self.mamba.parameters(self.hidden_size) + self._norm_parameters
+            total += self.mamba.num_layers * layer
+        return total
+
+    @property
+    def _attention_parameters(self) -> int:
         biases = 0
         if self.linear_bias or self.qkv_bias:
             biases += self._qkv_size
         if self.linear_bias:
-            biases += self._ffn_inputs + 2 * self.hidden_size
+            biases += self.hidden_size
         if self.qk_norm:
             biases += 2 * self.kv_channels * (2 if self.norm_bias else 1)
-        return self._layer_weights + 2 * self._norm_parameters + biases
+        return self._attention_weights + self._norm_parameters + biases
+
+    @property
+    def _mlp_parameters(self) -> int:
+        biases = self._mlp_biases(self.ffn_hidden_size) if self.linear_bias else 0
+        return self._mlp_weights + self._norm_parameters + biases
+
+    def _expert_parameters(self, num_experts: int) -> int:
+        assert self.experts is not None
+        experts = self.experts
+        biases = experts.num_experts if experts.router_bias else 0
+        if experts.linear_bias:
+            biases += num_experts * self._mlp_biases(experts.ffn_hidden_size)
+            if experts.shared_ffn_hidden_size:
+                biases += self._mlp_biases(experts.shared_ffn_hidden_size)
+        return self._expert_weights(num_experts) + self._norm_parameters + biases
 
 
 def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel: int) -> int:
@@ -180,13 +295,13 @@ def mean_pairs(
 def flops(shape: DecoderShape, *, seq_length: int, pairs: Fraction | float, tokens: int) -> float:
     """Return FLOPs of forward and backward by the paper's count (its Table 8).
 
-    (6 N + 12 layers hidden S) tokens, with N all parameters and S the mean of sum(l**2) / L over
-    the windows l of a row: the full square of each window, though causal kernels do half of it.
-    In pairs, l**2 is 2 * pairs - l.
+    (6 N + 12 layers hidden S) tokens, with N all parameters (of a mixture of experts, those that a
+    token meets) and S the mean of sum(l**2) / L over the windows l of a row: the full square of
+    each window, though causal kernels do half of it. In pairs, l**2 is 2 * pairs - l.
     """
     context = (2 * pairs - seq_length) / seq_length
     attention = 12 * shape.num_layers * shape.query_size * context
-    return float((6 * shape.num_parameters + attention) * tokens)
+    return float((6 * shape.active_parameters + attention) * tokens)
 
 
 def megatron_flops(
@@ -195,7 +310,10 @@ def megatron_flops(
     """Return (matrix products, attention) as Megatron's log counts them: the causal half only."""
     context = (2 * pairs - seq_length) / seq_length
     attention = 6 * shape.num_layers * shape.query_size * context
-    return float(6 * shape.matmul_parameters * tokens), float(attention * tokens)
+    products = 6 * shape.matmul_parameters
+    if shape.mamba:  # the scan, three times 7 operations for each element of the state
+        products += 21 * shape.mamba.num_layers * shape.mamba.inner_size * shape.mamba.state_dim
+    return float(products * tokens), float(attention * tokens)
 
 
 # --- time ---------------------------------------------------------------------------------------
@@ -229,6 +347,7 @@ def step_time(
     batch_tokens: int,
     flops_per_second: float,
     attention_cost: float = ATTENTION_COST,
+    product_speedup: float = 1.0,
 ) -> StepTime:
     """Return the time of a step from the achieved rate.
 
@@ -238,11 +357,14 @@ def step_time(
         flops_per_second: of all GPUs together, in a run with the full window, by Megatron's count
             (GPUs times the "throughput per GPU" in its log).
         attention_cost: see ATTENTION_COST.
+        product_speedup: how much faster the matrix products run than those of attention, by peak:
+            2 where they run in FP8 and attention in 16 bits.
     """
     pairs = window_pairs(seq_length, seq_length)
     products, attention = megatron_flops(
         shape, seq_length=seq_length, pairs=pairs, tokens=batch_tokens
     )
     seconds = (products + attention) / flops_per_second
-    share = attention_cost * attention / (products + attention_cost * attention)
+    attention *= attention_cost * product_speedup
+    share = attention / (products + attention)
     return StepTime(fixed=seconds * (1 - share), attention=seconds * share)

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core import mpu
 
+from megatron_skyladder.ladder.batch_sizes import batch_sizes
 from megatron_skyladder.megatron_lm import compat
 from megatron_skyladder.runtime.trainer import Groups
 
@@ -41,7 +42,7 @@ class MegatronLM:
     @property
     def total_samples(self) -> int:
         options = compat.args()
-        return options.train_samples or options.train_iters * options.global_batch_size
+        return options.train_samples or batch_sizes(options).samples_in(options.train_iters)
 
     @property
     def iteration(self) -> int:

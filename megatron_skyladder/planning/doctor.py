@@ -21,8 +21,11 @@ from typing import Any
 
 from megatron_skyladder import __version__
 from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE, config_from_args, is_requested
-from megatron_skyladder.megatron_lm import flag_rules, from_environment, releases
+from megatron_skyladder.megatron_lm import from_environment, releases
 from megatron_skyladder.megatron_lm.releases import Megatron, MegatronMismatchError
+from megatron_skyladder.planning import verdict
+from megatron_skyladder.planning.launch import Launch
+from megatron_skyladder.planning.pasted import Pasted
 from megatron_skyladder.runtime.ending import TRACEBACK_VARIABLE
 
 # Environment that decides how a run behaves, and so has to be the same on all ranks.
@@ -44,12 +47,14 @@ class Report:
         run: how a training run on this machine would be set up.
         ways: way in -> whether and how it can be used.
         problems: what does not fit and what to do, one sentence or two each.
+        notes: what is accepted, with something to know.
     """
 
     installed: dict[str, str] = field(default_factory=dict)
     run: dict[str, str] = field(default_factory=dict)
     ways: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def try_to(self, find: Callable[[], None], what: str) -> None:
         """Do one part; what it raises becomes a problem, and does not hide the other parts.
@@ -72,14 +77,14 @@ class Report:
             )
 
 
-def examine(flags: argparse.Namespace, launch_flags: list[str]) -> Report:
+def examine(flags: argparse.Namespace, pasted: Pasted) -> Report:
     """Look at this process's environment.
 
     Args:
-        flags: the ``skyladder_*`` values, those of Megatron's flags that the schedule needs, and
-            those that cannot be combined with it.
-        launch_flags: all flags of the launch, as they were given.
+        flags: the ``skyladder_*`` values, and those of Megatron's flags that the schedule needs.
+        pasted: the launch, with all its flags.
     """
+    launch_flags = pasted.launch.words
     report = Report()
     report.installed["python"] = f"{platform.python_version()} ({sys.executable})"
     report.installed["megatron-skyladder"] = f"{__version__} ({Path(__file__).parents[1]})"
@@ -93,8 +98,12 @@ def examine(flags: argparse.Namespace, launch_flags: list[str]) -> Report:
     else:
         report.run["device"] = report.run["attention backend"] = "unknown without torch"
     report.run["flags"] = " ".join(launch_flags) or "none given"
-    report.try_to(lambda: _way_in_and_schedule(report, flags, launch_flags), "the schedule")
-    report.try_to(lambda: _script(report, flags, launch_flags), "the script")
+    for unknown in pasted.unknown:
+        report.problems.append(pasted.launch.at(unknown.flag) + str(unknown))
+    report.try_to(lambda: _way_in_and_schedule(report, flags, pasted), "the schedule")
+    report.try_to(lambda: _script(report, flags, pasted.launch), "the script")
+    report.notes += [*verdict.noted(pasted.findings), *verdict.harmless(pasted.findings)]
+    report.notes += pasted.notes
     return report
 
 
@@ -249,12 +258,11 @@ def _backend(report: Report, flags: argparse.Namespace, launch_flags: list[str])
     )
 
 
-def _way_in_and_schedule(
-    report: Report, flags: argparse.Namespace, launch_flags: list[str]
-) -> None:
-    if _SPEC_MODULE in launch_flags:
+def _way_in_and_schedule(report: Report, flags: argparse.Namespace, pasted: Pasted) -> None:
+    if _SPEC_MODULE in pasted.launch.words:
         report.run["way in"] = "spec, with the flags from SKYLADDER_* variables"
-        for name, value in vars(from_environment.flags(os.environ)).items():
+        environment = {**os.environ, **pasted.launch.environment}
+        for name, value in vars(from_environment.flags(environment)).items():
             setattr(flags, name, value)
         flags.skyladder_schedule = flags.skyladder_schedule or DEFAULT_SCHEDULE
     elif report.ways.get("patch", "").startswith("applied"):
@@ -276,14 +284,19 @@ def _way_in_and_schedule(
     config = config_from_args(flags)
     assert config is not None
     report.run["schedule"] = config.fingerprint
-    for finding in flag_rules.findings(flag_rules.given_values(launch_flags)):
+    if flags.global_batch_size is not None and flags.step_batch_size_schedule is not None:
+        report.problems.append(
+            "--global-batch-size stands beside --step-batch-size-schedule, which Megatron refuses. "
+            "Give only the schedule."
+        )
+    for finding in pasted.findings:
         if finding.rule.effect.stops:
-            report.problems.append(str(finding))
+            report.problems.append(pasted.launch.at(finding.rule.flag) + str(finding))
 
 
-def _script(report: Report, flags: argparse.Namespace, launch_flags: list[str]) -> None:
+def _script(report: Report, flags: argparse.Namespace, launch: Launch) -> None:
     stock = report.run["way in"] == "the entry point"
-    named = any(Path(word).name == "pretrain_gpt.py" for word in launch_flags)
+    named = Path(launch.entry).name == "pretrain_gpt.py"
     if stock and named and is_requested(flags):
         raise ValueError(
             "pretrain_gpt.py knows the --skyladder-* flags only in a patched checkout, and this "

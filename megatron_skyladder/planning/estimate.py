@@ -20,7 +20,9 @@ from megatron_skyladder.ladder.costs import DecoderShape
 from megatron_skyladder.ladder.fragments import window_pairs
 from megatron_skyladder.ladder.presets import PAPER_RUNS
 from megatron_skyladder.ladder.schedules import WindowSchedule, explain_multiple
-from megatron_skyladder.planning import run_flags
+from megatron_skyladder.planning import model_flags, run_flags
+from megatron_skyladder.planning.parallel import mean_max_over_mean, parallel_costs
+from megatron_skyladder.planning.pasted import Pasted
 from megatron_skyladder.planning.time_model import TimeModel, time_model
 from megatron_skyladder.planning.visible_context import Documents, measure
 
@@ -36,24 +38,30 @@ class Plan:
     Args:
         name: what to call it in a table.
         config: the schedule and the masks.
-        shape: the model.
+        shape: the model, or None where it cannot be counted: then there are windows only.
         total_steps: global batches.
         documents: what was measured in the data, or None.
         time: the time model, or None where no device and no log was given.
         notes: what the reader has to know about the figures.
         context_parallel_size: ranks that share a row.
         tensor_parallel_size: ranks that share the heads.
+        pasted: the launch that it was made from.
+        not_counted: why the model has no shape.
+        device: the GPU's name, or an empty string.
     """
 
     name: str
     config: SkyLadderConfig
-    shape: DecoderShape
+    shape: DecoderShape | None
     total_steps: int
     documents: Documents | None
     time: TimeModel | None
     notes: list[str] = field(default_factory=list)
     context_parallel_size: int = 1
     tensor_parallel_size: int = 1
+    pasted: Pasted = field(default_factory=Pasted)
+    not_counted: str = ""
+    device: str = ""
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
@@ -124,8 +132,25 @@ class Plan:
         """Visible pairs of a row, averaged over the run."""
         return costs.mean_pairs(self.runs, self.pairs)
 
+    @cached_property
+    def busiest_over_mean(self) -> float:
+        """Attention work of the busiest context-parallel rank over the mean one's, of the run."""
+        if self.context_parallel_size == 1:
+            return 1.0
+        return mean_max_over_mean(self)
+
+    @cached_property
+    def timed_fractions(self) -> tuple[float, float]:
+        """Attention work (without the ladder, with it) that time goes by: the busiest rank's."""
+        constant, ladder = self.constant_fraction, self.mean_fraction
+        if self.context_parallel_size == 1:
+            return constant, ladder
+        full = parallel_costs(self, self.config.seq_length).max_over_mean
+        return constant * full, ladder * self.busiest_over_mean
+
     def flops(self, pairs: Fraction | float) -> float:
         """Return the run's FLOPs, by the paper's count, for these mean pairs of a row."""
+        assert self.shape is not None
         return costs.flops(
             self.shape, seq_length=self.config.seq_length, pairs=pairs, tokens=self.tokens
         )
@@ -172,17 +197,17 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
     Raises:
         ValueError: a flag is wrong; the message says which and what to do.
     """
+    pasted = getattr(args, "pasted", None) or Pasted()
+    if args.gpus is None and pasted.launch.num_gpus is not None:
+        args = argparse.Namespace(**{**vars(args), "gpus": pasted.launch.num_gpus})
     flags = run_flags.complete(args, preset)
-    notes = _notes_on_flags(args)
+    notes = list(pasted.notes)
     if config_from_args(flags) is None:
         flags.skyladder_schedule = DEFAULT_SCHEDULE
-        notes.append(
-            "No --skyladder-* flag was given: planned with the defaults. Training needs one flag "
-            f"to switch it on, such as --skyladder-schedule {DEFAULT_SCHEDULE}."
-        )
+        notes.append("No --skyladder-* flag was given: planned with the defaults, as above.")
     config = config_from_args(flags)
     assert config is not None
-    shape = run_flags.decoder_shape(flags)
+    shape, not_counted = _shape(flags, pasted, notes)
     documents = _documents(flags, config, notes)
     time = time_model(flags, shape, notes)
     total_steps = run_flags.total_steps(flags)
@@ -197,24 +222,28 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
         notes,
         flags.context_parallel_size,
         flags.tensor_model_parallel_size,
+        pasted,
+        not_counted,
+        flags.device or "",
     )
 
 
-def _notes_on_flags(args: argparse.Namespace) -> list[str]:
-    if not args.ignored:
-        return []
-    names = ", ".join(dict.fromkeys(args.ignored))
-    return [f"Left out, as they change nothing here: {names}."]
+def _shape(
+    flags: argparse.Namespace, pasted: Pasted, notes: list[str]
+) -> tuple[DecoderShape | None, str]:
+    """Return the model, or None and why it cannot be counted; windows do without one."""
+    reasons = [str(each) for each in pasted.findings if each.rule.not_counted]
+    if reasons:
+        return None, reasons[0]
+    try:
+        return model_flags.decoder_shape(flags, notes), ""
+    except model_flags.NotCountedError as error:
+        return None, str(error)
 
 
 def _note_layout(flags: argparse.Namespace, notes: list[str]) -> None:
     if flags.skyladder_round_to == ROUND_TO_AUTO:
         notes.append(explain_multiple(flags.seq_length, flags.context_parallel_size))
-    if flags.context_parallel_size > 1:
-        notes.append(
-            "Times count the attention work of the average context-parallel rank; the busiest one "
-            "has more, as the table says, and the others wait for it."
-        )
 
 
 def _documents(

@@ -32,13 +32,13 @@ class ParallelCosts:
         work: attention work of each rank, in pairs.
         waiting_share: of the attention work, what sees a key of another rank and waits for it.
         received_bytes: keys and values that a rank receives in one layer, and gradients that come
-            back, on average over the ranks.
+            back, on average over the ranks; None where the model is not known.
         gather_share: the same relative to gathering all keys.
     """
 
     work: tuple[float, ...]
     waiting_share: float
-    received_bytes: float
+    received_bytes: float | None
     gather_share: float
 
     @property
@@ -57,14 +57,16 @@ def parallel_costs(plan: Plan, window: int) -> ParallelCosts:
         cu_seqlens, cp_size=cp_size, seq_length=length, sliding_window=sliding_window
     )
     tokens = float(costs.received.mean()) / num_rows
-    groups = max(1, plan.shape.num_query_groups // plan.tensor_parallel_size)
-    size = key_value_bytes(
-        tokens, num_groups=groups, head_dim=plan.shape.kv_channels, num_bytes=NUM_BYTES
-    )
+    size = None
+    if plan.shape is not None:
+        groups = max(1, plan.shape.num_query_groups // plan.tensor_parallel_size)
+        size = OUR_PASSES * key_value_bytes(
+            tokens, num_groups=groups, head_dim=plan.shape.kv_channels, num_bytes=NUM_BYTES
+        )
     return ParallelCosts(
         work=tuple(float(pairs) / num_rows for pairs in costs.pairs),
         waiting_share=float(costs.waiting_pairs.sum() / costs.pairs.sum()),
-        received_bytes=OUR_PASSES * size,
+        received_bytes=size,
         gather_share=tokens / gathered_tokens(cp_size, length),
     )
 

@@ -1,7 +1,7 @@
 """The flags that ``plan`` and ``compare`` read: the part of Megatron's that decides work and time.
 
 Works where Megatron is not installed. A launch script's whole command line can be pasted: what
-does not matter here is left aside and named.
+does not matter here is left aside and named (`pasted`).
 """
 
 from __future__ import annotations
@@ -9,61 +9,31 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from megatron_skyladder.ladder.batch_sizes import batch_sizes
 from megatron_skyladder.ladder.config import add_arguments
-from megatron_skyladder.ladder.costs import DecoderShape, padded_vocab_size
+from megatron_skyladder.ladder.key_exchange import chunk_length_of
 from megatron_skyladder.ladder.presets import PAPER_RUNS, PaperRun
+from megatron_skyladder.planning import model_flags
 from megatron_skyladder.planning.time_model import add_time_flags
 
-# Models that are counted differently; a wrong figure would be worse than none.
-NOT_COUNTED = (
-    "--num-experts",
-    "--multi-latent-attention",
-    "--mtp-num-layers",
-    "--hybrid-layer-pattern",
-    "--hybrid-override-pattern",
-    "--heterogeneous-layers-config-path",
-    "--attention-output-gate",
-    "--experimental-attention-variant",
-    "--yaml-cfg",
-)
-_INTEGERS = {
-    "--num-layers": "decoder layers",
-    "--hidden-size": "width of the model",
-    "--ffn-hidden-size": "width of the MLP (default: 4 times the hidden size, 8/3 with --swiglu)",
-    "--num-attention-heads": "query heads",
-    "--num-query-groups": "key and value heads, with --group-query-attention",
-    "--kv-channels": "width of a head (default: hidden size / heads)",
+INTEGERS = {
     "--seq-length": "tokens in a row",
-    "--max-position-embeddings": "rows of a learned position embedding",
-    "--vocab-size": "tokens in the vocabulary, before padding",
-    "--padded-vocab-size": "rows of the embedding, if you set them yourself",
-    "--make-vocab-size-divisible-by": "pad the vocabulary to a multiple of this times TP",
     "--tensor-model-parallel-size": "TP",
     "--pipeline-model-parallel-size": "PP",
     "--context-parallel-size": "CP",
+    "--expert-model-parallel-size": "EP",
+    "--expert-tensor-parallel-size": "TP of the experts",
     "--micro-batch-size": "rows of a micro-batch",
     "--global-batch-size": "rows of a batch, over all GPUs",
     "--train-samples": "rows to train on",
     "--train-iters": "batches to train on",
 }
-_SWITCHES = {
-    "--group-query-attention": "use --num-query-groups",
-    "--swiglu": "gated MLP",
-    "--quick-geglu": "gated MLP",
-    "--untie-embeddings-and-output-weights": "an output layer of its own",
-    "--disable-bias-linear": "no biases",
-    "--add-qkv-bias": "a bias for queries, keys and values only",
-    "--qk-layernorm": "normalise queries and keys",
-    "--use-rotary-position-embeddings": "RoPE (old name)",
-}
 _DEFAULTS = {  # Megatron's
-    "num_query_groups": 1,
-    "make_vocab_size_divisible_by": 128,
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1,
-    "normalization": "LayerNorm",
-    "position_embedding_type": "learned_absolute",
+    "expert_model_parallel_size": 1,
+    **model_flags.DEFAULTS,
 }
 
 
@@ -87,12 +57,16 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     megatron = parser.add_argument_group(
         "Megatron's flags", "Those that decide work and time. All others are accepted and left out."
     )
-    for flag, help_text in _INTEGERS.items():
+    for flag, help_text in INTEGERS.items():
         megatron.add_argument(flag, type=int, metavar="N", help=help_text)
-    for flag, help_text in _SWITCHES.items():
-        megatron.add_argument(flag, action="store_const", const=True, help=help_text)
-    megatron.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"))
-    megatron.add_argument("--position-embedding-type", metavar="NAME")
+    megatron.add_argument(
+        "--step-batch-size-schedule",
+        metavar="TEXT",
+        help="a batch that grows: TOKENS:SAMPLES ..., in place of --global-batch-size",
+    )
+    model_flags.add_model_flags(megatron)
+    for flag in ("--fp8-format", "--fp4-format"):
+        megatron.add_argument(flag, metavar="NAME", help="decides the peak rate of linear layers")
     megatron.add_argument(
         "--data-path",
         nargs="*",
@@ -101,42 +75,6 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_time_flags(parser)
     add_arguments(parser)
-    _leave_out_the_rest(parser)
-
-
-def _leave_out_the_rest(parser: argparse.ArgumentParser) -> None:
-    """Make the parser put flags it does not know into ``args.ignored``, values included."""
-    parse_known = parser.parse_known_args
-
-    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        known, ignored = _split(parser, list(args))
-        result, rest = parse_known(known, namespace)
-        result.ignored = ignored
-        return result, rest
-
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
-
-
-def _split(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], list[str]]:
-    """Return the words the parser knows, and the names of the flags it does not."""
-    known: list[str] = []
-    ignored: list[str] = []
-    skipping = False
-    for word in words:
-        if word.startswith("--"):
-            name = word.partition("=")[0]
-            if name in NOT_COUNTED:
-                parser.error(
-                    f"{name}: plan counts dense GPT models only, with all layers alike. "
-                    "Leave the flag out to plan for the dense part."
-                )
-            ours = name.startswith("--skyladder-")  # a misspelt one must not go unnoticed
-            skipping = name not in parser._option_string_actions and not ours
-            if skipping:
-                ignored.append(name)
-        if not skipping:
-            known.append(word)
-    return known, ignored
 
 
 def complete(args: argparse.Namespace, preset: str | None = None) -> argparse.Namespace:
@@ -187,11 +125,20 @@ def _preset_flags(name: str, run: PaperRun, args: argparse.Namespace) -> dict[st
     }
     if args.train_samples is None:
         flags["train_iters"] = run.train_steps
+    if args.step_batch_size_schedule is not None:
+        del flags["global_batch_size"]
     return flags
 
 
 def _fill_batch(flags: argparse.Namespace) -> None:
-    """Set the global batch as Megatron does where only the micro-batch is given."""
+    """Set the global batch as Megatron does: from the micro-batch where it is not given."""
+    if flags.step_batch_size_schedule is not None:
+        if flags.global_batch_size is not None:
+            raise ValueError(
+                f"--global-batch-size={flags.global_batch_size} stands beside "
+                "--step-batch-size-schedule, which Megatron refuses. Give only the schedule."
+            )
+        return
     if flags.global_batch_size is None and flags.micro_batch_size and flags.gpus:
         flags.global_batch_size = flags.micro_batch_size * (flags.gpus // _gpus_per_replica(flags))
 
@@ -205,29 +152,32 @@ def _gpus_per_replica(flags: argparse.Namespace) -> int:
 
 
 def _check(flags: argparse.Namespace) -> None:
-    needed = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "global_batch_size")
-    missing = [name for name in needed if getattr(flags, name) is None]
-    if flags.vocab_size is None and flags.padded_vocab_size is None:
-        missing.append("vocab_size")
+    missing = [] if flags.seq_length is not None else ["--seq-length"]
+    if flags.global_batch_size is None and flags.step_batch_size_schedule is None:
+        missing.append("--global-batch-size")
     if flags.train_samples is None and flags.train_iters is None:
-        missing.append("train_iters")
+        missing.append("--train-iters")
     if missing:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
         raise ValueError(
-            f"not given: {names}. A plan needs the model, the batch and the length of the run. "
-            f"Give Megatron's own flags, or --preset {'|'.join(PAPER_RUNS)}."
+            f"not given: {', '.join(missing)}. A plan needs the length of rows, the batch and the "
+            f"length of the run. Give Megatron's own flags, or --preset {'|'.join(PAPER_RUNS)}."
         )
-    for flag in _INTEGERS:
+    for flag in (*INTEGERS, *model_flags.INTEGERS):
         value = getattr(flags, flag[2:].replace("-", "_"))
         if value is not None and value < 1:
             raise ValueError(f"{flag}={value}: give at least 1.")
     if flags.train_samples is not None and flags.train_iters is not None:
         raise ValueError("--train-samples and --train-iters are both given. Give only one of them.")
     if total_steps(flags) < 1:
+        given = f"--train-samples={flags.train_samples}"
+        if flags.train_samples is None:
+            given = f"--train-iters={flags.train_iters}"
         raise ValueError(
-            f"--train-samples={flags.train_samples} is less than one batch of "
-            f"{flags.global_batch_size}. Give more samples, or a smaller --global-batch-size."
+            f"{given} is less than one batch of {batch_sizes(flags).final}. Train for longer, or "
+            "with smaller batches."
         )
+    if flags.context_parallel_size > 1:
+        chunk_length_of(flags.context_parallel_size, flags.seq_length)
     _check_layout(flags)
 
 
@@ -239,65 +189,34 @@ def _check_layout(flags: argparse.Namespace) -> None:
         raise ValueError(
             f"--gpus={flags.gpus} is no multiple of TP x PP x CP = {replica}. Give whole replicas."
         )
+    _check_experts(flags)
     rows = (flags.micro_batch_size or 1) * (flags.gpus // replica)
-    if flags.global_batch_size % rows:
+    for _, size in batch_sizes(flags).stages:
+        if size % rows:
+            given = f"--global-batch-size={size}"
+            if flags.step_batch_size_schedule is not None:
+                given = f"{size} samples in --step-batch-size-schedule"
+            raise ValueError(
+                f"{given} is no multiple of micro-batch size x data-parallel size = {rows}. Change "
+                "one of them, or --gpus."
+            )
+
+
+def _check_experts(flags: argparse.Namespace) -> None:
+    """Experts are spread over ranks in another way: ETP x EP x PP has to fit as well."""
+    tensor = flags.expert_tensor_parallel_size or flags.tensor_model_parallel_size
+    group = tensor * flags.expert_model_parallel_size * flags.pipeline_model_parallel_size
+    if flags.expert_model_parallel_size > 1 and flags.gpus % group:
         raise ValueError(
-            f"--global-batch-size={flags.global_batch_size} is no multiple of micro-batch size x "
-            f"data-parallel size = {rows}. Change one of them, or --gpus."
+            f"--gpus={flags.gpus} is no multiple of expert TP x EP x PP = {group}. Change "
+            "--expert-model-parallel-size or --expert-tensor-parallel-size."
         )
 
 
 def total_steps(flags: argparse.Namespace) -> int:
-    """Return the global batches of the run, as Megatron rounds them."""
-    if flags.train_samples is None:
-        return int(flags.train_iters)
-    return int(flags.train_samples // flags.global_batch_size)
-
-
-def decoder_shape(flags: argparse.Namespace) -> DecoderShape:
-    """Return the model that Megatron builds from these flags.
-
-    Raises:
-        ValueError: they do not make a model.
-    """
-    hidden, heads = flags.hidden_size, flags.num_attention_heads
-    gated = bool(flags.swiglu or flags.quick_geglu)
-    if flags.kv_channels is None and hidden % heads:
-        raise ValueError(
-            f"--hidden-size={hidden} is no multiple of --num-attention-heads={heads}. "
-            "Change one of them, or give --kv-channels."
-        )
-    groups = flags.num_query_groups if flags.group_query_attention else heads
-    if heads % groups:
-        raise ValueError(
-            f"--num-attention-heads={heads} is no multiple of --num-query-groups={groups}. "
-            "Change one of them."
-        )
-    default_ffn = int(4 * hidden * 2 / 3 / 64) * 64 if flags.swiglu else 4 * hidden
-    vocab_size = flags.padded_vocab_size or padded_vocab_size(
-        flags.vocab_size,
-        divisible_by=flags.make_vocab_size_divisible_by,
-        tensor_parallel=flags.tensor_model_parallel_size,
-    )
-    learned = flags.position_embedding_type == "learned_absolute"
-    if learned and flags.max_position_embeddings is None:
-        raise ValueError(
-            "--max-position-embeddings is missing: it sizes the learned position embedding. Give "
-            "it, or --position-embedding-type rope."
-        )
-    return DecoderShape(
-        num_layers=flags.num_layers,
-        hidden_size=hidden,
-        ffn_hidden_size=flags.ffn_hidden_size or default_ffn,
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        kv_channels=flags.kv_channels or hidden // heads,
-        vocab_size=vocab_size,
-        gated_mlp=gated,
-        linear_bias=not flags.disable_bias_linear,
-        qkv_bias=bool(flags.add_qkv_bias),
-        norm_bias=flags.normalization == "LayerNorm",
-        qk_norm=bool(flags.qk_layernorm),
-        tied_embeddings=not flags.untie_embeddings_and_output_weights,
-        learned_positions=flags.max_position_embeddings if learned else 0,
-    )
+    """Return the steps of the schedule: batches of the final size, as training counts them."""
+    sizes = batch_sizes(flags)
+    samples = flags.train_samples
+    if samples is None:
+        samples = sizes.samples_in(flags.train_iters)
+    return int(samples // sizes.final)

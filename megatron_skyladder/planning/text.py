@@ -4,24 +4,85 @@ from __future__ import annotations
 
 import textwrap
 
-from megatron_skyladder.planning import estimate
+from megatron_skyladder.planning import estimate, verdict
 from megatron_skyladder.planning.estimate import Plan
-from megatron_skyladder.planning.parallel import mean_max_over_mean, parallel_costs
+from megatron_skyladder.planning.parallel import parallel_costs
 
 WIDTH = 88
 
 
-def to_text(plan: Plan, steps: list[int]) -> str:
-    """Return the plan as text of at most WIDTH columns."""
-    parts = [_head(plan), _stage_table(plan, steps), _work(plan)]
-    if plan.documents:
-        parts.append(_documents(plan))
-    if plan.context_parallel_size > 1:
-        parts.append(_context_parallel(plan, steps))
-    parts.append(_time(plan))
-    parts.append(_advice(plan))
-    parts += [wrap("Note", note) for note in plan.notes]
+def to_text(plan: Plan, steps: list[int] | None, *, details: bool) -> str:
+    """Return the plan as text: the verdict in three lines, and what was asked for behind it.
+
+    Args:
+        plan: of a run.
+        steps: to show; None: those of the plan's stages, with the details only.
+        details: whether to show everything, in at most WIDTH columns.
+    """
+    findings = plan.pasted.findings
+    parts = ["\n".join(verdict_lines(plan)), f"{'Schedule':13}{plan.config.fingerprint}"]
+    shown = steps if steps is not None else list(estimate.stage_steps(plan))
+    if details:
+        parts += [_head(plan), _stage_table(plan, shown)]
+        parts += [_work(plan), _documents(plan), _context_parallel(plan, shown)]
+        parts += [_time(plan), _advice(plan)]
+    elif steps is not None:
+        parts.append(_stage_table(plan, steps))
+    notes = [*verdict.noted(findings), *plan.notes]
+    if details:
+        notes += [*verdict.harmless(findings), *verdict.left_out(plan.pasted)]
+    parts += [wrap("Note", note) for note in dict.fromkeys(notes)]
     return "\n\n".join(part for part in parts if part)
+
+
+def verdict_lines(plan: Plan) -> list[str]:
+    """Return the verdict: does it fit, what does it save, what is next."""
+    found = verdict.fit(plan.pasted)
+    return [str(found), f"Saves {saves(plan)}", f"Next: {_next(plan, found)}"]
+
+
+def saves(plan: Plan) -> str:
+    """Return what the ladder saves, in the units that are known."""
+    if plan.shape is None and plan.time is None:
+        work = 1 - plan.mean_fraction / plan.constant_fraction
+        return (
+            f"{work:.1%} of the attention work; FLOPs and time are not counted: {plan.not_counted}"
+        )
+    if plan.time is None:
+        saved = 1 - plan.ladder_flops / plan.constant_flops
+        return f"{saved:.1%} of the FLOPs (for the time give --device, --tflops or --calibrate)"
+    time = plan.time
+    constant, ladder = plan.timed_fractions
+    share = time.step.saved(ladder, constant)
+    text = f"{share:.1%} of the time"
+    if plan.context_parallel_size > 1:
+        even = time.step.saved(plan.mean_fraction, plan.constant_fraction)
+        text = f"{even:.1%} of the time ({share:.1%} with context parallelism's busiest rank)"
+    before = time.gpu_hours(plan.total_steps, constant)
+    saved = before - time.gpu_hours(plan.total_steps, ladder)
+    name = plan.device or "GPU"
+    unit = f"{name}-hours"
+    if time.gpus:
+        unit = f"hours on {time.gpus} {plan.device or 'GPU' + 's' * (time.gpus > 1)}"
+    text += f", {hours(saved / (time.gpus or 1))} of {hours(before / (time.gpus or 1))} {unit}"
+    if time.price:
+        text += f", about ${saved * time.price:,.0f} at {time.price:.2f}"
+    return text
+
+
+def hours(value: float) -> str:
+    """Write hours to about three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _next(plan: Plan, found: verdict.Fit) -> str:
+    launch = plan.pasted.launch
+    if not found.fits:
+        return "make these changes and plan again; skyladder doctor with the same launch checks all"
+    if not plan.pasted.is_launch:
+        return "skyladder example prints the flags of this run; -v shows the figures"
+    source = f"--from-script {launch.source}" if launch.source else "with the same launch"
+    return f"skyladder doctor {source} where the run is to start; -v shows the figures"
 
 
 def amount(value: float) -> str:
@@ -33,7 +94,7 @@ def amount(value: float) -> str:
 
 
 def _head(plan: Plan) -> str:
-    shape, config = plan.shape, plan.config
+    config = plan.config
     full = "not reached within the run"
     if plan.full_step is not None:
         tokens = plan.full_step * plan.batch_tokens
@@ -43,21 +104,38 @@ def _head(plan: Plan) -> str:
         )
     return "\n".join(
         [
-            wrap(
-                "Model",
-                f"{shape.num_parameters:,} parameters: {shape.num_layers} layers, hidden "
-                f"{shape.hidden_size}, FFN {shape.ffn_hidden_size}, {shape.num_attention_heads} "
-                f"heads in {shape.num_query_groups} groups, vocabulary {shape.vocab_size:,} "
-                "(padded)",
-            ),
+            wrap("Model", _model(plan)),
             wrap(
                 "Run",
                 f"{plan.total_steps:,} steps of {config.step_samples} rows of "
                 f"{config.seq_length:,} tokens: {amount(plan.tokens)} tokens",
             ),
-            wrap("Schedule", config.fingerprint),
             wrap("Full window", full),
         ]
+    )
+
+
+def _model(plan: Plan) -> str:
+    shape = plan.shape
+    if shape is None:
+        return f"not counted: {plan.not_counted}"
+    layers = f"{shape.num_layers} layers"
+    if shape.mamba or shape.num_mlp_layers is not None:
+        layers = f"{shape.num_layers} attention layers"
+        layers += f", {shape.num_mlp_layers} MLPs" if shape.num_mlp_layers else ""
+        layers += f", {shape.mamba.num_layers} Mamba layers" if shape.mamba else ""
+    text = f"{shape.num_parameters:,} parameters"
+    if shape.experts:
+        experts = shape.experts
+        text += f", {shape.active_parameters:,} of them active"
+        layers += (
+            f", {experts.num_layers} with {experts.num_experts} experts of "
+            f"{experts.ffn_hidden_size}, {experts.topk} for each token"
+        )
+    return (
+        f"{text}: {layers}, hidden {shape.hidden_size}, FFN {shape.ffn_hidden_size}, "
+        f"{shape.num_attention_heads} heads in {shape.num_query_groups} groups, vocabulary "
+        f"{shape.vocab_size:,} (padded)"
     )
 
 
@@ -90,19 +168,22 @@ def _seconds(value: float) -> str:
 
 
 def _work(plan: Plan) -> str:
+    attention = wrap("Attention", f"{plan.mean_fraction:.1%} of full causal, mean over the run")
+    if plan.shape is None:
+        return attention
     masked = ", documents masked" if plan.counts_documents else ""
     saved = 1 - plan.ladder_flops / plan.constant_flops
     return "\n".join(
         [
-            wrap("Attention", f"{plan.mean_fraction:.1%} of full causal, mean over the run"),
+            attention,
             wrap(
                 "FLOPs",
                 f"{scientific(plan.constant_flops)} with a constant window{masked}, "
                 f"{scientific(plan.ladder_flops)} with the ladder: {saved:.1%} saved",
             ),
             textwrap.fill(
-                "(6 N + 12 layers hidden S) tokens as in the paper's Table 8: N all parameters "
-                "above, S = mean of sum(l^2) / L over the windows l of a row",
+                "(6 N + 12 layers hidden S) tokens as in the paper's Table 8: N all (active) "
+                "parameters above, S = mean of sum(l^2) / L over the windows l of a row",
                 WIDTH,
                 initial_indent=" " * 13,
                 subsequent_indent=" " * 13,
@@ -118,7 +199,8 @@ def scientific(value: float) -> str:
 
 def _documents(plan: Plan) -> str:
     documents = plan.documents
-    assert documents is not None
+    if documents is None:
+        return ""
     lengths = documents.lengths
     spread = ", ".join(
         f"{share:.0%} up to {lengths[round(share * (lengths.size - 1))]:,}"
@@ -136,7 +218,7 @@ def _documents(plan: Plan) -> str:
                 "masked" if masked else "joined",
                 f"{float(pairs / plan.config.seq_length):,.1f}",
                 f"{float(pairs / plan.causal_pairs):.1%}",
-                scientific(plan.flops(pairs)),
+                scientific(plan.flops(pairs)) if plan.shape else "?",
             ]
         )
     return "\n".join(
@@ -153,6 +235,8 @@ def _documents(plan: Plan) -> str:
 
 
 def _context_parallel(plan: Plan, steps: list[int]) -> str:
+    if plan.context_parallel_size == 1:
+        return ""
     rows = [["step", "window", "max / mean work", "waits", "MB per layer and row", "of gather"]]
     for step in steps:
         window = plan.window(step)
@@ -163,7 +247,7 @@ def _context_parallel(plan: Plan, steps: list[int]) -> str:
                 f"{window:,}",
                 f"{costs.max_over_mean:.3f}",
                 f"{costs.waiting_share:.1%}",
-                f"{costs.received_bytes / 1e6:,.3f}",
+                "?" if costs.received_bytes is None else f"{costs.received_bytes / 1e6:,.3f}",
                 f"{costs.gather_share:.2%}",
             ]
         )
@@ -175,7 +259,7 @@ def _context_parallel(plan: Plan, steps: list[int]) -> str:
     head = wrap(
         "CP",
         f"{plan.context_parallel_size} ranks share a row, in Megatron's zigzag; over the run the "
-        f"busiest has {mean_max_over_mean(plan) - 1:.1%} more attention work than the mean",
+        f"busiest has {plan.busiest_over_mean - 1:.1%} more attention work than the mean",
     )
     return "\n".join([head, table(rows), textwrap.fill(legend, WIDTH)])
 
@@ -184,7 +268,7 @@ def _time(plan: Plan) -> str:
     time = plan.time
     if time is None:
         return wrap("Time", "give --device (with --gpus), --tflops or --calibrate LOG")
-    ladder, constant = plan.mean_fraction, plan.constant_fraction
+    constant, ladder = plan.timed_fractions
     low, high = time.saved_range(ladder, constant)
     lines = [wrap("Time", f"on {time.basis}")]
     for name, fraction in (("constant", constant), ("ladder", ladder)):

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_skyladder.ladder import costs
+from megatron_skyladder.ladder.batch_sizes import batch_sizes
 from megatron_skyladder.ladder.costs import DecoderShape, StepTime
+from megatron_skyladder.ladder.fragments import window_pairs
 from megatron_skyladder.planning.calibration import Calibration, calibrate
+from megatron_skyladder.planning.devices import DEVICES, device
 
+_FP8_SPEEDUP = 2.0  # of every device in the table that has FP8
 DEFAULT_MFU = 0.4  # a common share for Megatron; the paper's 1B run at 8K comes to 0.49
 
 
@@ -52,7 +57,12 @@ def add_time_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "Time and money", "From a device and its achieved rate, or from the log of a run."
     )
-    group.add_argument("--device", choices=tuple(costs.DEVICES), help="the GPU, for its peak rate")
+    group.add_argument(
+        "--device", metavar="NAME", help=f"the GPU, for its peak rate: {', '.join(DEVICES)}"
+    )
+    group.add_argument(
+        "--list-devices", action="store_true", help="print the peak rates, with their sources"
+    )
     group.add_argument(
         "--mfu",
         type=float,
@@ -75,9 +85,14 @@ def add_time_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def time_model(
-    flags: argparse.Namespace, shape: DecoderShape, notes: list[str]
+    flags: argparse.Namespace, shape: DecoderShape | None, notes: list[str]
 ) -> TimeModel | None:
     """Return the time model the flags ask for; None where they name no device, rate or log.
+
+    Args:
+        flags: completed.
+        shape: the model, or None where it cannot be counted; a log does without.
+        notes: gets what the reader has to know about the time.
 
     Raises:
         ValueError: the flags do not fit each other, or the log is of no use.
@@ -85,23 +100,18 @@ def time_model(
     _check_time_flags(flags)
     if flags.calibrate:
         return _calibrated(flags, notes)
-    if not flags.device and not flags.tflops:
+    if not (flags.device or flags.tflops) or shape is None:
         return None
-    if flags.tflops:
-        rate, basis = flags.tflops, f"{flags.tflops:g} TFLOP/s per GPU"
-    else:
-        mfu = flags.mfu or DEFAULT_MFU
-        rate = costs.DEVICES[flags.device] * mfu
-        assumed = "" if flags.mfu else "assumed "
-        basis = f"{flags.device} at {assumed}{mfu:.0%} of {costs.DEVICES[flags.device]:g} TFLOP/s"
+    speed = _speed(flags, shape, notes)
 
     def with_cost(attention_cost: float) -> StepTime:
         return costs.step_time(
             shape,
             seq_length=flags.seq_length,
-            batch_tokens=flags.global_batch_size * flags.seq_length,
-            flops_per_second=rate * 1e12 * (flags.gpus or 1),
+            batch_tokens=batch_sizes(flags).final * flags.seq_length,
+            flops_per_second=speed.tflops * 1e12 * (flags.gpus or 1),
             attention_cost=attention_cost,
+            product_speedup=speed.product_speedup,
         )
 
     return TimeModel(
@@ -110,8 +120,48 @@ def time_model(
         calibration=None,
         gpus=flags.gpus,
         price=flags.price_per_gpu_hour,
-        basis=basis,
+        basis=speed.basis,
     )
+
+
+class _Speed(NamedTuple):
+    """How fast a GPU runs.
+
+    tflops: achieved, over products and attention together, at the full window.
+    product_speedup: rate of the matrix products relative to attention's, by peak.
+    basis: the same for people.
+    """
+
+    tflops: float
+    product_speedup: float
+    basis: str
+
+
+def _speed(flags: argparse.Namespace, shape: DecoderShape, notes: list[str]) -> _Speed:
+    low_precision = flags.fp8_format or flags.fp4_format
+    if flags.tflops:
+        speedup = _FP8_SPEEDUP if low_precision else 1.0
+        return _Speed(flags.tflops, speedup, f"{flags.tflops:g} TFLOP/s per GPU")
+    found = device(flags.device)
+    mfu = flags.mfu or DEFAULT_MFU
+    share = f"{'' if flags.mfu else 'assumed '}{mfu:.0%}"
+    name = flags.device.lower()
+    if low_precision and found.fp8 is None:
+        notes.append(f"{name} has no FP8: counted in bf16.")
+    if not low_precision or found.fp8 is None:
+        return _Speed(found.bf16 * mfu, 1.0, f"{name} at {share} of {found.bf16:g} TFLOP/s")
+    speedup = found.fp8 / found.bf16
+    products, attention = costs.megatron_flops(
+        shape,
+        seq_length=flags.seq_length,
+        pairs=window_pairs(flags.seq_length, flags.seq_length),
+        tokens=1,
+    )
+    peak = (products + attention) / (products / found.fp8 + attention / found.bf16)
+    basis = f"{name} at {share} of {found.fp8:g} TFLOP/s in FP8, {found.bf16:g} for attention"
+    if flags.fp4_format:
+        notes.append("--fp4-format: counted at the rate of FP8, as FP4's is not in the table.")
+    return _Speed(peak * mfu, speedup, basis)
 
 
 def _calibrated(flags: argparse.Namespace, notes: list[str]) -> TimeModel:
@@ -121,10 +171,11 @@ def _calibrated(flags: argparse.Namespace, notes: list[str]) -> TimeModel:
             f"--gpus={flags.gpus}, but {flags.calibrate} is of a run on {fit.num_gpus}. Leave "
             "--gpus out, or give a log of a run on as many."
         )
-    scale = flags.global_batch_size / fit.batch
+    batch = batch_sizes(flags).final
+    scale = batch / fit.batch
     if scale != 1:
         notes.append(
-            f"The log's batch has {fit.batch} rows, the plan's {flags.global_batch_size}: step "
+            f"The log's batch has {fit.batch} rows, the plan's {batch}: step "
             "times are scaled by their ratio."
         )
     step = StepTime(fit.step_time.fixed * scale, fit.step_time.attention * scale)
@@ -142,6 +193,8 @@ def _calibrated(flags: argparse.Namespace, notes: list[str]) -> TimeModel:
 
 
 def _check_time_flags(flags: argparse.Namespace) -> None:
+    if flags.device:
+        device(flags.device)
     if flags.mfu is not None and not flags.device:
         raise ValueError("--mfu is a share of a device's peak rate. Give --device, or --tflops.")
     if flags.mfu is not None and not 0 < flags.mfu <= 1:

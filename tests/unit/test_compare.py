@@ -81,7 +81,9 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "104.9B tokens, growing over 64%" in text
     assert "The paper found growth over 60 to 64 % of the tokens best" in " ".join(text.split())
-    assert "Left out, as they change nothing here: --lr." in text
+    assert "Left out" not in text
+    more = call(capsys, f"{TIMED} --schedule linear --lr 1 -v")
+    assert "Left out, as they change nothing here: --lr." in more
 
 
 def test_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ def test_budgets_start_from_the_first_ladder(capsys: pytest.CaptureFixture[str])
     [
         ("", "there is nothing to compare. Name presets"),
         ("7b", "7b is no preset. Choose from: 120m-8k"),
-        ("shortformer", "--num-layers, --hidden-size"),
+        ("shortformer", "not given: --seq-length, --global-batch-size, --train-iters"),
         (f"{BASE} --schedule cosine", "invalid choice: 'cosine'"),
         (f"{BASE} --alpha 0", "'0' is not a number above 0 such as 0.125 or 1/8"),
         (f"{BASE} --alpha x", "'x' is not a number above 0"),

@@ -21,7 +21,7 @@ from megatron_skyladder.ladder.costs import DecoderShape, StepTime, flops, megat
 from megatron_skyladder.ladder.fragments import dense_mask, window_pairs
 from megatron_skyladder.ladder.presets import MODELS, PAPER_RUNS, PaperRun
 from megatron_skyladder.ladder.schedules import WindowSchedule
-from megatron_skyladder.planning import run_flags
+from megatron_skyladder.planning import model_flags, run_flags
 
 # --- parameters ---------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ def planned_parameters(flags: str) -> int:
     parser = argparse.ArgumentParser()
     run_flags.add_run_flags(parser)
     args = parser.parse_args(f"{flags} {RUN}".split())
-    return run_flags.decoder_shape(run_flags.complete(args)).num_parameters
+    return model_flags.decoder_shape(run_flags.complete(args), []).num_parameters
 
 
 @pytest.mark.skipif(

@@ -14,6 +14,7 @@ from test_patching import write_tree
 from megatron_skyladder.cli import main
 from megatron_skyladder.planning import doctor
 from megatron_skyladder.planning.doctor import Report, disagreements
+from megatron_skyladder.planning.pasted import Pasted
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = ["--seq-length", "128", "--global-batch-size", "8", "--train-iters", "100"]
@@ -244,25 +245,34 @@ def test_the_schedule_of_a_launch_with_spec(tmp_path, megatron, monkeypatch, cap
     assert report["run"]["schedule"].startswith("linear 16 -> 128")
 
 
-def test_a_misspelt_flag_is_wrong_usage(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["doctor", "--skyladder-strt-window=8"])
-    assert exit.value.code == 2
-    assert "there is no flag --skyladder-strt-window" in capsys.readouterr().err
+def test_a_misspelt_flag_of_ours_is_refused(capsys):
+    assert main(["doctor", "--skyladder-strt-window=8"]) == 1
+    said = capsys.readouterr().err
+    assert "--skyladder-strt-window is no flag of SkyLadder. Did you mean" in said
+    assert "--skyladder-start-window?" in said
+
+
+def test_a_misspelt_flag_of_megatron_is_a_problem(capsys):
+    code, report = ask(capsys, *LAUNCH, "--hiden-size", "8")
+    (problem,) = report["problems"]
+    assert code == 1 and "Did you mean --hidden-size?" in problem
 
 
 def test_the_page(tmp_path, megatron, capsys):
     megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
     assert main(["doctor"]) == 0
+    short = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in short] == ["Fits", "Runs", "Next"]
+    assert main(["doctor", "-v"]) == 0
     page = capsys.readouterr().out
-    assert [line for line in page.splitlines() if line and line[0] != " "] == [
-        *("Installed", "A run here", "Ways in", "Nothing is wrong.")
-    ]
+    titles = [line for line in page.splitlines()[3:] if line and line[0] != " "]
+    assert titles == ["Installed", "A run here", "Ways in"]
     megatron(doctor.releases.megatron_in(write_megatron(tmp_path / "old", "0.12.0")))
     assert main(["doctor"]) == 1
     page = capsys.readouterr().out
+    assert page.startswith("Change: 1 problem, see below\n")
     assert "Problems\n  1  Megatron 0.12.0" in page
-    assert max(map(len, page.splitlines())) <= 100 + len(str(tmp_path))
+    assert max(map(len, page.splitlines()[3:])) <= 100 + len(str(tmp_path))
 
 
 # --- several ranks -----------------------------------------------------------------------------
@@ -329,6 +339,6 @@ def test_what_one_part_raises_does_not_hide_the_others(tmp_path, megatron, monke
     flags = argparse.Namespace(
         skyladder_attention_backend=None, seq_length=None, global_batch_size=None
     )
-    report = doctor.examine(flags, [])
+    report = doctor.examine(flags, Pasted())
     assert report.problems == ["no Megatron is installed"]
     assert "attention backend" in report.run and report.installed["megatron"] == "none"

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from megatron_skyladder.cli import main
-from megatron_skyladder.ladder.costs import DEVICES, DecoderShape
+from megatron_skyladder.ladder.costs import DecoderShape
 from megatron_skyladder.ladder.presets import PAPER_RUNS
 from megatron_skyladder.planning import examples, layouts
+from megatron_skyladder.planning.devices import DEVICES
 from megatron_skyladder.planning.examples import VARIANTS, example
 from megatron_skyladder.planning.layouts import (
     GPU_MEMORY_GIB,

@@ -241,7 +241,6 @@ NCCL_SOCKET_IFNAME = ib0
     [
         ("[run]\nfolder=/x\n[slrum]\n", r"section \[slrum\]. Known are: run, slurm"),
         ("[run]\nfolder=/x\nexampel=1\n", r"has exampel in \[run\]. Known there are: example"),
-        ("[run]\nfolder\n", r"has folder in \[run\] without a value: give folder = ..."),
         ("[environment]\nkinds=1\n[run]\nfolder=/x", r"has kinds in \[environment\]"),
         ("folder=/x\n", "cannot be read: File contains no section headers"),
         ("[run]\nexample=1b-8k\n", r"names no folder in \[run\]"),
@@ -359,6 +358,47 @@ def test_submitting(
     assert main([*words, "--allow-changes", "--", "--seed", "2"]) == 0
 
 
+MOE = """
+    --num-layers 2 --hidden-size 64 --num-attention-heads 4 --num-experts 8 --moe-router-topk 2
+    --expert-model-parallel-size 4 --moe-grouped-gemm --seq-length 128 --max-position-embeddings 128
+    --micro-batch-size 1 --global-batch-size 16 --train-iters 100 --lr 1e-4
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model /shared/tokenizer
+    --attention-dropout 0 --skyladder-start-window 8
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", ""),
+        ("--multi-latent-attention", "--multi-latent-attention cannot be combined with SkyLadder"),
+        ("--attention-dropout 0.1", "--attention-dropout=0.1 cannot be combined"),
+        ("--skyladder-alpha 1/1000", "takes 120,000 steps, but the run has 100"),
+        ("--expert-model-parallel-size 3", "no multiple of expert TP x EP x PP = 3"),
+        ("--global-batch-size 12", "--global-batch-size=12 is no multiple of"),
+        ("--hiden-size 64", "Did you mean --hidden-size?"),
+        ("--skyladder-start-windw 8", "Did you mean --skyladder-start-window?"),
+    ],
+)
+def test_what_would_end_a_job_is_refused_before_it_queues(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: str,
+    message: str,
+) -> None:
+    """A mixture of experts can be submitted: the model is Megatron's affair."""
+    monkeypatch.setenv("PATH", "")  # no sbatch
+    path = tmp_path / "moe.ini"
+    path.write_text(
+        f"[run]\nfolder = {tmp_path}/run\nflags = {MOE} {flags}\n"
+        "[slurm]\nnodes = 1\ngpus-per-node = 8\n"
+    )
+    code = main(["slurm", str(path)])
+    said = " ".join(capsys.readouterr().err.split())
+    assert (code, message in said) == (1 if message else 0, True), said
+
+
 def snapshot(folder: Path) -> dict[str, object]:
     """Return what is there: each file's content, and when it was submitted."""
     return {
@@ -466,13 +506,6 @@ def test_secrets_go_to_sbatch_and_nowhere_else(
     for file in (tmp_path / "run").rglob("*"):
         assert not file.is_file() or KEY not in file.read_text()
     assert Settings.read(tmp_path / "run").environment.passed == ("WANDB_API_KEY",)
-
-
-def test_an_empty_variable_is_empty(tmp_path: Path) -> None:
-    settings = from_file(example_with(tmp_path, "HOLD =\nFROM_THE_SHELL\nA_KEY ="), {}, [])
-    assert settings.environment.variables == {"HOLD": ""}
-    assert settings.environment.passed == ("FROM_THE_SHELL", "A_KEY")
-    assert settings.secrets == {}
 
 
 def test_a_variable_without_a_value_has_to_be_in_the_shell(

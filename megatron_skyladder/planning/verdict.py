@@ -1,0 +1,102 @@
+"""The answer of a plan in three lines: does it fit, what does it save, what is next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_skyladder.attention.limits import Effect, Finding
+from megatron_skyladder.ladder.config import DEFAULT_EXPAND_FRACTION, DEFAULT_START_WINDOW
+from megatron_skyladder.planning.launch import ENTRY_POINT, Launch
+from megatron_skyladder.planning.pasted import Pasted
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What has to happen to a launch so that it runs with SkyLadder.
+
+    Args:
+        add: flags that are not there yet, as words of a command line.
+        change: what stands there and has to change, one sentence each, with its place.
+        start: how the script has to be started, or an empty string where it is right as it is.
+    """
+
+    add: tuple[str, ...]
+    change: tuple[str, ...]
+    start: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether adding flags is enough."""
+        return not self.change
+
+    def __str__(self) -> str:
+        """Return the first line of the verdict."""
+        add = f"add these flags: {' '.join(self.add)}" if self.add else "no flag is to be added"
+        start = f"; start {self.start}" if self.start else ""
+        if self.fits:
+            return f"Fits: {add}{start}"
+        return f"Change: {'; '.join(self.change)}; then {add}{start}"
+
+
+def fit(pasted: Pasted) -> Fit:
+    """Return what has to happen to a launch."""
+    launch = pasted.launch
+    given = {word.partition("=")[0] for word in launch.words}
+    stops = [each for each in pasted.findings if each.rule.effect.stops]
+    addable = [each for each in stops if each.rule.set_to and each.rule.flag not in given]
+    change = tuple(_change(each, launch) for each in stops if each not in addable)
+    add = [word for each in addable for word in each.rule.set_to.split()]
+    if "--preset" in given:
+        add += ["--skyladder-preset", _preset(launch)]
+    elif not any(flag.startswith("--skyladder-") for flag in given):
+        add += ["--skyladder-start-window", str(DEFAULT_START_WINDOW)]
+        add += ["--skyladder-expand-fraction", f"{float(DEFAULT_EXPAND_FRACTION):g}"]
+    return Fit(tuple(add), change, _start(launch))
+
+
+def _preset(launch: Launch) -> str:
+    """Return the run of the paper whose model and batch the plan is about."""
+    words = [part for word in launch.words for part in word.split("=", 1)]
+    return words[words.index("--preset") + 1]
+
+
+def _change(finding: Finding, launch: Launch) -> str:
+    place = launch.place(finding.rule.flag)
+    where = f" ({place})" if place else ""
+    rule = finding.rule
+    if rule.set_to:
+        return f"{finding.given}{where} to {rule.set_to}, as {rule.why}"
+    return (
+        f"{finding.given}{where} cannot stay: {rule.why}.{f' {rule.do}' if rule.do else ''}".rstrip(
+            "."
+        )
+    )
+
+
+def _start(launch: Launch) -> str:
+    """Return what to start in place of the script, or nothing."""
+    name = launch.entry.rpartition("/")[2]
+    if not launch.entry or launch.is_ours or "megatron_skyladder.layer_specs" in launch.words:
+        return ""
+    if name == "pretrain_gpt.py":
+        return f"-m {ENTRY_POINT} in place of {launch.entry} (or: skyladder patch apply its folder)"
+    return f"{launch.entry} after skyladder patch apply its folder, or -m {ENTRY_POINT}"
+
+
+def noted(findings: Iterable[Finding]) -> list[str]:
+    """Return what is accepted with something to know, one sentence each."""
+    return [str(each) for each in findings if each.rule.effect is Effect.NOTED]
+
+
+def left_out(pasted: Pasted) -> list[str]:
+    """Return which flags of the launch change nothing here, in one sentence."""
+    if not pasted.left_out:
+        return []
+    names = ", ".join(dict.fromkeys(pasted.left_out))
+    return [f"Left out, as they change nothing here: {names}."]
+
+
+def harmless(findings: Iterable[Finding]) -> list[str]:
+    """Return what looks like a conflict and is none, one sentence each."""
+    return [str(each) for each in findings if each.rule.effect is Effect.HARMLESS]
