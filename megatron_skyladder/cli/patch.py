@@ -10,6 +10,7 @@ from typing import Any
 from megatron_skyladder.megatron_lm.patching import checkout, definitions
 from megatron_skyladder.megatron_lm.patching.checkout import FileState
 from megatron_skyladder.megatron_lm.patching.places import MARK
+from megatron_skyladder.megatron_lm.releases import RELEASES, Megatron
 
 
 def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
@@ -33,12 +34,6 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="write the diff to a file, not to the screen"
     )
-    parser.add_argument(
-        "--patch",
-        metavar="RELEASE",
-        help="use the patch of this release line whatever version the checkout says: "
-        f"{', '.join(definitions.known_lines())}",
-    )
     return parser
 
 
@@ -50,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    patch = checkout.choose_patch(arguments.folder, arguments.patch)
-    states = checkout.examine(arguments.folder, patch)
+    found = checkout.version_of(arguments.folder)
+    states, fits = checkout.examine(arguments.folder, definitions.load())
     todo = [state.name for state in states if state.current != state.patched]
     if not todo:
         word = "is applied"
@@ -59,21 +54,26 @@ def _check(arguments: argparse.Namespace) -> None:
         word = "fits and is not applied"
     else:
         word = f"is applied in part or in another version; apply completes {', '.join(todo)}"
-    print(f"{arguments.folder}: the patch for Megatron {patch.line} {word}.")
-    for place in patch.places:
-        print(f"  {place.file}, {place.function}(): {place.reason}")
+    print(f"{arguments.folder}: Megatron {found.version}{_tested(found)}; the patch {word}.")
+    for fit in fits:
+        print(f"  {fit}: {fit.place.reason}")
     if arguments.output:
         _show([(state.name, state.stock, state.patched) for state in states], arguments.output)
 
 
+def _tested(found: Megatron) -> str:
+    known = RELEASES.get(found.line)
+    return f", tested with {known.checkout}" if known else ", which is not a tested release"
+
+
 def _apply(arguments: argparse.Namespace) -> None:
-    patch = checkout.choose_patch(arguments.folder, arguments.patch)
-    states = checkout.examine(arguments.folder, patch)
+    found = checkout.version_of(arguments.folder)
+    states, _ = checkout.examine(arguments.folder, definitions.load())
     changes = [(state, state.patched) for state in states if state.current != state.patched]
     if not changes:
-        print(f"{arguments.folder}: the patch for Megatron {patch.line} is applied already.")
+        print(f"{arguments.folder}: the patch is applied already.")
         return
-    _change(changes, arguments, f"the patch for Megatron {patch.line}", "applied")
+    _change(changes, arguments, f"the patch (Megatron {found.version}{_tested(found)})", "applied")
 
 
 def _revert(arguments: argparse.Namespace) -> None:

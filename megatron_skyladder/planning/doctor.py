@@ -181,11 +181,11 @@ def _ways(report: Report, found: Megatron) -> None:
         f"torchrun ... {script} <flags> --spec megatron_skyladder.layer_specs skyladder; windows "
         "only, from SKYLADDER_* variables"
     )
-    from megatron_skyladder.megatron_lm.patching import checkout
+    from megatron_skyladder.megatron_lm.patching import checkout, definitions
 
     apply = f"skyladder patch apply {found.folder}"
     try:
-        states = checkout.examine(found.folder, checkout.choose_patch(found.folder))
+        states, _ = checkout.examine(found.folder, definitions.load())
     except ValueError as error:
         report.ways["patch"] = f"does not fit: {error}"
         return

@@ -18,7 +18,7 @@ NEEDED = ("setup.py", "pyproject.toml", "README.md", "megatron_skyladder", "patc
 FIND_THEM = """
 from megatron_skyladder.megatron_lm.patching import definitions
 from megatron_skyladder.slurm import script
-print(definitions.patches_folder())
+print(definitions.patch_file())
 print(script.template())
 """
 
@@ -54,13 +54,10 @@ def run(installed: Path, *words: str) -> str:
 
 
 def test_what_lies_beside_the_package_goes_into_it(installed: Path) -> None:
-    folder, template = map(Path, run(installed, "-c", FIND_THEM).split())
-    assert folder.is_relative_to(installed) and template.is_relative_to(installed)
+    patch, template = map(Path, run(installed, "-c", FIND_THEM).split())
+    assert patch.is_relative_to(installed) and template.is_relative_to(installed)
     assert template.read_text() == script.template().read_text()
-    shipped = definitions.patches_folder()
-    assert {path.name: path.read_text() for path in folder.glob("*.ini")} == {
-        path.name: path.read_text() for path in shipped.glob("*.ini")
-    }
+    assert patch.read_text() == definitions.patch_file().read_text()
     assert not [path for path in installed.rglob("*") if path.name.startswith("test_")]
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from megatron_skyladder.megatron_lm import releases
 from megatron_skyladder.megatron_lm.patching import definitions, places
-from megatron_skyladder.megatron_lm.patching.definitions import Patch, PatchError
+from megatron_skyladder.megatron_lm.patching.definitions import Patch, PatchError, Place
+from megatron_skyladder.megatron_lm.patching.places import Insertion
+from megatron_skyladder.megatron_lm.releases import Megatron
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,22 @@ class FileState:
     patched: bytes
 
 
-def choose_patch(folder: Path, line: str | None = None) -> Patch:
-    """Return the patch for a checkout.
+@dataclass(frozen=True)
+class Fit:
+    """Where the lines of one place go in one checkout."""
 
-    Args:
-        folder: the root of the checkout.
-        line: a release line, instead of the one that the checkout's version says.
+    place: Place
+    insertion: Insertion
+
+    def __str__(self) -> str:
+        return f"{self.place.file}:{self.insertion.index + 1}, {self.insertion.anchor}"
+
+
+def version_of(folder: Path) -> Megatron:
+    """Return which Megatron a checkout is.
 
     Raises:
-        PatchError: the folder is no Megatron-LM checkout, or there is no patch for it.
+        PatchError: the folder is no Megatron-LM checkout.
     """
     found = releases.megatron_in(folder)
     if found is None:
@@ -52,36 +61,52 @@ def choose_patch(folder: Path, line: str | None = None) -> Patch:
             f"{folder} is not a Megatron-LM checkout: looked for megatron/core/"
             f"{releases.PACKAGE_INFO} in it. Give the folder that holds pretrain_gpt.py."
         )
-    return definitions.load(line or found.line)
+    return found
 
 
-def examine(folder: Path, patch: Patch) -> list[FileState]:
-    """Return the state of each file that a patch touches.
+def examine(folder: Path, patch: Patch) -> tuple[list[FileState], list[Fit]]:
+    """Return the state of each file that a patch touches, and where each place lies.
 
     Raises:
-        PatchError: a place is not found; the message lists all that are not.
+        PatchError: a place is not found. The message lists all that are not, with what is there
+            instead, and all lines with where they go, to insert them by hand.
     """
-    states, complaints = [], []
+    states, fits = [], []
+    complaints: dict[Place, PatchError] = {}
     for name in patch.files:
+        wanted = [place for place in patch.places if place.file == name]
         path = (folder / name).resolve()
         if not path.is_file():
-            complaints.append(
+            missing = PatchError(
                 f"{name}: looked for this file; there is none. {_nearest(folder, name)}"
             )
+            complaints |= dict.fromkeys(wanted, missing)
             continue
         try:
-            state, errors = _examine_file(name, path, patch)
+            state, found, errors = _examine_file(name, path, wanted)
         except PatchError as error:
-            errors = [error]
-        else:
-            states.append(state)
-        complaints += [str(error) for error in errors]
+            complaints |= dict.fromkeys(wanted, error)
+            continue
+        states.append(state)
+        fits += [Fit(place, insertion) for place, insertion in found.items()]
+        complaints |= errors
     if complaints:
-        raise PatchError(
-            f"{folder} does not fit the patch for Megatron {patch.line}, and nothing was changed:\n"
-            + "\n".join(f"  {complaint}" for complaint in complaints)
-        )
-    return states
+        raise PatchError(_refusal(folder, patch, fits, complaints))
+    return states, fits
+
+
+def _refusal(
+    folder: Path, patch: Patch, fits: list[Fit], complaints: dict[Place, PatchError]
+) -> str:
+    lines = [f"{folder} does not fit the patch, and nothing was changed. What does not fit:"]
+    lines += [f"  {complaint}" for complaint in dict.fromkeys(map(str, complaints.values()))]
+    lines.append("What can be done: insert the lines by hand, indented as their neighbours are.")
+    where = {fit.place: str(fit) for fit in fits}
+    for place in patch.places:
+        alternatives = " or ".join(str(anchor) for anchor in place.anchors)
+        lines.append(f"  {where.get(place, f'{place.file}, {alternatives} or what stands for it')}")
+        lines += [f"      {line}" for line in place.lines]
+    return "\n".join(lines)
 
 
 def _nearest(folder: Path, name: str) -> str:
@@ -91,13 +116,15 @@ def _nearest(folder: Path, name: str) -> str:
     return f"Nearest: {', '.join(map(str, nearest)) or 'nothing like it'}."
 
 
-def _examine_file(name: str, path: Path, patch: Patch) -> tuple[FileState, list[PatchError]]:
+def _examine_file(
+    name: str, path: Path, wanted: list[Place]
+) -> tuple[FileState, dict[Place, Insertion], dict[Place, PatchError]]:
     current = path.read_bytes()
     text, encoding = _decode(name, current)
     stock = places.without_marked_lines(text)
-    wanted = [place for place in patch.places if place.file == name]
-    patched, errors = places.insert(stock, wanted)
-    return FileState(name, path, current, stock.encode(encoding), patched.encode(encoding)), errors
+    patched, found, errors = places.insert(stock, wanted)
+    state = FileState(name, path, current, stock.encode(encoding), patched.encode(encoding))
+    return state, found, errors
 
 
 def _decode(name: str, content: bytes) -> tuple[str, str]:
@@ -110,10 +137,9 @@ def _decode(name: str, content: bytes) -> tuple[str, str]:
 
 
 def marked_files(folder: Path) -> list[FileState]:
-    """Return the files with inserted lines, of whatever patch, ready to be put back to stock."""
-    names = [name for line in definitions.known_lines() for name in definitions.load(line).files]
+    """Return the files with inserted lines, ready to be put back to stock."""
     states = []
-    for name in dict.fromkeys(names):
+    for name in definitions.load().files:
         path = (folder / name).resolve()
         if path.is_file():
             current = path.read_bytes()

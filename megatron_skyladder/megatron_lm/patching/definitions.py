@@ -1,20 +1,47 @@
-"""Patches as data: the ``.ini`` files in ``patches/``, one for each release line of Megatron."""
+"""The patch as data: ``patches/megatron.ini``, read and checked."""
 
 from __future__ import annotations
 
 import configparser
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from megatron_skyladder.errors import UsageError
 
-_PREFIX = "megatron-"
-_KEYS = {"reason", "file", "function", "insert"}
+FILE_NAME = "megatron.ini"
+_KEYS = {"reason", "file", "at", "insert"}
+START, FIRST_RETURN = "start", "first return"
 _SIDES = ("before", "after")
 
 
 class PatchError(UsageError):
     """The checkout does not have what the patch needs, or the patch is not well-formed."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Where lines go, by the structure of a file.
+
+    Args:
+        function: its name; it has to be the only one in the file.
+        side: whether the lines go ``before`` or ``after`` the statement.
+        statement: a simple statement of the function as ``ast.unparse`` prints it, where ``*``
+            stands for anything and which has to match exactly one; or ``START``, the first one
+            after the docstring; or ``FIRST_RETURN``.
+    """
+
+    function: str
+    side: str
+    statement: str
+
+    def __str__(self) -> str:
+        if self.statement == START:
+            return f"at the start of {self.function}()"
+        statement = self.statement
+        if statement == FIRST_RETURN:
+            return f"{self.side} the first return of {self.function}()"
+        return f"{self.side} the statement {statement!r} of {self.function}()"
 
 
 @dataclass(frozen=True)
@@ -25,27 +52,21 @@ class Place:
         name: for messages.
         reason: why these lines.
         file: path from the root of the checkout.
-        function: its name; it has to be the only one in the file.
-        side: whether the lines go ``before`` or ``after`` the anchor.
-        anchor: a simple statement of the function as ``ast.unparse`` prints it, where ``*`` stands
-            for anything; it has to match exactly one.
+        anchors: alternatives in order; the first that fits is taken.
         lines: what is inserted, without indentation.
     """
 
     name: str
     reason: str
     file: str
-    function: str
-    side: str
-    anchor: str
+    anchors: tuple[Anchor, ...]
     lines: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Patch:
-    """What is inserted into the checkouts of one release line, in the order of the file."""
+    """What is inserted into a checkout, in the order of the file."""
 
-    line: str
     places: tuple[Place, ...]
 
     @property
@@ -54,58 +75,53 @@ class Patch:
         return tuple(dict.fromkeys(place.file for place in self.places))
 
 
-def patches_folder() -> Path:
-    """Return the folder with the patches: installed with the package, or beside it."""
+def patch_file() -> Path:
+    """Return the file that describes the patch: installed with the package, or beside it."""
     package = Path(__file__).parents[2]
-    installed = package / "patches"
-    return installed if installed.is_dir() else package.parent / "patches"
+    installed = package / "patches" / FILE_NAME
+    return installed if installed.is_file() else package.parent / "patches" / FILE_NAME
 
 
-def known_lines() -> list[str]:
-    """Return the release lines that have a patch, such as 0.19, oldest first."""
-    names = [path.stem.removeprefix(_PREFIX) for path in patches_folder().glob(f"{_PREFIX}*.ini")]
-    return sorted(names, key=lambda line: [int(number) for number in line.split(".")])
+@lru_cache(maxsize=1)
+def load() -> Patch:
+    """Read the patch."""
+    return parse(patch_file().read_text(encoding="utf-8"))
 
 
-def load(line: str) -> Patch:
-    """Read the patch of a release line.
-
-    Raises:
-        PatchError: there is none, or its file is not well-formed.
-    """
-    if line not in known_lines():
-        raise PatchError(
-            f"there is no patch for Megatron {line}. Known: {', '.join(known_lines())}. Choose the "
-            "nearest with --patch; places are found by function and anchor, so it may well fit."
-        )
-    return parse(line, (patches_folder() / f"{_PREFIX}{line}.ini").read_text(encoding="utf-8"))
-
-
-def parse(line: str, text: str) -> Patch:
+def parse(text: str) -> Patch:
     """Read a patch from the text of its file.
 
     Raises:
-        PatchError: a key is missing or unknown.
+        PatchError: a key is missing or unknown, or an anchor cannot be read.
     """
     parser = configparser.ConfigParser(interpolation=None)
     parser.read_string(text)
-    return Patch(line, tuple(_place(name, dict(parser[name])) for name in parser.sections()))
+    return Patch(tuple(_place(name, dict(parser[name])) for name in parser.sections()))
 
 
 def _place(name: str, values: dict[str, str]) -> Place:
-    sides = [side for side in _SIDES if side in values]
-    if len(sides) != 1 or set(values) != _KEYS | set(sides):
+    if set(values) != _KEYS:
         raise PatchError(
             f"[{name}] in the patch has the keys {', '.join(sorted(values))}; needed are "
-            f"{', '.join(sorted(_KEYS))} and one of {', '.join(_SIDES)}."
+            f"{', '.join(sorted(_KEYS))}."
         )
-    lines = tuple(line for line in values["insert"].splitlines() if line)
     return Place(
         name,
         values["reason"],
         values["file"],
-        values["function"],
-        sides[0],
-        values[sides[0]],
-        lines,
+        tuple(_anchor(name, line) for line in values["at"].splitlines() if line),
+        tuple(line for line in values["insert"].splitlines() if line),
     )
+
+
+def _anchor(name: str, text: str) -> Anchor:
+    function, _, where = text.partition(": ")
+    if where == START:
+        return Anchor(function, "before", START)
+    side, _, statement = where.partition(" ")
+    if side not in _SIDES or not statement:
+        raise PatchError(
+            f"[{name}] in the patch has the anchor {text!r}; needed is 'FUNCTION: start', or "
+            "'FUNCTION: before STATEMENT' or 'FUNCTION: after STATEMENT'."
+        )
+    return Anchor(function, side, statement)

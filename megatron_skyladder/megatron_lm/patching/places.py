@@ -10,8 +10,15 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 
-from megatron_skyladder.megatron_lm.patching.definitions import PatchError, Place
+from megatron_skyladder.megatron_lm.patching.definitions import (
+    FIRST_RETURN,
+    START,
+    Anchor,
+    PatchError,
+    Place,
+)
 
 MARK = "# skyladder patch"  # ends each inserted line
 _MARKED = re.compile(rf"{re.escape(MARK)}\s*$")
@@ -24,10 +31,11 @@ _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class Insertion:
-    """Marked lines that go before the line with this index (from 0)."""
+    """Marked lines that go before the line with this index (from 0), where an anchor was found."""
 
     index: int
     lines: tuple[str, ...]
+    anchor: Anchor
 
 
 def split_lines(source: str) -> list[str]:
@@ -40,31 +48,33 @@ def without_marked_lines(source: str) -> str:
     return "".join(line for line in split_lines(source) if not _MARKED.search(line))
 
 
-def insert(source: str, places: Iterable[Place]) -> tuple[str, list[PatchError]]:
-    """Return the text with the lines of all places inserted, and what did not fit.
+def insert(
+    source: str, places: Iterable[Place]
+) -> tuple[str, dict[Place, Insertion], dict[Place, PatchError]]:
+    """Return the text with the lines of all places inserted, what fitted, and what did not.
 
     Args:
         source: a file's text without marked lines, line ends as they are in the file.
         places: all in this file.
     """
     lines = split_lines(source)
-    insertions, errors = [], []
+    found: dict[Place, Insertion] = {}
+    errors: dict[Place, PatchError] = {}
     for place in places:
         try:
-            insertions.append(find(source, place))
+            found[place] = find(source, place)
         except PatchError as error:
-            errors.append(error)
-    insertions.sort(key=lambda insertion: insertion.index)
-    for insertion in reversed(insertions):
+            errors[place] = error
+    for insertion in sorted(found.values(), key=lambda found: found.index, reverse=True):
         lines[insertion.index : insertion.index] = insertion.lines
-    return "".join(lines), errors
+    return "".join(lines), found, errors
 
 
 def find(source: str, place: Place) -> Insertion:
-    """Find where the lines of a place go in a text.
+    """Find where the lines of a place go in a text: at the first of its anchors that fits.
 
     Raises:
-        PatchError: the place is not there, or not the only one; the message names candidates.
+        PatchError: none fits; the message says what is there instead, for each.
     """
     try:
         tree = ast.parse(source)
@@ -73,8 +83,18 @@ def find(source: str, place: Place) -> Insertion:
             f"{place.file} is not Python that can be parsed (line {error.lineno}: {error.msg}). "
             "Repair it first."
         ) from None
-    function = _function(tree, place)
-    statement = _statement(function, place)
+    complaints = []
+    for anchor in place.anchors:
+        try:
+            return _find(source, tree, place, anchor)
+        except PatchError as error:
+            complaints.append(str(error))
+    raise PatchError(" Nor does another place fit: ".join(complaints))
+
+
+def _find(source: str, tree: ast.Module, place: Place, anchor: Anchor) -> Insertion:
+    function = _function(tree, place, anchor)
+    statement = _statement(function, place, anchor)
     _check_names(function, place)
     lines = split_lines(source)
     first = lines[statement.lineno - 1]
@@ -85,59 +105,64 @@ def find(source: str, place: Place) -> Insertion:
     rest = last.encode()[statement.end_col_offset :].decode().strip()
     if not alone or (rest and not rest.startswith("#")):
         raise PatchError(
-            f"{place.file}:{statement.lineno}: {_where(place)} shares its line with other code, so "
-            "no line fits beside it. Put it on a line of its own."
+            f"{place.file}:{statement.lineno}: the place {anchor} shares its line with other code, "
+            "so no line fits beside it. Put it on a line of its own."
         )
     end = last[len(last.rstrip("\r\n")) :]
     if not end:
         raise PatchError(
-            f"{place.file}:{statement.lineno}: {_where(place)} is the last line and has no line "
+            f"{place.file}:{statement.lineno}: the place {anchor} is the last line and has no line "
             "end. Add one."
         )
-    index = statement.lineno - 1 if place.side == "before" else statement.end_lineno
-    return Insertion(index, tuple(f"{indentation}{line}  {MARK}{end}" for line in place.lines))
+    index = statement.lineno - 1 if anchor.side == "before" else statement.end_lineno
+    marked = tuple(f"{indentation}{line}  {MARK}{end}" for line in place.lines)
+    return Insertion(index, marked, anchor)
 
 
-def _where(place: Place) -> str:
-    return f"the statement {place.anchor!r} of {place.function}()"
-
-
-def _function(tree: ast.Module, place: Place) -> Function:
+def _function(tree: ast.Module, place: Place, anchor: Anchor) -> Function:
     functions = [node for node in ast.walk(tree) if isinstance(node, _FUNCTIONS)]
-    found = [node for node in functions if node.name == place.function]
+    found = [node for node in functions if node.name == anchor.function]
     if len(found) == 1:
         return found[0]
     if found:
         at = ", ".join(str(node.lineno) for node in found)
         raise PatchError(
-            f"{place.file}: {place.function}() is defined {len(found)} times (lines {at}), so it "
+            f"{place.file}: {anchor.function}() is defined {len(found)} times (lines {at}), so it "
             f"is not clear where [{place.name}] belongs. Leave only one in place."
         )
     names = {node.name: node.lineno for node in functions}
-    near = difflib.get_close_matches(place.function, names, NUM_CANDIDATES, cutoff=0.4)
+    near = difflib.get_close_matches(anchor.function, names, NUM_CANDIDATES, cutoff=0.4)
     raise PatchError(
-        f"{place.file}: looked for the function {place.function}(), for {place.reason}; there is "
+        f"{place.file}: looked for the function {anchor.function}(), for {place.reason}; there is "
         f"none. Nearest: {_listed((f'{name}()', names[name]) for name in near)}"
     )
 
 
-def _statement(function: Function, place: Place) -> ast.stmt:
+def _statement(function: Function, place: Place, anchor: Anchor) -> ast.stmt:
+    if anchor.statement == START:
+        body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+        if body:
+            return body[0]
     statements = [(ast.unparse(node), node) for node in _simple_statements(function)]
-    found = [node for text, node in statements if fnmatchcase(text, place.anchor)]
+    if anchor.statement == FIRST_RETURN:
+        returns = (node for _, node in statements if isinstance(node, ast.Return))
+        found: list[ast.stmt] = list(islice(returns, 1))
+    else:
+        found = [node for text, node in statements if fnmatchcase(text, anchor.statement)]
     if len(found) == 1:
         return found[0]
     if found:
         at = ", ".join(str(node.lineno) for node in found)
         raise PatchError(
-            f"{place.file}: {_where(place)} is there {len(found)} times (lines {at}), so it is not "
-            f"clear where [{place.name}] belongs. Leave only one in place."
+            f"{place.file}: what is {anchor} is there {len(found)} times (lines {at}), so it is "
+            f"not clear where [{place.name}] belongs. Leave only one in place."
         )
-    shares = [(_share_of(place.anchor, text), text, node.lineno) for text, node in statements]
+    shares = [(_share_of(anchor.statement, text), text, node.lineno) for text, node in statements]
     near = sorted((each for each in shares if each[0] >= 0.4), key=lambda each: -each[0])
     candidates = [(text, lineno) for _, text, lineno in near[:NUM_CANDIDATES]]
     raise PatchError(
-        f"{place.file}: looked {place.side} {_where(place)} (line {function.lineno}), for "
-        f"{place.reason}; there is none. Nearest: {_listed(candidates)}"
+        f"{place.file}: looked {anchor} (line {function.lineno}), for {place.reason}; there is "
+        f"none. Nearest: {_listed(candidates)}"
     )
 
 
@@ -183,7 +208,7 @@ def _check_names(function: Function, place: Place) -> None:
     missing = sorted(used - own - theirs - set(dir(builtins)))
     if missing:
         raise PatchError(
-            f"{place.file}: {place.function}() (line {function.lineno}) has no variable "
+            f"{place.file}: {function.name}() (line {function.lineno}) has no variable "
             f"{', '.join(missing)}, which the lines of [{place.name}] use. The function differs "
             "too much from Megatron's: insert the lines by hand, with your names."
         )
