@@ -79,8 +79,8 @@ def import_model(
     Args:
         source: a folder with config.json and safetensors files.
         folder: what to make, for ``--load``; it appears when it is whole.
-        tensor_parallel: at which the vocabulary is padded. Others load too: Megatron then leaves
-            rows for no token as they are initialized, or cuts them off.
+        tensor_parallel: at which the vocabulary is padded. Others load too, but rows that are then
+            added to the padding start at random, and take probability from the tokens.
         divisible_by: Megatron's ``--make-vocab-size-divisible-by``.
         dtype: of the weights; the folder's where it is None.
         seq_length: a longer context to train for.
@@ -293,7 +293,8 @@ def _notes(
 ) -> list[str]:
     notes = [
         f"the vocabulary is padded from {model.vocab_size:,} to {padded:,} rows, as "
-        f"--tensor-model-parallel-size {tensor_parallel} has it."
+        f"--tensor-model-parallel-size {tensor_parallel} has it. At another size N keep them: "
+        f"--make-vocab-size-divisible-by {padded}/N."
     ]
     if model.rope.kind == "linear":
         notes.append(

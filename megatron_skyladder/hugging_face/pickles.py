@@ -114,7 +114,7 @@ class AllowlistUnpickler(pickle.Unpickler):
                 return value
         if module.partition(".")[0] in FOREIGN:
             return type(name.rpartition(".")[2], (Foreign,), {})
-        if (module, name) == ("builtins", "getattr"):
+        if module in ("builtins", "__builtin__") and name == "getattr":
             return _member
         raise ForbiddenTypeError(module, name)
 
@@ -123,7 +123,7 @@ def _member(owner: Any, name: str) -> Foreign:
     """Return a member of a replaced enumeration; Python 3.11 pickles them by ``getattr``."""
     if isinstance(owner, type) and issubclass(owner, Foreign):
         return owner(name)
-    raise ForbiddenTypeError("builtins", "getattr")
+    raise ForbiddenTypeError(getattr(owner, "__qualname__", type(owner).__qualname__), name)
 
 
 class ForbiddenTypeError(ValueError):

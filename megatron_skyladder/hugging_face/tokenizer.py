@@ -19,6 +19,7 @@ import unicodedata
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +167,14 @@ def _check(
     found = [loaded(text).input_ids for text in texts]
     wrong = [i for i in range(len(texts)) if expected[i] != found[i]]
     if wrong:
-        first = wrong[0]
+        theirs, ours = expected[wrong[0]], found[wrong[0]]
+        pairs = zip_longest(theirs, ours)
+        place = next(i for i, (their, our) in enumerate(pairs) if their != our)
         raise ValueError(
             f"the converted tokenizer encodes {len(wrong)} of {len(texts)} sample texts otherwise "
-            f"than Megatron's; the first is {texts[first][:40]!r}: {found[first][:12]} instead of "
-            f"{expected[first][:12]}. Nothing was written. Leave the tokenizer out with "
-            "--without-tokenizer and add one that you have checked."
+            f"than Megatron's; the first is {texts[wrong[0]][:40]!r}, from token {place} on: "
+            f"{ours[place:][:8]} instead of {theirs[place:][:8]}. Nothing was written. Leave the "
+            "tokenizer out with --without-tokenizer and add one that you have checked."
         )
     if loaded.eos_token_id != reference.eod:
         raise ValueError(
@@ -299,7 +302,9 @@ def _sentencepiece_normalizer(spec: Any) -> Any:
         steps.append(normalizers.Replace("\r\n", "\n\n"))
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        # of spaces alone, which Strip() is not
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     if spec.escape_whitespaces:

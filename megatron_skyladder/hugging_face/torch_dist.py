@@ -255,12 +255,15 @@ def write(
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        checkpoint.save(
-            dict(objects),
-            storage_writer=checkpoint.FileSystemWriter(folder),
-            planner=_LazyPlanner(tensors),
-            no_dist=True,
-        )
+        try:
+            checkpoint.save(
+                dict(objects),
+                storage_writer=checkpoint.FileSystemWriter(folder),
+                planner=_LazyPlanner(tensors),
+                no_dist=True,
+            )
+        except checkpoint.CheckpointException as error:  # of one rank: what went wrong here
+            raise next(iter(error.failures.values()))[0] from None
     torch.save(dict(common), folder / COMMON_FILE)
     backends = {
         "sharded_backend": "torch_dist",

@@ -1,0 +1,280 @@
+"""The folder appears whole, an export that was stopped goes on, and memory holds two layers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from random_models import LLAMA, all_weights, assert_same_model, write_model
+from trained import VOCAB_SIZE, Runs
+
+from megatron_skyladder.hugging_face.architecture import Architecture
+from megatron_skyladder.hugging_face.checkpoints import open_checkpoint
+from megatron_skyladder.hugging_face.exporting import export
+from megatron_skyladder.hugging_face.importing import import_model
+from megatron_skyladder.hugging_face.output import Staging
+from megatron_skyladder.hugging_face.pickles import Foreign
+from megatron_skyladder.testing import requires_megatron
+
+PLAIN = {"without_tokenizer": True, "vocab_size": VOCAB_SIZE}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "hf", LLAMA)
+
+
+@pytest.fixture
+def checkpoint(source: Path, tmp_path: Path) -> Path:
+    return import_model(source, tmp_path / "megatron").folder
+
+
+class Stop(Exception):
+    """What stops an export."""
+
+
+def stop_after(parts: int):
+    def on_part(done: int, total: int) -> None:
+        if done == parts:
+            raise Stop
+
+    return on_part
+
+
+def test_a_stopped_export_goes_on(source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with pytest.raises(Stop):
+        export(checkpoint, out, **PLAIN, on_part=stop_after(3))
+    assert not out.exists()
+    before = {p.name: p.stat().st_mtime_ns for p in partial.glob("*.safetensors")}
+    assert len(before) == 3
+    (partial / "model-00004-of-00006.safetensors.partial").write_bytes(b"half a shard")
+    done = export(checkpoint, out, **PLAIN)
+    assert done.is_new
+    after = {p.name: p.stat().st_mtime_ns for p in out.glob("*.safetensors")}
+    assert len(after) == 6
+    assert before.items() <= after.items()  # not written again
+    assert not partial.exists()
+    assert not list(out.glob("*.partial")) + list(out.glob(".lock"))
+    assert_same_model(out, source)
+
+
+def test_a_finished_export_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(checkpoint, out, **PLAIN)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert not export(checkpoint, out, **PLAIN).is_new
+    assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    with pytest.raises(ValueError, match="was made from something else or with other settings"):
+        export(checkpoint, out, **PLAIN, dtype="bfloat16")
+
+
+def test_another_export_does_not_go_on_in_its_place(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        export(checkpoint, out, **PLAIN, on_part=stop_after(2))
+    with pytest.raises(ValueError, match=r"unfinished run with other settings: config was"):
+        export(checkpoint, out, **PLAIN, dtype="float16")
+    (checkpoint / "release" / "metadata.json").touch()  # another checkpoint in its place
+    with pytest.raises(ValueError, match="other settings: checkpoint was"):
+        export(checkpoint, out, **PLAIN)
+    assert not out.exists()
+
+
+def test_two_at_once_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with (
+        Staging(tmp_path / "out", {}),
+        pytest.raises(ValueError, match="another command is writing it"),
+        Staging(tmp_path / "out", {}),
+    ):
+        pass
+
+
+def test_an_import_that_fails_leaves_nothing_in_its_place(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_skyladder.hugging_face import importing
+
+    def fail(*args: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importing.weights, "layer_to_megatron", fail)
+        with pytest.raises(Stop):
+            import_model(source, tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
+    import_model(source, tmp_path / "megatron")  # over what was left
+
+
+def test_what_the_folder_holds(checkpoint: Path, tmp_path: Path) -> None:
+    out = export(checkpoint, tmp_path / "out", **PLAIN).folder
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    tensors = all_weights(out)
+    assert index["weight_map"].keys() == tensors.keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    assert {path.name for path in out.iterdir()} == {
+        *(f"model-{i:05d}-of-00006.safetensors" for i in range(1, 7)),
+        "model.safetensors.index.json",
+        "config.json",
+        "generation_config.json",
+        "README.md",
+        "skyladder_export.json",
+    }
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_can_be_rounded(checkpoint: Path, source: Path, tmp_path: Path, dtype: str) -> None:
+    out = export(checkpoint, tmp_path / "out", **PLAIN, dtype=dtype).folder
+    wanted = getattr(torch, dtype)
+    for name, tensor in all_weights(source).items():
+        assert torch.equal(all_weights(out)[name], tensor.to(wanted))
+
+
+@requires_megatron
+def test_the_card_says_where_it_comes_from(runs: Runs, tmp_path: Path) -> None:
+    done = export(runs.checkpoint("llama"), tmp_path / "out", without_tokenizer=True)
+    card = (done.folder / "README.md").read_text()
+    assert "| checkpoint | iteration 3 (torch_dist) |" in card
+    assert "| training tokens | 768 |" in card  # 3 steps of 4 sequences of 64
+    assert "linear 8 -> 64, fraction 0.5 of 3 steps" in card
+    assert "| window at this checkpoint | 64 of 64 tokens |" in card
+    assert done.notes == []
+
+
+@requires_megatron
+def test_a_window_that_has_not_reached_its_end_is_noted(runs: Runs, tmp_path: Path) -> None:
+    """Such a model has never seen its length."""
+    source = open_checkpoint(runs.checkpoint("llama"))
+    plain = {k: v for k, v in vars(source.args).items() if not isinstance(v, Foreign)}
+    args = Namespace(**plain)
+    args.consumed_train_samples = 4  # step 1 of 3, half of which grow
+    args.train_iters = 100
+    common = tmp_path / "run" / "iter_0000001"
+    common.mkdir(parents=True)
+    for path in source.folder.iterdir():
+        (common / path.name).symlink_to(path)
+    torch.save({"args": args, "iteration": 1}, common / "common.pt")
+    done = export(tmp_path / "run", tmp_path / "out", without_tokenizer=True)
+    assert len(done.notes) == 1
+    assert "stands at a window of 9 of 64 tokens" in done.notes[0]
+    assert "stands at a window of 9 of 64 tokens" in (done.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda args: vars(args).update(num_layers=5), "holds 4 layers, but its arguments say 5"),
+        (lambda args: vars(args).update(ffn_hidden_size=81), r"make it \[162, 32\]"),
+        (lambda args: vars(args).update(add_qkv_bias=True), r"a layer lacks .*linear_qkv.bias"),
+        (
+            lambda args: vars(args).update(
+                untie_embeddings_and_output_weights=False, hidden_size=16
+            ),
+            r"hidden size of 16",
+        ),
+    ],
+)
+def test_weights_have_to_be_what_the_arguments_say(
+    checkpoint: Path, tmp_path: Path, damage, message: str
+) -> None:
+    path = checkpoint / "release" / "common.pt"
+    state = torch.load(path, weights_only=False)
+    damage(state["args"])
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=message):
+        export(checkpoint, tmp_path / "out", **PLAIN)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    for path, message in (
+        (tmp_path / "nothing", "is not a folder"),
+        (tmp_path / "hf", r"has no checkpoints \(iter_\*\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_checkpoint(path)
+    with pytest.raises(ValueError, match=r"has no iter_0000007. It has: none"):
+        open_checkpoint(checkpoint, iteration=7)
+    with pytest.raises(ValueError, match="is one iteration already, not --iteration=7"):
+        open_checkpoint(checkpoint / "release", iteration=7)
+    with pytest.raises(ValueError, match="tokenizer has 600 tokens"):
+        export(checkpoint, tmp_path / "out", without_tokenizer=True, vocab_size=600)
+    (checkpoint / "release" / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"neither .metadata .* nor mp_rank_\*"):
+        open_checkpoint(checkpoint)
+
+
+def test_an_incomplete_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    reader = open_checkpoint(checkpoint).reader
+    entry = reader.tensors["decoder.layers.mlp.linear_fc2.weight"]
+    entry.chunks[:] = [chunk for chunk in entry.chunks if chunk.offsets[0] != 2]
+    reader.read_layer(1)
+    with pytest.raises(ValueError, match=r"holds only 0 of the 2,560 values of .*linear_fc2"):
+        reader.read_layer(2)
+
+
+MEASURE = """
+import json, resource, sys, threading, time
+from pathlib import Path
+from megatron_skyladder.hugging_face.exporting import export
+from megatron_skyladder.hugging_face.importing import import_model
+import torch
+torch.set_num_threads(1)
+
+class Watch:
+    '''The largest private memory (RssAnon: without pages of files) of a block, in bytes.'''
+    def __enter__(self):
+        self.before, self.peak, self.over = self.now(), 0, False
+        self.thread = threading.Thread(target=self.run); self.thread.start()
+        return self
+    def __exit__(self, *_):
+        self.over = True; self.thread.join()
+    def run(self):
+        while not self.over:
+            self.peak = max(self.peak, self.now()); time.sleep(0.0002)
+    def now(self):
+        status = Path("/proc/self/status").read_text()
+        return next(int(l.split()[1]) << 10 for l in status.splitlines() if l.startswith("RssAnon"))
+
+source, folder, vocab = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+import_model("%s" % (folder / "small"), folder / "warm-up")  # lazy imports
+export(folder / "warm-up", folder / "warm-up-hf", without_tokenizer=True, vocab_size=330)
+used = {}
+with Watch() as watch:
+    import_model(source, folder / "megatron")
+used["import"] = watch.peak - watch.before
+with Watch() as watch:
+    export(folder / "megatron", folder / "out", without_tokenizer=True, vocab_size=vocab)
+used["export"] = watch.peak - watch.before
+print(json.dumps(used))
+"""
+
+
+def test_memory_holds_two_layers_and_the_embedding(tmp_path: Path) -> None:
+    """Measured from outside: what the process has of its own, while a 0.4 GB model passes."""
+    shape = {"hidden_size": 768, "ffn_hidden_size": 3072, "head_dim": 96, "num_heads": 8}
+    shape |= {"num_groups": 4, "num_layers": 10, "vocab_size": 12_000}
+    model = Architecture(**{**vars(LLAMA), **shape})
+    source = write_model(tmp_path / "hf", model)
+    write_model(tmp_path / "small", LLAMA)
+    script = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(source), str(tmp_path), "12000"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert script.returncode == 0, script.stderr
+    used = json.loads(script.stdout.splitlines()[-1])
+    layer = 4 * (768 * (8 + 8) * 96 + 768 * 768 + 3 * 768 * 3072)
+    embedding = 4 * 12_000 * 768
+    whole = 10 * layer + 2 * embedding
+    print({name: f"{size / 2**20:.0f} MiB" for name, size in used.items()}, end=" ")
+    print(f"layer {layer / 2**20:.0f}, embedding {embedding / 2**20:.0f}, all {whole / 2**20:.0f}")
+    slack = 16 << 20  # the allocator's, and metadata
+    assert used["export"] < 2 * layer + embedding + slack < whole / 3
+    assert used["import"] < 2 * layer + embedding + slack
