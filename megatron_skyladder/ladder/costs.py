@@ -6,9 +6,13 @@ Arithmetic on a handful of numbers; no Megatron, no GPU. Attention work is count
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
+
+import numpy as np
 
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.fragments import window_pairs
@@ -259,34 +263,37 @@ def window_runs(config: SkyLadderConfig, total_steps: int) -> list[tuple[int, in
     A schedule that begins later (--skyladder-begin-samples) holds its first window until then.
     """
     begin = min(total_steps, -(-config.begin_samples // config.step_samples))
-    runs = [
-        (first + begin, end + begin, window)
-        for first, end, window in config.schedule.segments(total_steps - begin)
-    ]
+    runs = config.schedule.segments(total_steps - begin)
     if begin:
         held = config.window_at_samples(0)
-        runs.insert(0, (0, begin, held))
-        if len(runs) > 1 and runs[1][2] == held:
-            runs[:2] = [(0, runs[1][1], held)]
+        later = [(first + begin, end + begin, window) for first, end, window in runs]
+        runs = [(0, begin, held), *later]
+        if later and later[0][2] == held:
+            runs[:2] = [(0, later[0][1], held)]
     return runs
 
 
-def grid_pairs(config: SkyLadderConfig) -> Callable[[int], int]:
-    """Return window -> visible pairs of a row, documents left aside."""
+def grid_pairs(config: SkyLadderConfig) -> Callable[[Any], Any]:
+    """Return window -> visible pairs of a row, documents left aside; takes an array as well."""
     sliding = config.mask == "sliding"
     return lambda window: window_pairs(window, config.seq_length, sliding=sliding)
 
 
 def mean_pairs(
-    runs: Iterable[tuple[int, int, int]], pairs: Callable[[int], float]
+    runs: Sequence[tuple[int, int, int]], pairs: Callable[[np.ndarray], np.ndarray]
 ) -> Fraction | float:
-    """Return the visible pairs of a row, averaged over the steps of a run."""
-    total: Fraction | float = Fraction(0)
-    steps = 0
-    for first, end, window in runs:
-        total += (end - first) * pairs(window)
-        steps += end - first
-    return total / steps
+    """Return the visible pairs of a row, averaged over the steps of a run.
+
+    Args:
+        runs: ``(first_step, end_step, window)``.
+        pairs: windows, int64 [num_runs] -> pairs of a row, integers or floats [num_runs].
+    """
+    firsts, ends, windows = zip(*runs, strict=True)
+    steps: list[int] = list(map(operator.sub, ends, firsts))
+    of_windows = pairs(np.array(windows, dtype=np.int64))
+    # integers of any size, so that the sum is exact
+    total: int | float = sum(map(operator.mul, steps, of_windows.tolist()))
+    return (Fraction(total) if isinstance(total, int) else total) / sum(steps)
 
 
 # --- floating-point operations ------------------------------------------------------------------

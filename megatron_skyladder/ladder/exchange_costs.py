@@ -12,7 +12,6 @@ import numpy as np
 from megatron_skyladder.ladder.key_exchange import (
     chunk_length_of,
     chunk_owner,
-    first_visible,
     held_runs,
     needed_tails,
 )
@@ -67,24 +66,45 @@ def rank_costs(
     for rank in range(cp_size):
         for chunk, stop in held_runs(cp_size, rank):
             run_starts[chunk:stop] = chunk * chunk_length
-    positions = np.arange(int(cu_seqlens[-1]), dtype=np.int64)
-    first = first_visible(cu_seqlens, positions, sliding_window)
-    pairs = (positions - first + 1).reshape(-1, 2 * cp_size, chunk_length)
-    row_starts = positions[::seq_length, None, None]
-    waits = first.reshape(pairs.shape) < row_starts + run_starts[:, None]
     tails = needed_tails(
         cu_seqlens, cp_size=cp_size, seq_length=seq_length, sliding_window=sliding_window
     )
+    # A piece is the part of a fragment in a chunk: its pairs are a difference of two sums, so that
+    # the count looks at every fragment and not at every token.
+    fragments = np.asarray(cu_seqlens, dtype=np.int64)
+    chunk_edges = np.arange(0, int(fragments[-1]) + 1, chunk_length, dtype=np.int64)
+    edges = np.union1d(fragments, chunk_edges)
+    starts, ends = edges[:-1], edges[1:]
+    fragment_starts = fragments[np.searchsorted(fragments, starts, side="right") - 1]
+    chunks = starts // chunk_length % (2 * cp_size)
+    held_from = starts - starts % seq_length + run_starts[chunks]  # the run's start
+    wait_ends = ends
+    if sliding_window is not None:
+        wait_ends = np.clip(held_from + sliding_window - 1, starts, ends)
+    wait_ends = np.where(fragment_starts < held_from, wait_ends, starts)
 
-    def of_ranks(per_chunk: np.ndarray) -> np.ndarray:
-        return np.bincount(owners, per_chunk, cp_size).astype(np.int64)
+    def pairs_before(positions: np.ndarray) -> np.ndarray:
+        return _pairs_of_first(positions - fragment_starts, sliding_window)
 
+    def of_ranks(values: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        total = np.zeros(cp_size, dtype=np.int64)
+        np.add.at(total, ranks, values)
+        return total
+
+    before = pairs_before(starts)
     return RankCosts(
-        pairs=of_ranks(pairs.sum(axis=(0, 2))),
-        waiting_pairs=of_ranks((pairs * waits).sum(axis=(0, 2))),
+        pairs=of_ranks(pairs_before(ends) - before, owners[chunks]),
+        waiting_pairs=of_ranks(pairs_before(wait_ends) - before, owners[chunks]),
         received=tails.sum(axis=(1, 2)),
-        sent=of_ranks(tails.sum(axis=(0, 1))),
+        sent=of_ranks(tails.sum(axis=(0, 1)), owners),
     )
+
+
+def _pairs_of_first(num_queries: np.ndarray, sliding_window: int | None) -> np.ndarray:
+    """Return the pairs of the first queries of a fragment: the sum of min(k, window)."""
+    within = num_queries if sliding_window is None else np.minimum(num_queries, sliding_window)
+    pairs: np.ndarray = within * (within + 1) // 2 + (num_queries - within) * within
+    return pairs
 
 
 def gathered_tokens(cp_size: int, seq_length: int) -> int:

@@ -7,7 +7,11 @@ their end-of-document token, and attention crosses neither.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
+
+Tokens = TypeVar("Tokens", int, np.ndarray)
 
 
 def document_ends(tokens: np.ndarray, eod: int) -> np.ndarray:
@@ -103,13 +107,21 @@ def visible_pairs(cu_seqlens: np.ndarray, *, window_len: int | None = None) -> i
     return int((full - beyond * (beyond + 1) // 2).sum())
 
 
-def window_pairs(window_len: int, seq_length: int, *, sliding: bool = False) -> int:
-    """Count the (query, key) pairs of one row without documents, in closed form."""
+def window_pairs(window_len: Tokens, seq_length: int, *, sliding: bool = False) -> Tokens:
+    """Count the (query, key) pairs of one row without documents, in closed form.
+
+    Args:
+        window_len: tokens, an int or an int64 array; the result is the like.
+        seq_length: tokens in the row.
+        sliding: whether the window slides.
+    """
     if sliding:
-        beyond = max(0, seq_length - window_len)
-        return seq_length * (seq_length + 1) // 2 - beyond * (beyond + 1) // 2
+        beyond = (seq_length - window_len) * (seq_length > window_len)
+        pairs: Tokens = seq_length * (seq_length + 1) // 2 - beyond * (beyond + 1) // 2
+        return pairs
     whole, rest = divmod(seq_length, window_len)
-    return whole * (window_len * (window_len + 1) // 2) + rest * (rest + 1) // 2
+    pairs = whole * (window_len * (window_len + 1) // 2) + rest * (rest + 1) // 2
+    return pairs
 
 
 def dense_mask(

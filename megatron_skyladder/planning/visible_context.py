@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -51,13 +52,21 @@ class PackedRows:
 
     def pairs_by_window(
         self, windows: Sequence[int], *, sliding: bool = False
-    ) -> Callable[[int], float]:
-        """Return window -> pairs of a row for these windows, interpolated where they are many."""
+    ) -> Callable[[Any], Any]:
+        """Return window -> pairs of a row for these windows, interpolated where they are many.
+
+        What is returned takes an array of windows as well.
+        """
         known = np.unique(np.asarray(windows, dtype=np.int64))
         if known.size > MAX_WINDOWS:
             known = known[np.linspace(0, known.size - 1, MAX_WINDOWS).round().astype(int)]
         values = [self.pairs(int(window), sliding=sliding) for window in known]
-        return lambda window: float(np.interp(window, known, values))
+
+        def pairs(window: Any) -> Any:
+            found = np.interp(window, known, values)
+            return found if isinstance(window, np.ndarray) else float(found)
+
+        return pairs
 
     def context_quantile(self, share: float) -> int:
         """Return how many tokens a token sees under document masks alone, at this share of tokens.
