@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from megatron_skyladder.cpu import engine as cpu_engine
-from megatron_skyladder.ladder.config import config_from_args
+from megatron_skyladder.ladder.flags import config_from_args
 from megatron_skyladder.megatron_lm import releases
 from megatron_skyladder.runtime.console import log_to_console
 from megatron_skyladder.runtime.ending import explained

@@ -12,15 +12,15 @@ from typing import Any
 
 from megatron_skyladder.cli.plan import to_json as to_plan_json
 from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
+from megatron_skyladder.ladder.flags import name_of
+from megatron_skyladder.ladder.numbers import exact
 from megatron_skyladder.ladder.presets import PAPER_RUNS, SCHEDULE_PRESETS
-from megatron_skyladder.ladder.schedules import SCHEDULES, WindowSchedule, exact
+from megatron_skyladder.ladder.schedules import SCHEDULES, WindowSchedule
 from megatron_skyladder.planning import budget, estimate, pasted, run_flags, verdict
 from megatron_skyladder.planning.budget import Fit
 from megatron_skyladder.planning.devices import list_devices
 from megatron_skyladder.planning.estimate import Plan
 from megatron_skyladder.planning.text import WIDTH, amount, scientific, table, wrap
-
-_WITHOUT_RATE = ("constant", "staged")
 
 
 def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
@@ -123,7 +123,7 @@ def make_plans(args: argparse.Namespace) -> list[Plan]:
         plan = estimate.make_plan(own, name=name, preset=preset)
         same = [p for p in plans if (p.shape, p.tokens) == (plan.shape, plan.tokens)]
         same = [p for p in same if p.config.seq_length == plan.config.seq_length]
-        if not same and plan.config.schedule.schedule != "constant":
+        if not same and not plan.config.schedule.is_baseline:
             plans.append(_constant(plan, f"constant ({preset})" if preset else "constant"))
         plans.append(plan)
     return plans
@@ -147,9 +147,10 @@ def _entries(args: argparse.Namespace) -> Iterator[tuple[str, str | None, dict[s
         yield name, preset, {"skyladder_preset": name}
     names = args.schedule or ([DEFAULT_SCHEDULE] if args.alpha else [])
     for name in names:
-        rates = args.alpha if args.alpha and name not in _WITHOUT_RATE else [None]
+        kind = SCHEDULES[name]
+        rates = args.alpha if args.alpha and kind.has_rate() else [None]
         for alpha in rates:
-            changes: dict[str, Any] = {"skyladder_schedule": name}
+            changes = {"skyladder_schedule": name, **_flags_of_other_rows(kind)}
             if alpha is not None:
                 changes |= {"skyladder_alpha": alpha, "skyladder_expand_fraction": None}
             yield f"{name} {alpha}" if alpha is not None else name, None, changes
@@ -162,6 +163,12 @@ def _entries(args: argparse.Namespace) -> Iterator[tuple[str, str | None, dict[s
         yield args.preset or "run", None, {}
 
 
+def _flags_of_other_rows(kind: type[WindowSchedule]) -> dict[str, Any]:
+    """Return, as not given, what another schedule cannot do without: it was given for its row."""
+    others = {name for other in SCHEDULES.values() for name in other.required()}
+    return {name_of(name): None for name in others - kind.settings().keys()}
+
+
 # --- budgets ------------------------------------------------------------------------------------
 
 
@@ -171,7 +178,7 @@ def make_fits(args: argparse.Namespace, plans: list[Plan]) -> list[tuple[str, Fi
     Raises:
         ValueError: a budget is out of range, or hours were given without a time model.
     """
-    plan = next((p for p in plans if p.config.schedule.schedule not in _WITHOUT_RATE), None)
+    plan = next((p for p in plans if p.config.schedule.has_rate()), None)
     if plan is None:
         return []
     share = args.budget_share or estimate.RECOMMENDED_SHARES[1]

@@ -9,7 +9,7 @@ import textwrap
 from dataclasses import asdict, replace
 from typing import Any
 
-from megatron_skyladder.ladder.config import add_arguments
+from megatron_skyladder.ladder.flags import add_arguments
 from megatron_skyladder.planning import doctor, pasted, verdict
 from megatron_skyladder.planning.doctor import Report
 from megatron_skyladder.planning.pasted import Pasted

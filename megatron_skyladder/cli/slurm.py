@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skyladder.attention import limits
-from megatron_skyladder.ladder.config import config_from_args
+from megatron_skyladder.ladder.flags import config_from_args
 from megatron_skyladder.planning import pasted, run_flags
 from megatron_skyladder.slurm import script
 from megatron_skyladder.slurm.settings import DEFAULT_ENTRY, Settings, from_file

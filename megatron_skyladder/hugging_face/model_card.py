@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_skyladder.hugging_face.architecture import Architecture
 from megatron_skyladder.hugging_face.checkpoints import Checkpoint
-from megatron_skyladder.ladder import config
+from megatron_skyladder.ladder import flags
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def ladder_of(checkpoint: Checkpoint) -> Ladder:
     args = checkpoint.args
     schedule = getattr(args, "skyladder_fingerprint", None)
     window = None
-    if schedule is not None and config.is_requested(_options(args)):
+    if schedule is not None and flags.is_requested(_options(args)):
         window = _window(args, checkpoint.consumed_samples)
     return Ladder(schedule, window, args.seq_length)
 
@@ -54,7 +54,7 @@ def _window(args: Namespace, consumed_samples: int | None) -> int | None:
     if consumed_samples is None:
         return None
     try:
-        ladder = config.config_from_args(_options(args))
+        ladder = flags.config_from_args(_options(args))
     except (ValueError, TypeError, AttributeError) as error:
         logger.warning("the window of this checkpoint cannot be worked out: %s", error)
         return None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
-
-from megatron_skyladder.ladder.schedules import FINAL_WINDOW, Stage
 
 
 @dataclass(frozen=True)
@@ -72,45 +70,84 @@ PAPER_RUNS = {
 }
 
 
-def _paper_schedule(run: PaperRun) -> dict[str, Any]:
-    return {
-        "schedule": "linear",
-        "start_window": run.start_window,
-        "final_window": run.seq_length,
-        "alpha": run.alpha,
-    }
+@dataclass(frozen=True)
+class Preset:
+    """A published schedule: settings as on a command line, without the prefix.
+
+    Args:
+        settings: text by name, such as ``{"schedule": "linear", "alpha": "1/8"}``.
+        summary: what it does, one line.
+        source: where it was published, or what speaks for it.
+        assumes: settings that depend on the model, with what each has to be.
+    """
+
+    settings: Mapping[str, str]
+    summary: str
+    source: str
+    assumes: Mapping[str, str] = field(default_factory=dict)
 
 
-def _doubling(first: int, last: int) -> tuple[Stage, ...]:
+def _of_paper(name: str, run: PaperRun) -> Preset:
+    return Preset(
+        {
+            "schedule": "linear",
+            "start_window": str(run.start_window),
+            "final_window": str(run.seq_length),
+            "alpha": str(run.alpha),
+        },
+        f"{run.start_window} -> {run.seq_length:,}, one token every {1 / run.alpha} steps: the "
+        f"paper's {name.split('-')[0].upper()} model",
+        "arXiv:2503.15450",
+    )
+
+
+def _doubling(first: int, last: int) -> str:
     windows = [first]
     while windows[-1] < last:
         windows.append(windows[-1] * 2)
-    return tuple(Stage(window, Fraction(1, len(windows))) for window in windows)
+    return " ".join(f"{window}:1/{len(windows)}" for window in windows)
 
 
-# Flag values by name, without the prefix; --skyladder-preset reads them.
-SCHEDULE_PRESETS: dict[str, dict[str, Any]] = {
-    **{name: _paper_schedule(run) for name, run in PAPER_RUNS.items()},
-    # the paper's advice: start at 8, grow over 60-64 % of the run, whatever the context
-    "recommended": {
-        "schedule": "linear",
-        "start_window": 8,
-        "expand_fraction": Fraction(64, 100),
-    },
-    # arXiv:2012.15832: 128 tokens for the first half, then the full length
-    "shortformer": {
-        "schedule": "staged",
-        "stages": (Stage(128, Fraction(1, 2)), Stage(FINAL_WINDOW, Fraction(1, 2))),
-    },
-    # arXiv:2310.00576: doubling from 128 to 4096
-    "growlength": {
-        "schedule": "staged",
-        "final_window": 4096,
-        "stages": _doubling(128, 4096),
-    },
-    # the continual-pretraining baseline of Table 7: 4K for 97 % of the tokens, then all
-    "continual": {
-        "schedule": "staged",
-        "stages": (Stage(4096, Fraction(97, 100)), Stage(FINAL_WINDOW, Fraction(3, 100))),
-    },
+SCHEDULE_PRESETS: dict[str, Preset] = {
+    **{name: _of_paper(name, run) for name, run in PAPER_RUNS.items()},
+    "recommended": Preset(
+        {"schedule": "linear", "start_window": "8", "expand_fraction": "0.64"},
+        "8 -> full over 64 % of the run, whatever its length: the paper's advice",
+        "arXiv:2503.15450: a start of 8, and 60 to 64 % of the tokens",
+    ),
+    "extend-context": Preset(
+        {
+            "schedule": "linear",
+            "start_window": "4096",
+            "expand_fraction": "0.4",
+            "round_to": "auto",
+        },
+        "for a model that has a context already: from its length (--skyladder-start-window, "
+        "default 4,096) -> full over 40 % of the run",
+        "no published run; arXiv:2309.16039 (Tables 10, 11): going from 4K to 32K after 20 or 40 "
+        "% of training costs long tasks little, after 80 % much",
+        assumes={"start_window": "the context length that the model was trained with"},
+    ),
+    "shortformer": Preset(
+        {"schedule": "staged", "stages": "128:0.5 final:0.5"},
+        "128 for the first half, then full",
+        "arXiv:2012.15832",
+    ),
+    "growlength": Preset(
+        {"schedule": "staged", "final_window": "4096", "stages": _doubling(128, 4096)},
+        "doubles from 128 to 4,096",
+        "arXiv:2310.00576",
+    ),
+    "late-switch-baseline": Preset(
+        {"schedule": "staged", "stages": "4096:0.97 final:0.03"},
+        "4,096 for 97 % of the tokens, then full: what the paper compares with as continual "
+        "pretraining, and finds worse than its ladder",
+        "arXiv:2503.15450, Table 7",
+    ),
+}
+
+# Names that a launch script may still have, and what to say.
+RENAMED_PRESETS = {
+    "continual": "it was the paper's comparison run, 4,096 tokens for 97 % of the run, and is "
+    "called late-switch-baseline now. To extend the context of a model, take extend-context",
 }

@@ -22,12 +22,8 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.ladder.config import (
-    DEFAULT_SCHEDULE,
-    add_arguments,
-    config_from_args,
-    is_requested,
-)
+from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
+from megatron_skyladder.ladder.flags import add_arguments, config_from_args, is_requested
 from megatron_skyladder.runtime.console import log_to_console
 
 logger = logging.getLogger(__name__)

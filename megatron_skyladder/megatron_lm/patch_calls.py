@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megatron_skyladder.ladder import config
+from megatron_skyladder.ladder import flags
 from megatron_skyladder.runtime.console import log_to_console
 
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """In ``add_megatron_arguments``: add our flags, once."""
     if "--skyladder-preset" in parser._option_string_actions:
         return parser
-    return config.add_arguments(parser)
+    return flags.add_arguments(parser)
 
 
 def switch_on() -> None:
@@ -24,7 +24,7 @@ def switch_on() -> None:
     from megatron_skyladder.megatron_lm import compat, hooks
 
     options = compat.args()
-    configuration = config.config_from_args(options)
+    configuration = flags.config_from_args(options)
     if configuration is None or hasattr(options, hooks.FINGERPRINT):
         return
     log_to_console()

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skyladder import __version__
-from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE, config_from_args, is_requested
+from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
+from megatron_skyladder.ladder.flags import config_from_args, is_requested
 from megatron_skyladder.megatron_lm import from_environment, releases
 from megatron_skyladder.megatron_lm.releases import Megatron, MegatronMismatchError
 from megatron_skyladder.planning import verdict

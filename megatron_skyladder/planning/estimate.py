@@ -8,18 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 from megatron_skyladder.ladder import costs
-from megatron_skyladder.ladder.config import (
-    DEFAULT_SCHEDULE,
-    ROUND_TO_AUTO,
-    SkyLadderConfig,
-    config_from_args,
-)
+from megatron_skyladder.ladder.alignment import explain_multiple
+from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE, ROUND_TO_AUTO, SkyLadderConfig
 from megatron_skyladder.ladder.costs import DecoderShape
+from megatron_skyladder.ladder.flags import config_from_args
 from megatron_skyladder.ladder.fragments import window_pairs
-from megatron_skyladder.ladder.presets import PAPER_RUNS
-from megatron_skyladder.ladder.schedules import WindowSchedule, explain_multiple
+from megatron_skyladder.ladder.presets import PAPER_RUNS, SCHEDULE_PRESETS
+from megatron_skyladder.ladder.schedules import WindowSchedule
 from megatron_skyladder.planning import model_flags, run_flags
 from megatron_skyladder.planning.parallel import mean_max_over_mean, parallel_costs
 from megatron_skyladder.planning.pasted import Pasted
@@ -69,8 +67,11 @@ class Plan:
         return costs.window_runs(self.config, self.total_steps)
 
     @cached_property
-    def pairs(self) -> Callable[[int], float]:
-        """Window -> visible pairs of a row, under the masks that can be counted."""
+    def pairs(self) -> Callable[[Any], Any]:
+        """Window -> visible pairs of a row, under the masks that can be counted.
+
+        Takes an int64 array of windows as well.
+        """
         if not self.counts_documents:
             return costs.grid_pairs(self.config)
         assert self.documents is not None
@@ -242,7 +243,9 @@ def _shape(
 
 
 def _note_layout(flags: argparse.Namespace, notes: list[str]) -> None:
-    if flags.skyladder_round_to == ROUND_TO_AUTO:
+    preset = SCHEDULE_PRESETS.get(flags.skyladder_preset or "")
+    of_preset = preset.settings.get("round_to") if preset else None
+    if (flags.skyladder_round_to or of_preset) == ROUND_TO_AUTO:
         notes.append(explain_multiple(flags.seq_length, flags.context_parallel_size))
 
 

@@ -10,7 +10,7 @@ import argparse
 from typing import Any
 
 from megatron_skyladder.ladder.batch_sizes import batch_sizes
-from megatron_skyladder.ladder.config import add_arguments
+from megatron_skyladder.ladder.flags import add_arguments
 from megatron_skyladder.ladder.key_exchange import chunk_length_of
 from megatron_skyladder.ladder.presets import PAPER_RUNS, PaperRun
 from megatron_skyladder.planning import model_flags

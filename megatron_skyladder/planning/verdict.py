@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_skyladder.attention.limits import Effect, Finding
-from megatron_skyladder.ladder.config import DEFAULT_EXPAND_FRACTION, DEFAULT_START_WINDOW
+from megatron_skyladder.ladder.schedules import DEFAULT_EXPAND_FRACTION, DEFAULT_START_WINDOW
 from megatron_skyladder.planning.launch import ENTRY_POINT, Launch
 from megatron_skyladder.planning.pasted import Pasted
 
@@ -51,7 +51,7 @@ def fit(pasted: Pasted) -> Fit:
         add += ["--skyladder-preset", _preset(launch)]
     elif not any(flag.startswith("--skyladder-") for flag in given):
         add += ["--skyladder-start-window", str(DEFAULT_START_WINDOW)]
-        add += ["--skyladder-expand-fraction", f"{float(DEFAULT_EXPAND_FRACTION):g}"]
+        add += ["--skyladder-expand-fraction", DEFAULT_EXPAND_FRACTION]
     return Fit(tuple(add), change, _start(launch))
 
 

@@ -45,7 +45,7 @@ def parse(flags: list[str], out: str) -> None:
     """Parse flags with Megatron's parser and ours, and write what they set."""
     from megatron.training.arguments import parse_args
 
-    from megatron_skyladder.ladder.config import add_arguments
+    from megatron_skyladder.ladder.flags import add_arguments
 
     sys.argv = ["pretrain_gpt", *flags]
     args = parse_args(extra_args_provider=add_arguments)

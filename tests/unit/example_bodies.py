@@ -53,7 +53,7 @@ def _parse(words: list[str], world_size: int) -> tuple[Any, Any]:
     from megatron.training.global_vars import destroy_global_vars
 
     from megatron_skyladder.cpu.megatron import set_argument_defaults
-    from megatron_skyladder.ladder.config import add_arguments, config_from_args
+    from megatron_skyladder.ladder.flags import add_arguments, config_from_args
 
     def add_all(parser: Any) -> Any:
         set_argument_defaults(parser)

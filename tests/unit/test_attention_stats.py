@@ -15,7 +15,7 @@ pytest.importorskip("megatron.core")
 from megatron_skyladder.attention import statistics  # noqa: E402
 from megatron_skyladder.attention.segments import Segments  # noqa: E402
 from megatron_skyladder.attention.statistics import LayerStatistics, Sums, measure  # noqa: E402
-from megatron_skyladder.ladder.config import add_arguments, config_from_args  # noqa: E402
+from megatron_skyladder.ladder.flags import add_arguments, config_from_args  # noqa: E402
 from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens  # noqa: E402
 
 LENGTH, ROWS, HEADS, GROUPS, DIM = 160, 2, 4, 2, 8

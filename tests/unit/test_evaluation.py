@@ -10,11 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
-from megatron_skyladder.ladder.config import (  # noqa: E402
-    SkyLadderConfig,
-    add_arguments,
-    config_from_args,
-)
+from megatron_skyladder.ladder.config import SkyLadderConfig  # noqa: E402
+from megatron_skyladder.ladder.flags import add_arguments, config_from_args  # noqa: E402
 from megatron_skyladder.ladder.schedules import WindowSchedule  # noqa: E402
 from megatron_skyladder.runtime import evaluation, trainer  # noqa: E402
 from megatron_skyladder.runtime.evaluation import EXTRA_WORK, Sample, choose_sample  # noqa: E402

@@ -283,7 +283,7 @@ def test_tests_that_the_docs_name_exist() -> None:
         "1b-32k --skyladder-schedule stepwise",
         "1b-32k --skyladder-schedule sinusoidal",
         "1b-32k --skyladder-schedule exponential",
-        "1b-32k --skyladder-preset continual",
+        "1b-32k --skyladder-preset late-switch-baseline",
         *(f"120m-8k --skyladder-alpha {rate}" for rate in ("1", "1/2", "1/4", "1/12")),
         "120m-8k --skyladder-start-window 8",
         "1b-8k --skyladder-mask sliding",

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from megatron_skyladder.ladder.config import SkyLadderConfig, add_arguments, config_from_args
+from megatron_skyladder.ladder.config import SkyLadderConfig
+from megatron_skyladder.ladder.flags import add_arguments, config_from_args
 from megatron_skyladder.planning.examples import example
 from megatron_skyladder.runtime.weights import draw_as_reference, reference_stds
 from megatron_skyladder.testing import ProcessPool, read_checkpoint, requires_megatron

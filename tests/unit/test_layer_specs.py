@@ -157,7 +157,7 @@ def test_a_variable_that_is_no_flag_is_pointed_out(caplog):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"START_WINDOW": "eight"}, r"--skyladder-start-window: invalid int value: 'eight'"),
+        ({"START_WINDOW": "eight"}, r"--skyladder-start-window: 'eight' is not a whole number"),
         ({"NO_PROBE": "perhaps"}, r"SKYLADDER_NO_PROBE=perhaps: set it to 1"),
         ({"CONFIG": "/nowhere.txt"}, r"SKYLADDER_CONFIG=/nowhere.txt cannot be read"),
     ],

@@ -53,7 +53,7 @@ def test_the_layers_hold(copy: Path) -> None:
         ("runtime/probe.py", "import megatron_skyladder.megatron_lm.compat", "Layers BROKEN"),
         ("ladder/clock.py", "import megatron_skyladder.attention.sdpa", "Layers BROKEN"),
         ("attention/sdpa.py", "def f(): import megatron_skyladder.runtime.metrics", "Layers"),
-        ("ladder/schedules.py", "import megatron_skyladder.ladder.config", "circles BROKEN"),
+        ("ladder/schedules/base.py", "import megatron_skyladder.ladder.config", "circles BROKEN"),
     ],
 )
 def test_an_import_against_them_is_found(

@@ -7,9 +7,9 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_skyladder.ladder.config import add_arguments, config_from_args
+from megatron_skyladder.ladder.flags import add_arguments, config_from_args
 from megatron_skyladder.ladder.presets import MODELS, PAPER_RUNS, SCHEDULE_PRESETS
-from megatron_skyladder.ladder.schedules import FINAL_WINDOW
+from megatron_skyladder.ladder.schedules import Staged
 
 # arXiv:2503.15450, Table 12: layers, hidden, FFN, heads, query groups, vocabulary
 SHAPES = {
@@ -58,7 +58,9 @@ def test_runs_are_the_papers() -> None:
 STAGES = {
     "shortformer": "0:128 499:128 500:8192 999:8192",
     "growlength": "0:128 166:128 167:256 333:256 334:512 500:1024 666:1024 667:2048 834:4096",
-    "continual": "0:4096 969:4096 970:8192 999:8192",
+    "late-switch-baseline": "0:4096 969:4096 970:8192 999:8192",
+    # 4096 + 4096 * step / 400, rounded down to multiples of 128
+    "extend-context": "0:4096 12:4096 13:4224 399:8064 400:8192 999:8192",
     "recommended": "0:8 639:8179 640:8192",  # 8 + floor(8184 * 639 / 640)
 }
 
@@ -97,7 +99,41 @@ def test_every_preset_has_a_test() -> None:
 
 
 def test_shares_of_stages_make_a_whole_run() -> None:
+    """Whatever the length of the run: the schedule adds them up and would refuse others."""
     for preset in SCHEDULE_PRESETS.values():
-        stages = preset.get("stages", ())
-        assert not stages or sum(stage.share for stage in stages) == Fraction(1)
-        assert all(stage.window == FINAL_WINDOW or stage.window > 0 for stage in stages)
+        if preset.settings["schedule"] == "staged":
+            final = int(preset.settings.get("final_window", 8192))
+            staged = Staged(final_window=final, stages=preset.settings["stages"], total_steps=1000)
+            assert sum(stage.share for stage in staged.stages) == Fraction(1)
+
+
+def test_every_preset_says_where_it_comes_from() -> None:
+    for preset in SCHEDULE_PRESETS.values():
+        assert "arXiv:" in preset.source and preset.summary
+
+
+def test_extending_a_context_starts_from_the_models_own(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A model of 4K is assumed, and said; given, it is neither assumed nor said."""
+    said = (
+        "--skyladder-preset=extend-context takes --skyladder-start-window=4096 for the context "
+        "length that the model was trained with. Give it where that is another number."
+    )
+    args = parsed("extend-context", seq_length=32_768, steps=1000)
+    config = config_from_args(args)
+    assert config and config.schedule.window_at(0) == 4096
+    assert [record.getMessage() for record in caplog.records] == [said]
+    caplog.clear()
+    args.skyladder_start_window = 8192
+    config = config_from_args(args)
+    assert config and config.schedule.window_at(0) == 8192
+    assert config.schedule.describe() == (
+        "linear 8192 -> 32768, fraction 0.4 of 1000 steps, rounded to 128"
+    )
+    assert not caplog.records
+
+
+def test_a_renamed_preset_is_refused_by_its_new_name() -> None:
+    with pytest.raises(ValueError, match="is called late-switch-baseline now"):
+        config_from_args(parsed("continual", seq_length=8192, steps=1000))

@@ -13,7 +13,7 @@ from test_config import REFUSED, parse
 
 from megatron_skyladder import pretrain_gpt
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.ladder.config import config_from_args
+from megatron_skyladder.ladder.flags import config_from_args
 from megatron_skyladder.ladder.schedules import WindowSchedule
 from megatron_skyladder.megatron_lm import releases
 from megatron_skyladder.runtime import ending

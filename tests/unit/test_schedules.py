@@ -6,20 +6,26 @@ import itertools
 import re
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from megatron_skyladder.ladder.alignment import aligned_multiple, explain_multiple
+from megatron_skyladder.ladder.numbers import exact
 from megatron_skyladder.ladder.schedules import (
-    FINAL_WINDOW,
     SCHEDULES,
+    Cyclic,
+    CyclicJump,
+    Linear,
+    Point,
+    Points,
     Stage,
+    Staged,
     WindowSchedule,
-    aligned_multiple,
-    exact,
-    explain_multiple,
 )
 
 FAR = 10**9
@@ -139,6 +145,27 @@ TABLES: dict[str, tuple[WindowSchedule, list[tuple[int, int]]]] = {
         WindowSchedule("reversed", 10, 20, alpha="1/2"),
         table("0:20 1:20 2:19 3:19 18:11 19:11 20:20 far:20"),
     ),
+    # 480 tokens in 10 steps, 3,584 in 40, 4,096 in 14; rounded down between the points
+    "points": (
+        WindowSchedule("points", points="0:32 0.1:512 0.5:4096 0.64:final", total_steps=100),
+        table("0:32 1:80 9:464 10:512 11:601 50:4096 51:4388 63:7899 64:8192 far:8192"),
+    ),
+    "points, down and up again": (
+        WindowSchedule("points", final_window=10, points="0:10 0.3:3 1:10", total_steps=10),
+        table("0:10 1:7 2:5 3:3 4:4 9:9 10:10 far:10"),
+    ),
+    "points, a jump": (
+        WindowSchedule("points", final_window=64, points="0:8 .5:16 .5:32 1:64", total_steps=4),
+        table("0:8 1:12 2:32 3:48 4:64 far:64"),
+    ),
+    "points, one that lies between two steps": (  # 9 tokens in 3 1/3 steps
+        WindowSchedule("points", final_window=10, points="0:1 1/3:final", total_steps=10),
+        table("0:1 1:3 2:6 3:9 4:10 far:10"),
+    ),
+    "points, rounded": (  # never below the lowest point
+        WindowSchedule("points", final_window=70, points="0:5 1:70", total_steps=65, round_to=16),
+        table("0:5 10:5 11:16 26:16 27:32 64:64 65:70 far:70"),
+    ),
 }
 
 
@@ -172,6 +199,9 @@ RAMP_STEPS = [
     ("cyclic", 40),
     ("cyclic-jump", 30),
     ("reversed", 20),
+    ("points", 64),
+    ("points, down and up again", 10),
+    ("points, one that lies between two steps", Fraction(10, 3)),
 ]
 
 
@@ -182,7 +212,7 @@ def test_ramp_steps(name: str, steps: Fraction) -> None:
 
 # --- laws, over random schedules ----------------------------------------------------------------
 
-RATED = [name for name in SCHEDULES if name not in ("constant", "staged")]
+RATED = [name for name, kind in SCHEDULES.items() if kind.has_rate()]
 GROWING = ["constant", "linear", "stepwise", "sinusoidal", "exponential"]
 SHARES = st.fractions(min_value=Fraction(1, 1000), max_value=1, max_denominator=1000)
 
@@ -206,12 +236,23 @@ def schedules(draw: st.DrawFn, names: list[str] = list(SCHEDULES)) -> WindowSche
         return WindowSchedule(
             name, final_window=final, total_steps=draw(st.integers(1, 400)), stages=stages
         )
+    if name == "points":
+        shares = sorted(draw(st.lists(SHARES, min_size=1, max_size=6)))
+        windows = draw(st.lists(st.integers(1, final), min_size=len(shares), max_size=len(shares)))
+        return WindowSchedule(
+            name,
+            final_window=final,
+            total_steps=draw(st.integers(1, 400)),
+            round_to=draw(st.none() | st.integers(1, 50)),
+            points=tuple(map(Point, [Fraction(0), *shares], [*windows, final])),
+        )
     settings: dict[str, Any] = {
         "start_window": draw(st.integers(1, final)),
         "final_window": final,
         "round_to": draw(st.none() | st.integers(1, 1500)),
-        "num_cycles": draw(st.integers(1, 4)),
     }
+    if "num_cycles" in SCHEDULES[name].settings():
+        settings["num_cycles"] = draw(st.integers(1, 4))
     if draw(st.booleans()):
         settings |= {"alpha": draw(st.fractions(Fraction(1, 2), 64, max_denominator=50))}
     else:
@@ -225,8 +266,10 @@ STEPS = st.integers(0, 3000)
 @given(schedules(), STEPS)
 def test_windows_lie_between_start_and_final(schedule: WindowSchedule, step: int) -> None:
     lowest = schedule.start_window
-    if schedule.schedule == "staged":
+    if isinstance(schedule, Staged):
         lowest = min(stage.window for stage in schedule.stages)
+    if isinstance(schedule, Points):
+        lowest = min(point.window for point in schedule.points)
     assert lowest <= schedule.window_at(step) <= schedule.final_window
 
 
@@ -304,13 +347,15 @@ def test_a_rate_and_its_share_of_the_run_give_the_same_windows(
         "start_window": schedule.start_window,
         "final_window": schedule.final_window,
         "round_to": schedule.round_to,
-        "num_cycles": schedule.num_cycles,
     }
+    legs = 1
+    if isinstance(schedule, Cyclic | CyclicJump):
+        common["num_cycles"] = schedule.num_cycles
+        legs = schedule.num_cycles * (2 if isinstance(schedule, Cyclic) else 1)
     by_share = WindowSchedule(
         schedule.schedule, expand_fraction=share, total_steps=total_steps, **common
     )
-    legs = {"cyclic": 2 * schedule.num_cycles, "cyclic-jump": schedule.num_cycles}
-    alpha = span * legs.get(schedule.schedule, 1) / (share * total_steps)
+    alpha = span * legs / (share * total_steps)
     by_rate = WindowSchedule(schedule.schedule, alpha=alpha, **common)
     assert by_share.window_at(step) == by_rate.window_at(step)
 
@@ -326,6 +371,17 @@ def test_segments_say_what_window_at_says(schedule: WindowSchedule, total_steps:
         : len(segments)
     ]
     assert all(a[2] != b[2] for a, b in itertools.pairwise(segments))  # runs are whole
+
+
+@given(schedules(), st.integers(0, 3000), st.integers(0, 200))
+@example(WindowSchedule(alpha=Fraction(1, 10**15), final_window=2**31 - 1), 10**15, 5)  # no int64
+@example(WindowSchedule("points", points="0:1 1:final", total_steps=10**15), 10**15 - 2, 5)
+def test_many_windows_at_once_are_those_of_each_step(
+    schedule: WindowSchedule, first: int, count: int
+) -> None:
+    windows = schedule.windows(first, first + count)
+    assert windows.dtype == np.int64
+    assert windows.tolist() == [schedule.window_at(first + step) for step in range(count)]
 
 
 @pytest.mark.parametrize("total_steps", [0, -1])
@@ -379,6 +435,10 @@ DESCRIPTIONS = [
         ),
         "staged 128:1/3 512:2/3 of 9 steps",
     ),
+    (
+        WindowSchedule("points", points="0:32 1/3:512 0.50:final", total_steps=9, round_to=64),
+        "points 0:32 1/3:512 0.5:8192 of 9 steps, rounded to 64",
+    ),
 ]
 
 
@@ -391,58 +451,58 @@ def test_description(schedule: WindowSchedule, text: str) -> None:
 
 HALF = exact("1/2")
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"schedule": "cosine", "alpha": 1}, "--skyladder-schedule=cosine is unknown. Choose one of:"),
-    ({"final_window": 0, "alpha": 1}, "--skyladder-final-window=0 is not a window"),
-    ({"round_to": 0, "alpha": 1}, "--skyladder-round-to=0 is not a multiple"),
+    ({"schedule": "cosine", "alpha": 1}, "schedule=cosine is unknown. Choose one of:"),
+    ({"final_window": 0, "alpha": 1}, "final_window=0 is not a window"),
+    ({"round_to": 0, "alpha": 1}, "round_to=0 is not a multiple"),
     ({"total_steps": 0, "alpha": 1}, "total_steps=0: a run has at least one step"),
     (
         {"alpha": 1, "stages": (Stage(8192, HALF),)},
-        "--skyladder-stages is for --skyladder-schedule=staged, but the schedule is linear",
+        "stages is for schedule=staged, but the schedule is linear",
     ),
-    ({"start_window": 0, "alpha": 1}, "--skyladder-start-window=0 is not a window"),
-    ({"start_window": -8, "alpha": 1}, "--skyladder-start-window=-8 is not a window"),
+    ({"start_window": 0, "alpha": 1}, "start_window=0 is not a window"),
+    ({"start_window": -8, "alpha": 1}, "start_window=-8 is not a window"),
     (
         {"start_window": 4096, "final_window": 2048, "alpha": 1},
-        "--skyladder-start-window=4096 is above the final window of 2048. Give a smaller start, "
-        "or use --skyladder-schedule=reversed",
+        "start_window=4096 is above the final window of 2048. Give a smaller start, "
+        "or use schedule=reversed",
     ),
-    ({"schedule": "cyclic", "num_cycles": 0, "alpha": 1}, "--skyladder-cycles=0: give at least 1"),
+    ({"schedule": "cyclic", "num_cycles": 0, "alpha": 1}, "num_cycles=0: give at least 1"),
     (
         {"schedule": "cyclic-jump", "num_cycles": -1, "alpha": 1},
-        "--skyladder-cycles=-1: give at least 1",
+        "num_cycles=-1: give at least 1",
     ),
     (
         {"alpha": 0.125, "expand_fraction": 0.64},
-        "--skyladder-alpha=0.125 and --skyladder-expand-fraction=0.64 both set the rate",
+        "alpha=0.125 and expand_fraction=0.64 both set the rate",
     ),
-    ({}, "schedule linear has no rate. Give --skyladder-alpha"),
-    ({"alpha": 0.0}, "--skyladder-alpha=0.0 never reaches the final window of 8192 tokens. Give a"),
-    ({"alpha": "-1/8"}, "--skyladder-alpha=-0.125 never reaches the final window of 8192 tokens"),
+    ({}, "schedule linear has no rate. Give alpha"),
+    ({"alpha": 0.0}, "alpha=0.0 never reaches the final window of 8192 tokens. Give a"),
+    ({"alpha": "-1/8"}, "alpha=-0.125 never reaches the final window of 8192 tokens"),
     (
         {"expand_fraction": 0, "total_steps": 10},
-        "--skyladder-expand-fraction=0.0 is not a share of the run",
+        "expand_fraction=0.0 is not a share of the run",
     ),
     (
         {"expand_fraction": 1.5, "total_steps": 10},
-        "--skyladder-expand-fraction=1.5 is not a share of the run",
+        "expand_fraction=1.5 is not a share of the run",
     ),
     ({"expand_fraction": 0.5}, "an expand fraction needs the length of the run"),
-    ({"schedule": "staged"}, "--skyladder-schedule=staged needs --skyladder-stages WINDOW:SHARE"),
+    ({"schedule": "staged"}, "schedule=staged needs stages WINDOW:SHARE"),
     (
         {"schedule": "staged", "stages": (Stage(8192, exact(1)),)},
         "stages are shares of the run: give total_steps",
     ),
     (
         {"schedule": "staged", "stages": (Stage(0, HALF), Stage(8192, HALF)), "total_steps": 10},
-        "--skyladder-stages has a window of 0. Windows lie between 1 and the final window of 8192",
+        "stages has a window of 0. Windows lie between 1 and the final window of 8192",
     ),
     (
         {"schedule": "staged", "stages": (Stage(9000, exact(1)),), "total_steps": 10},
-        "--skyladder-stages has a window of 9000",
+        "stages has a window of 9000",
     ),
     (
-        {"schedule": "staged", "stages": (Stage(FINAL_WINDOW, exact(1)),), "total_steps": 10},
-        "--skyladder-stages has a window of -1",
+        {"schedule": "staged", "stages": (Stage(-2, exact(1)),), "total_steps": 10},
+        "stages has a window of -2",
     ),
     (
         {
@@ -450,16 +510,56 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
             "stages": (Stage(32, exact(0)), Stage(8192, exact(1))),
             "total_steps": 10,
         },
-        "--skyladder-stages gives the window 32 a share of 0. Shares are above 0",
+        "stages gives the window 32 a share of 0. Shares are above 0",
     ),
     (
         {"schedule": "staged", "stages": (Stage(8192, HALF),), "total_steps": 10},
-        "the shares of --skyladder-stages add up to 0.5. They have to add up to 1",
+        "the shares of stages add up to 0.5. They have to add up to 1",
     ),
     (
         {"schedule": "staged", "stages": (Stage(8192, HALF), Stage(64, HALF)), "total_steps": 10},
-        "the last of --skyladder-stages is 64, but the final window is 8192",
+        "the last of stages is 64, but the final window is 8192",
     ),
+]
+
+
+POINTS: list[tuple[str, str]] = [
+    ("0:8192", "schedule=points needs points SHARE:WINDOW ..., 2 to 1000 of them, for example"),
+    ("0.1:32 1:final", "points run from 0.1 to 1. They are shares of the run: the first is at 0"),
+    ("0:32 1.5:final", "points run from 0 to 1.5. They are shares of the run"),
+    ("0:32 0.5:64 0.4:final", "points go back from 0.5 to 0.4. Give them in order"),
+    ("0:9000 1:final", "points has a window of 9000. Windows lie between 1 and the final window"),
+    ("0:32 0.5:64", "the last of points is 64, but the final window is 8192. Make them equal"),
+    ("0:32 half:64", "points: 'half:64' is neither SHARE:WINDOW, such as 0.5:4096, nor a .csv"),
+    ("0:-1 1:final", "points: '0:-1' is neither SHARE:WINDOW"),
+]
+REFUSED += [
+    ({"schedule": "points", "total_steps": 10, "points": points}, message)
+    for points, message in POINTS
+]
+REFUSED += [
+    ({"schedule": "points", "points": "0:32 1:final"}, "points are at shares of the run: give tot"),
+    ({"schedule": "points"}, "schedule=points needs points SHARE:WINDOW"),
+    # numbers, before anything is computed with them
+    ({"alpha": "1e-400"}, "alpha: '1e-400' is out of bounds: sizes lie between 1e-15 and 1e15"),
+    ({"alpha": "1e99999999"}, "alpha: '1e99999999' is out of bounds"),
+    ({"alpha": Fraction(1, 10**400)}, "is out of bounds"),
+    ({"alpha": float("nan")}, "alpha: 'nan' is not a number such as 0.125 or 1/8"),
+    ({"alpha": "0." + "1" * 1000}, "alpha: '0.11111111111111'... has 1002 characters"),
+    ({"alpha": 1, "start_window": 32.5}, "start_window: '32.5' is not a whole number"),
+    ({"alpha": 1, "start_window": "9" * 5000}, "is not a whole number"),
+    ({"alpha": 1, "final_window": 2**31}, "final_window=2147483648 is not a window"),
+    ({"alpha": 1, "total_steps": 10**16}, "total_steps=10000000000000000: a run has at least one"),
+    (
+        {"schedule": "cyclic", "alpha": 1, "num_cycles": 10**9},
+        "num_cycles=1000000000: give at least 1 cycle and at most 10,000",
+    ),
+    ({"alpha": 1, "round_to": "often"}, "round_to: 'often' is neither a number nor auto"),
+    # what means nothing here
+    ({"alpha": 1, "round_to": "auto"}, "round_to=auto needs the run's layout. Give a number here"),
+    ({"schedule": "constant", "alpha": 1}, "alpha has no meaning with schedule=constant"),
+    ({"alpha": 1, "num_cycles": 2}, "num_cycles is for schedule=cyclic or cyclic-jump, but the"),
+    ({"alpha": 1, "speed": 2}, "speed is no setting of a schedule. There are: start_window, final"),
 ]
 
 
@@ -467,6 +567,40 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         WindowSchedule(**settings)
+
+
+def test_a_schedule_is_called_what_it_is() -> None:
+    with pytest.raises(ValueError, match="schedule=cyclic was given to Linear, which is linear"):
+        replace(WindowSchedule(alpha=1), schedule="cyclic")
+    assert Linear(alpha=1) == WindowSchedule("linear", alpha="1")
+
+
+def test_points_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "ladder.csv"
+    path.write_text("share,window\n0, 32\n\n1/2,4096\n0.64,final\n")
+    by_file = WindowSchedule("points", points=str(path), total_steps=100)
+    assert by_file == WindowSchedule("points", points="0:32 0.5:4096 0.64:final", total_steps=100)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"0,32\n0.5\n", "line 2: '0.5' is not SHARE,WINDOW, such as 0.5,4096"),
+        (b"0,32\n0.5,64,128\n", "line 2: '0.5,64,128' is not SHARE,WINDOW"),
+        (b"share,window\n", "has no points. Give lines of SHARE,WINDOW"),
+        (b"\xff\xfe0,32\n", "cannot be read: it is no CSV text"),
+        (None, "cannot be read: No such file"),
+        (b"0,32\n" * 2000, "schedule=points needs points SHARE:WINDOW ..., 2 to 1000 of them"),
+    ],
+)
+def test_a_file_of_points_that_cannot_be_read(
+    tmp_path: Path, text: bytes | None, message: str
+) -> None:
+    path = tmp_path / "ladder.csv"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        WindowSchedule("points", points=str(path), total_steps=100)
 
 
 def test_steps_count_from_zero() -> None:

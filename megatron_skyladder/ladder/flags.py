@@ -1,0 +1,222 @@
+"""The ``--skyladder-*`` flags: added to a parser, and turned into a checked configuration.
+
+What a flag means is written where it is used: those of a schedule come from the schedule's class.
+This layer gives fields their flags, in the help and in errors, and knows Megatron's names.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder.batch_sizes import batch_sizes
+from megatron_skyladder.ladder.config import (
+    BACKENDS,
+    DEFAULT_SCHEDULE,
+    SkyLadderConfig,
+    TrainingRun,
+    make_config,
+    read_lengths,
+    setting_names,
+)
+from megatron_skyladder.ladder.numbers import whole
+from megatron_skyladder.ladder.presets import SCHEDULE_PRESETS
+from megatron_skyladder.ladder.schedules import (
+    SCHEDULES,
+    WindowSchedule,
+    all_settings,
+    schedules_with,
+)
+from megatron_skyladder.ladder.settings import SettingError
+
+PREFIX = "skyladder_"  # of our names in Megatron's arguments
+_MEGATRONS = {
+    "seq_length": "--seq-length",
+    "step_samples": "--global-batch-size",
+    "total_steps": "--train-samples or --train-iters",
+    "log_interval": "--log-interval",
+}
+
+
+def flag_of(field: str) -> str:
+    """Return the flag that sets a field."""
+    return _MEGATRONS.get(field) or f"--{name_of(field).replace('_', '-')}"
+
+
+def name_of(field: str) -> str:
+    """Return the name in Megatron's arguments of what sets a field."""
+    described = all_settings().get(field)
+    if described and described.flag:
+        field = described.flag.replace("-", "_")
+    return PREFIX + ("no_probe" if field == "probe" else field)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the ``--skyladder-*`` flags; Megatron's ``extra_args_provider``."""
+    group = parser.add_argument_group(
+        "SkyLadder",
+        "Attention sees windows that grow over the run (arXiv:2503.15450). Any one of these flags "
+        "switches it on; what is left out has the default named here.",
+    )
+    _add_schedule(group)
+    _add_attention(group)
+    _add_checks(group)
+    return parser
+
+
+def _add_schedule(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--skyladder-preset",
+        metavar="NAME",
+        help="schedule and window of a published run, not its model; other flags override it. "
+        f"One of: {', '.join(SCHEDULE_PRESETS)}.",
+    )
+    group.add_argument(
+        "--skyladder-schedule",
+        metavar="NAME",
+        help=f"how the window grows: {', '.join(SCHEDULES)}. Default: {DEFAULT_SCHEDULE}.",
+    )
+    shared = {field.name for field in fields(WindowSchedule)}
+    for name, described in all_settings().items():
+        used_by = "" if name in shared else f"for {' and '.join(schedules_with(name))}: "
+        group.add_argument(
+            flag_of(name),
+            type=_checked(described.read),
+            nargs="+" if described.several else None,
+            metavar=described.metavar,
+            help=used_by + described.help,
+        )
+    group.add_argument(
+        "--skyladder-begin-samples",
+        type=_checked(whole),
+        metavar="SAMPLES",
+        help="consumed samples at which the schedule starts, to continue a run that began without "
+        "it. Default: 0.",
+    )
+
+
+def _add_attention(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--skyladder-intra-document",
+        action="store_const",
+        const=True,
+        help="attention also ends where a document does (after its end-of-document token).",
+    )
+    group.add_argument(
+        "--skyladder-mask",
+        metavar="NAME",
+        help="local: windows lie on a fixed grid, attention does not cross it (the paper's). "
+        "sliding: each token sees the window before it. Default: local.",
+    )
+    group.add_argument(
+        "--skyladder-attention-backend",
+        metavar="NAME",
+        help=f"one of {', '.join(BACKENDS)}. Default: auto, which says what it picked and why.",
+    )
+    group.add_argument(
+        "--skyladder-eval-lengths",
+        type=_checked(read_lengths),
+        metavar="TOKENS,...",
+        help="report validation loss at these context lengths too, such as 512,4096,8192: blocked "
+        "windows, and bands of positions, on a part of the validation rows.",
+    )
+    group.add_argument(
+        "--skyladder-init",
+        metavar="NAME",
+        help="reference: draw weights as the paper's code does, normal with std sqrt(2/(5 hidden)),"
+        " output projections of attention and MLP with std 1/sqrt(hidden)/layers. Default: "
+        "megatron, which is --init-method-std and its like.",
+    )
+    group.add_argument(
+        "--skyladder-attention-stats-interval",
+        type=_checked(whole),
+        metavar="ITERATIONS",
+        help="every so many iterations log the largest attention logit, the entropy of attention "
+        "and the share of heads that attend to the first token, layer by layer. Default: never.",
+    )
+
+
+def _add_checks(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--skyladder-allow-unfinished",
+        action="store_const",
+        const=True,
+        help="accept a schedule that does not reach its final window within the run.",
+    )
+    group.add_argument(
+        "--skyladder-allow-schedule-change",
+        action="store_const",
+        const=True,
+        help="resume from a checkpoint that was trained under another schedule.",
+    )
+    group.add_argument(
+        "--skyladder-no-probe",
+        action="store_const",
+        const=True,
+        help="skip the start-up check that the mask is really applied.",
+    )
+
+
+def _checked(read: Callable[[str], Any]) -> Callable[[str], str | int]:
+    """Return an argparse type that checks a flag's text and keeps it as text or as a plain number.
+
+    Megatron's arguments go into every checkpoint, and its loaders take text and plain numbers only
+    (``torch.load(weights_only=True)``). `make_config` turns the text into values.
+    """
+
+    def keep(text: str) -> str | int:
+        try:
+            value = read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return value if type(value) is int else text
+
+    return keep
+
+
+def is_requested(args: Any) -> bool:
+    """Return whether any ``--skyladder-*`` flag was given."""
+    return any(value is not None for name, value in vars(args).items() if name.startswith(PREFIX))
+
+
+def config_from_args(args: Any) -> SkyLadderConfig | None:
+    """Build the checked configuration from Megatron's parsed and validated arguments.
+
+    Args:
+        args: a namespace with ``skyladder_*`` and Megatron's ``seq_length``,
+            ``global_batch_size`` (or ``step_batch_size_schedule``) and ``train_samples`` or
+            ``train_iters``.
+
+    Returns:
+        The configuration, or None where no ``--skyladder-*`` flag was given.
+
+    Raises:
+        UsageError: a flag is wrong; the message says which and what to do.
+    """
+    if not is_requested(args):
+        return None
+    sizes = batch_sizes(args)
+    train_samples = getattr(args, "train_samples", None)
+    if train_samples is None:
+        train_samples = sizes.samples_in(args.train_iters or 0)
+    run = TrainingRun(
+        seq_length=args.seq_length,
+        step_samples=sizes.final,
+        train_samples=train_samples,
+        context_parallel_size=getattr(args, "context_parallel_size", 1),
+        log_interval=getattr(args, "log_interval", None) or 1,
+    )
+    try:
+        return make_config(run, settings_of(args), naming=flag_of)
+    except SettingError as error:
+        raise UsageError(error.renamed(flag_of)) from None
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """Return what the flags set, by the names of `make_config`; what was not given is None."""
+    settings = {name: getattr(args, name_of(name), None) for name in setting_names()}
+    settings["probe"] = False if settings["probe"] else None  # --skyladder-no-probe
+    return settings

@@ -1,0 +1,298 @@
+"""Windows given at shares of the run: stages that are held, points that lines join."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from megatron_skyladder.ladder.numbers import exact, written
+from megatron_skyladder.ladder.schedules.base import (
+    FINAL_WINDOW,
+    INT64_LIMIT,
+    WindowSchedule,
+    read_window,
+)
+from megatron_skyladder.ladder.settings import SettingError, setting
+
+MAX_POINTS = 1000  # all of them are in the fingerprint
+
+
+class _Given(WindowSchedule):
+    """Windows given one by one, as shares of the run."""
+
+    def _check_windows(self, name: str, windows: Iterable[int]) -> None:
+        for window in windows:
+            if not 1 <= window <= self.final_window:
+                raise SettingError(
+                    f"${name} has a window of {window}. "
+                    f"Windows lie between 1 and the final window of {self.final_window}."
+                )
+
+    def _check_last(self, name: str, window: int) -> None:
+        if window != self.final_window:
+            raise SettingError(
+                f"the last of ${name} is {window}, but the final window "
+                f"is {self.final_window}. Make them equal ($final_window)."
+            )
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One window held for a share of the run."""
+
+    window: int  # tokens, or FINAL_WINDOW
+    share: Fraction  # of all training steps, 0 < share <= 1
+
+
+def _read_stage(given: Stage | str) -> tuple[Stage]:
+    """Read WINDOW:SHARE."""
+    if isinstance(given, Stage):
+        return (given,)
+    window, _, share = given.partition(":")
+    try:
+        return (Stage(read_window(window), exact(share)),)
+    except ValueError:
+        raise ValueError(f"{given!r} is not WINDOW:SHARE, such as 128:0.5") from None
+
+
+@dataclass(frozen=True)
+class Staged(_Given):
+    """One window after the other."""
+
+    schedule: str = "staged"
+    stages: tuple[Stage, ...] = field(
+        default=(),
+        metadata=setting(
+            read=_read_stage,
+            several=True,
+            metavar="WINDOW:SHARE",
+            help="windows with their shares of the run, such as 128:0.5 final:0.5.",
+        ),
+    )
+
+    summary = "holds one given window after the other"
+    formula = "the stage's window"
+
+    @cached_property
+    def _starts(self) -> list[Fraction]:
+        """The step at which each stage begins, in steps."""
+        total = self._need_total_steps("stages are")
+        shares = itertools.accumulate(
+            (stage.share for stage in self.stages[:-1]), initial=Fraction(0)
+        )
+        return [share * total for share in shares]
+
+    @property
+    def ramp_steps(self) -> Fraction:
+        """Steps before the last stage."""
+        return self._starts[-1]
+
+    def turns(self) -> Iterable[Fraction]:
+        return self._starts
+
+    def _window(self, step: int) -> int:
+        return self.stages[bisect_right(self._starts, step) - 1].window
+
+    def describe(self) -> str:
+        """Return the schedule for the fingerprint."""
+        stages = " ".join(f"{stage.window}:{written(stage.share)}" for stage in self.stages)
+        return f"staged {stages} of {self.total_steps} steps"
+
+    def _check(self) -> None:
+        if not self.stages:
+            raise SettingError(
+                "$schedule=staged needs $stages WINDOW:SHARE ..., for example "
+                "$stages 128:0.5 2048:0.5."
+            )
+        stages = tuple(
+            Stage(self.final_window, stage.share) if stage.window == FINAL_WINDOW else stage
+            for stage in self.stages
+        )
+        object.__setattr__(self, "stages", stages)
+        self._need_total_steps("stages are")
+        self._check_windows("stages", (stage.window for stage in stages))
+        for stage in stages:
+            if stage.share <= 0:
+                raise SettingError(
+                    f"$stages gives the window {stage.window} a share of "
+                    f"{float(stage.share):g}. Shares are above 0."
+                )
+        total = sum(stage.share for stage in stages)
+        if total != 1:
+            raise SettingError(
+                f"the shares of $stages add up to {float(total):g}. They have to add up "
+                "to 1: each is a share of the whole run."
+            )
+        self._check_last("stages", stages[-1].window)
+
+
+# --- points ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """A window at a point of the run."""
+
+    share: Fraction  # of all training steps that lie behind, 0 <= share <= 1
+    window: int  # tokens, or FINAL_WINDOW
+
+
+def _read_points(given: Point | str) -> tuple[Point, ...]:
+    """Read SHARE:WINDOW, or a file of them."""
+    if isinstance(given, Point):
+        return (given,)
+    if given.endswith(".csv"):
+        return _read_points_file(given)
+    share, _, window = given.partition(":")
+    try:
+        return (Point(exact(share), read_window(window)),)
+    except ValueError:
+        raise ValueError(
+            f"{given!r} is neither SHARE:WINDOW, such as 0.5:4096, nor a .csv file"
+        ) from None
+
+
+def _read_points_file(path: str) -> tuple[Point, ...]:
+    """Read a CSV file with a share and a window in each line; a first line may name them."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = list(itertools.islice(csv.reader(file), MAX_POINTS + 2))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no CSV text"
+        raise ValueError(f"{path!r} cannot be read: {reason}") from None
+    points = []
+    for number, line in enumerate(lines, start=1):
+        cells = [cell.strip() for cell in line]
+        if not any(cells) or (number == 1 and cells[:2] == ["share", "window"]):
+            continue
+        try:
+            share, window = cells
+            points.append(Point(exact(share), read_window(window)))
+        except ValueError:
+            raise ValueError(
+                f"{path!r}, line {number}: {','.join(line)[:64]!r} is not SHARE,WINDOW, such as "
+                "0.5,4096"
+            ) from None
+    if not points:
+        raise ValueError(f"{path!r} has no points. Give lines of SHARE,WINDOW, such as 0.5,4096")
+    return tuple(points)
+
+
+@dataclass(frozen=True)
+class Points(_Given):
+    """Linear between given points: any curve.
+
+    Two points at the same share make a jump; after the last point its window stays.
+    """
+
+    schedule: str = "points"
+    points: tuple[Point, ...] = field(
+        default=(),
+        metadata=setting(
+            read=_read_points,
+            several=True,
+            metavar="SHARE:WINDOW",
+            help="windows at shares of the run, linear between them, such as "
+            "0:32 0.1:512 0.5:4096 0.64:final; or a .csv file with a share and a window in each "
+            "line.",
+        ),
+    )
+
+    summary = "goes in straight lines through given points: a curve of your own"
+    formula = "linear between the points"
+    uses = ("round_to",)
+
+    @property
+    def ramp_steps(self) -> Fraction:
+        """Steps until the window stays at the final one."""
+        before = [i for i, point in enumerate(self.points) if point.window != self.final_window]
+        reached = self.points[before[-1] + 1 if before else 0]
+        return reached.share * self._need_total_steps("points are at")
+
+    def turns(self) -> Iterable[Fraction]:
+        total = self._need_total_steps("points are at")
+        return (point.share * total for point in self.points)
+
+    @cached_property
+    def _units(self) -> tuple[list[int], int]:
+        """Where the points lie, and the length of a step, in the same whole units."""
+        total = self._need_total_steps("points are at")
+        unit = math.lcm(*(point.share.denominator for point in self.points))
+        return [int(point.share * unit) * total for point in self.points], unit
+
+    def _window(self, step: int) -> int:
+        places, unit = self._units
+        done = step * unit
+        at = bisect_right(places, done) - 1
+        if at == len(places) - 1:
+            return self.final_window
+        low, high = self.points[at].window, self.points[at + 1].window
+        window = low + (high - low) * (done - places[at]) // (places[at + 1] - places[at])
+        return int(self._rounded(window))
+
+    def on_arrays(self, end: int) -> bool:
+        """Return whether `windows` takes all steps before ``end`` at once, without an overflow."""
+        places, unit = self._units
+        return self.final_window * max(places[-1], end * unit) < INT64_LIMIT
+
+    def windows(self, first: int, end: int) -> np.ndarray:
+        """Return the windows at the steps first .. end - 1, int64 [end - first]."""
+        if not self.on_arrays(end):
+            return super().windows(first, end)
+        places, unit = self._units
+        done = np.arange(first, end, dtype=np.int64) * unit
+        starts = np.array(places)
+        at = np.searchsorted(starts, done, side="right") - 1
+        given = np.array([point.window for point in self.points])
+        lengths, growth = np.append(np.diff(starts), 1), np.append(np.diff(given), 0)
+        # of two points at one place the first is never `at`, so its length of 0 divides nothing
+        windows = given[at] + growth[at] * (done - starts[at]) // lengths[at]
+        return np.where(at == len(places) - 1, self.final_window, self._rounded(windows))
+
+    def _rounded(self, window: Any) -> Any:
+        return self._round(window, min(point.window for point in self.points))
+
+    def describe(self) -> str:
+        """Return the schedule for the fingerprint."""
+        points = " ".join(
+            f"{written(point.share).removesuffix('.0')}:{point.window}" for point in self.points
+        )
+        return f"points {points} of {self.total_steps} steps{self._rounding_text}"
+
+    def _check(self) -> None:
+        if not 2 <= len(self.points) <= MAX_POINTS:
+            raise SettingError(
+                f"$schedule=points needs $points SHARE:WINDOW ..., 2 to {MAX_POINTS} of them, for "
+                "example $points 0:32 0.5:4096 0.64:final."
+            )
+        points = tuple(
+            Point(point.share, self.final_window) if point.window == FINAL_WINDOW else point
+            for point in self.points
+        )
+        object.__setattr__(self, "points", points)
+        self._need_total_steps("points are at")
+        self._check_windows("points", (point.window for point in points))
+        shares = [point.share for point in points]
+        if shares[0] != 0 or shares[-1] > 1:
+            raise SettingError(
+                f"$points run from {float(shares[0]):g} to {float(shares[-1]):g}. They are shares "
+                "of the run: the first is at 0, the last at 1 or before."
+            )
+        for one, other in itertools.pairwise(shares):
+            if other < one:
+                raise SettingError(
+                    f"$points go back from {float(one):g} to {float(other):g}. Give them in order."
+                )
+        self._check_last("points", points[-1].window)
