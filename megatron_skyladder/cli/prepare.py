@@ -108,6 +108,12 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     group.add_argument(
         "--workers", type=int, metavar="N", help="encoding processes. Default: one for each core."
     )
+    group.add_argument(
+        "--same-input",
+        action="store_true",
+        help="go on, or be done, though large input files have other times than in the earlier "
+        "run: you know that they are the same. Small ones are compared as a whole.",
+    )
     tokenizer_flags.add_arguments(parser)
     return parser
 
@@ -141,6 +147,7 @@ def _prepare(args: argparse.Namespace, display: ProgressDisplay) -> list[dict[st
         append_eod=args.append_eod is not False,
         skip_bad_lines=args.on_bad_line == "skip",
         workers=_available_cores() if args.workers is None else args.workers,
+        same_input=args.same_input,
     )
     return prepare(request, tokenizer_flags.build_tokenizer(args), display.show)
 
@@ -168,7 +175,9 @@ def _unpack(args: argparse.Namespace, display: ProgressDisplay) -> list[dict[str
             "--from-packed needs the token that ends a document, which the files do not name. "
             "Give --eod-id (2 for Llama-2, 0 for StarCoder) or the tokenizer's flags."
         )
-    return packed.unpack(args.from_packed, args.output_prefix, eod, display.show)
+    return packed.unpack(
+        args.from_packed, args.output_prefix, eod, display.show, same_input=args.same_input
+    )
 
 
 class ProgressDisplay:

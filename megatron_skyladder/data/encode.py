@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_skyladder.data.indexed import fit_tokens
-from megatron_skyladder.data.sources import Batch
+from megatron_skyladder.data.sources import HEAD_BYTES, Batch, advice_on, compression_of
 from megatron_skyladder.data.tokenizers import Tokenizer
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -78,7 +78,7 @@ class Encoder:
     def _texts(self, batch_format: str, raw: Any) -> dict[str, list[str]]:
         """Return the strings of each key, or raise ValueError."""
         if batch_format in ("text", "lines"):
-            return {self._keys[0]: [raw.decode("utf-8")]}
+            return {self._keys[0]: [_decoded(raw)]}
         document = json.loads(raw.decode("utf-8")) if batch_format == "jsonl" else raw
         if not isinstance(document, dict):
             raise ValueError(f"a {type(document).__name__} where an object is needed")
@@ -138,6 +138,16 @@ def _raw_documents(batch: Batch) -> Iterator[tuple[int, Any]]:
             line = line.removeprefix(BYTE_ORDER_MARK)
         if line.strip():
             yield item, line.removesuffix(b"\r")
+
+
+def _decoded(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        compression = compression_of(raw[:HEAD_BYTES])
+        if compression is None:
+            raise
+        raise ValueError(advice_on(compression)) from None
 
 
 def _strings(document: dict[str, Any], key: str) -> list[str]:

@@ -13,12 +13,15 @@ import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_skyladder.data.encode import Documents
+from megatron_skyladder.data.identity import differences
 from megatron_skyladder.data.indexed import IndexedWriter, WriterPosition
 from megatron_skyladder.data.sources import START, Place
 
@@ -35,13 +38,15 @@ class Journal:
     Args:
         path: created where it does not exist.
         settings: what decides the output; an earlier run's must be the same.
+        same_input: see `identity.differences`.
 
     Raises:
         ValueError: another run holds it, or its settings differ.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], *, same_input: bool = False) -> None:
         self.path = path
+        self._same_input = same_input
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b")  # noqa: SIM115 (close)
         try:
@@ -87,16 +92,12 @@ class Journal:
         return [json.loads(line) for line in whole]
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        differences = [
-            f"{name} was {before.get(name)} and is {now.get(name)}"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
-        ]
-        if differences:
+        different = differences(before, now, same_input=self._same_input)
+        if different:
             raise ValueError(
                 f"{self.path} belongs to an unfinished run with other settings: "
-                f"{'; '.join(differences)}. Give that run's settings to continue it, or delete "
-                "the journal to start over."
+                f"{'; '.join(different)}. Give that run's settings to continue it, or delete "
+                f"{self.path} to start over."
             )
 
 
@@ -108,6 +109,7 @@ class ResumableOutput:
         keys: names of the outputs.
         dtype: type of the stored tokens.
         settings: what decides the output, plain JSON values.
+        same_input: see `identity.differences`.
 
     Attributes:
         place: where in the input to go on; `START` for a new run.
@@ -118,11 +120,18 @@ class ResumableOutput:
     """
 
     def __init__(
-        self, prefix: str, keys: list[str], dtype: np.dtype, settings: dict[str, Any]
+        self,
+        prefix: str,
+        keys: list[str],
+        dtype: np.dtype,
+        settings: dict[str, Any],
+        *,
+        same_input: bool = False,
     ) -> None:
         self.settings = settings
         self.prefixes = output_prefixes(prefix, keys)
-        self._journal = Journal(journal_path(prefix), settings)
+        self._folder = os.path.dirname(prefix)
+        self._journal = Journal(journal_path(prefix), settings, same_input=same_input)
         last = self._journal.last or {"place": START, "counts": {}, "outputs": {}}
         self.place = Place(*last["place"])
         self.counts: Counter[str] = Counter(last["counts"])
@@ -141,6 +150,11 @@ class ResumableOutput:
         self._committed_at = time.monotonic()
         if self.is_resumed:
             logger.info("going on after %d tokens of an earlier run", self.num_tokens)
+
+    @property
+    def journal(self) -> Path:
+        """The journal's file."""
+        return self._journal.path
 
     @property
     def is_resumed(self) -> bool:
@@ -183,7 +197,7 @@ class ResumableOutput:
         for key, path in self.prefixes.items():
             record = {
                 "settings": self.settings,
-                "output": os.path.basename(path),
+                "output": os.path.relpath(path, self._folder or None),
                 "tokens": self._positions[key].num_tokens,
                 "documents": self._positions[key].num_documents,
                 **self.counts,
@@ -194,10 +208,32 @@ class ResumableOutput:
         return records
 
     def close(self) -> None:
-        """Let go of the files; the journal stays for a later run."""
+        """Let go of the files; the journal stays for a later run, where there is work to keep."""
         for writer in self._writers.values():
             writer.abandon()
+        if self._writers and not self.num_tokens:
+            for path in partial_files(self.prefixes.values()):
+                path.unlink(missing_ok=True)
+            self._journal.remove()
         self._journal.close()
+
+
+@contextmanager
+def opened(output: ResumableOutput) -> Iterator[ResumableOutput]:
+    """Let go of an output at the end of a block, and say what is left where it ends early."""
+    try:
+        with closing(output):
+            yield output
+    except BaseException:
+        files = partial_files(output.prefixes.values())
+        if output.journal.exists() and files:
+            logger.warning(
+                "the work so far is kept in %s and %s: the same command goes on from there; delete "
+                "them to start over",
+                output.journal,
+                ", ".join(map(str, files)),
+            )
+        raise
 
 
 def output_prefixes(prefix: str, keys: list[str]) -> dict[str, str]:
@@ -221,8 +257,15 @@ def write_record(prefix: str, record: dict[str, Any]) -> None:
     os.replace(partial, f"{prefix}.prepared")
 
 
+def partial_files(prefixes: Iterable[str]) -> list[Path]:
+    """Return the files that an unfinished run keeps its work in."""
+    parts = ("bin", "idx", "lengths", "documents")
+    files = (Path(f"{prefix}.{part}.partial") for prefix in prefixes for part in parts)
+    return [file for file in files if file.exists()]
+
+
 def finished_records(
-    prefix: str, keys: list[str], settings: dict[str, Any]
+    prefix: str, keys: list[str], settings: dict[str, Any], *, same_input: bool = False
 ) -> list[dict[str, Any]] | None:
     """Return the records of an earlier run with these settings that is finished, else None.
 
@@ -236,11 +279,17 @@ def finished_records(
     if not there:
         return None
     records = [record for path in paths if (record := read_record(path))]
-    if len(records) == len(keys) and all(record["settings"] == settings for record in records):
+    different = [
+        each
+        for record in records
+        for each in differences(record["settings"], settings, same_input=same_input)
+    ]
+    if len(records) == len(keys) and not different:
         return records
+    why = f": {'; '.join(dict.fromkeys(different))}" if different else ""
     raise ValueError(
         f"{there[0]}.bin/.idx exist already and were made from other input or with other "
-        "settings. Delete them, or give another --output-prefix."
+        f"settings{why}. Delete them, or give another --output-prefix."
     )
 
 

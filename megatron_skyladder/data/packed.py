@@ -19,17 +19,17 @@ import logging
 import re
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_skyladder.data.encode import Documents
+from megatron_skyladder.data.identity import identity
 from megatron_skyladder.data.indexed import DTYPES
-from megatron_skyladder.data.output import ResumableOutput, finished_records
+from megatron_skyladder.data.output import ResumableOutput, finished_records, opened
 from megatron_skyladder.data.progress import Progress, ProgressMeter
-from megatron_skyladder.data.sources import InputFile, Place, digest
+from megatron_skyladder.data.sources import InputFile, Place
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,12 @@ class Part(NamedTuple):
 
 
 def unpack(
-    inputs: list[str], output_prefix: str, eod: int, report: Callable[[Progress], None]
+    inputs: list[str],
+    output_prefix: str,
+    eod: int,
+    report: Callable[[Progress], None],
+    *,
+    same_input: bool = False,
 ) -> list[dict[str, Any]]:
     """Write the documents of packed files into ``PREFIX_text_document.bin`` and ``.idx``.
 
@@ -80,6 +85,7 @@ def unpack(
         output_prefix: see above.
         eod: the EOS token; the files do not say.
         report: called after every file.
+        same_input: large files of another time than in an earlier run are the same.
 
     Raises:
         ValueError: something the user can fix; the work so far is kept.
@@ -87,18 +93,18 @@ def unpack(
     files = find_packed(inputs)
     named = [InputFile(f.path, f.path.name, "packed", f.path.stat().st_size) for f in files]
     settings = {
-        "packed": digest(named),
+        **identity(named, "packed"),
         "num_files": len(files),
         "num_bytes": sum(file.num_bytes for file in named),
         "eod": eod,
         "dtype": files[0].dtype.name,
     }
-    records = finished_records(output_prefix, [KEY], settings)
+    records = finished_records(output_prefix, [KEY], settings, same_input=same_input)
     if records is not None:
         logger.info("%s is prepared already: nothing to do", output_prefix)
         return records
-    output = ResumableOutput(output_prefix, [KEY], files[0].dtype, settings)
-    with closing(output):
+    output = ResumableOutput(output_prefix, [KEY], files[0].dtype, settings, same_input=same_input)
+    with opened(output):
         meter = ProgressMeter(output, sum(file.num_bytes for file in named), report)
         for part in read_documents(files, eod, output.place):
             output.add(

@@ -11,15 +11,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
 from megatron_skyladder.data import sources
 from megatron_skyladder.data.encode import EncodedBatch, Encoder
+from megatron_skyladder.data.identity import identity
 from megatron_skyladder.data.indexed import best_dtype
-from megatron_skyladder.data.output import ResumableOutput, finished_records
+from megatron_skyladder.data.output import ResumableOutput, finished_records, opened
 from megatron_skyladder.data.progress import Progress, ProgressMeter
 from megatron_skyladder.data.sources import Batch
 from megatron_skyladder.data.tokenizers import Tokenizer, fingerprint
@@ -42,6 +43,7 @@ class Request:
         append_eod: whether an end-of-document token follows each document.
         skip_bad_lines: leave out what holds no document instead of stopping there.
         workers: encoding processes.
+        same_input: large files of another time than in an earlier run are the same.
     """
 
     inputs: list[str]
@@ -51,6 +53,7 @@ class Request:
     append_eod: bool = True
     skip_bad_lines: bool = False
     workers: int = 1
+    same_input: bool = False
 
 
 def prepare(
@@ -75,7 +78,7 @@ def prepare(
     _check(request, keys, files)
     dtype = best_dtype(tokenizer.vocab_size)
     settings: dict[str, Any] = {
-        "inputs": sources.digest(files),
+        **identity(files),
         "num_files": len(files),
         "num_bytes": sum(file.num_bytes for file in files),
         "keys": keys,
@@ -85,13 +88,14 @@ def prepare(
         "eod": tokenizer.eod,
         "dtype": dtype.name,
     }
-    records = finished_records(request.output_prefix, keys, settings)
+    same_input = request.same_input
+    records = finished_records(request.output_prefix, keys, settings, same_input=same_input)
     if records is not None:
         logger.info("%s is prepared already: nothing to do", request.output_prefix)
         return records
     encoder = Encoder(tokenizer, keys, append_eod=request.append_eod, dtype=dtype)
-    output = ResumableOutput(request.output_prefix, keys, dtype, settings)
-    with closing(output), _worker_pool(request.workers, encoder) as pool:
+    output = ResumableOutput(request.output_prefix, keys, dtype, settings, same_input=same_input)
+    with opened(output), _worker_pool(request.workers, encoder) as pool:
         meter = ProgressMeter(output, settings["num_bytes"], report)
         batches = sources.read_batches(files, keys, output.place)
         in_flight = BATCHES_PER_WORKER * request.workers
@@ -104,6 +108,12 @@ def prepare(
 
 
 def _check(request: Request, keys: list[str], files: list[sources.InputFile]) -> None:
+    for key in keys:
+        if not key or "\0" in key or ".." in key.split("/")[1:]:
+            raise ValueError(
+                f"--json-keys {key!r}: the output is named after the key, PREFIX_KEY_document, and "
+                "this makes no name. Rename the field."
+            )
     if request.workers < 1:
         raise ValueError(f"--workers={request.workers}: give 1 or more.")
     plain = [file for file in files if file.format in ("text", "lines")]
@@ -130,8 +140,9 @@ def _note_bad(batch: Batch, encoded: EncodedBatch, output: ResumableOutput, *, s
         if not skip:
             output.commit()
             raise ValueError(
-                f"{where}. Correct it and start again from the beginning, or run the same command "
-                "with --on-bad-line skip: it goes on here and leaves such lines out."
+                f"{where}. Run the same command with --on-bad-line skip: it goes on here and "
+                f"leaves such lines out. Or correct the input, delete {output.journal} and start "
+                "from the beginning."
             )
         if number < SHOWN_BAD_LINES:
             logger.warning("skipped %s", where)

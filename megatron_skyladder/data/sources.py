@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import hashlib
 import importlib.util
 import io
 import logging
@@ -31,6 +30,26 @@ SUFFIXES = {
     ".txt": "text",
 }
 COMPRESSIONS = (".gz", ".zst")
+# Not read: the names, and how such files begin. .zip and the like are archives of several files.
+OTHER_COMPRESSIONS = (
+    *(".xz", ".bz2", ".lz4", ".lzma", ".br", ".z", ".lz", ".lzo", ".sz", ".snappy"),
+    *(".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz"),
+)
+_BEGINNINGS = {
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"\x5d\0\0": "lzma",
+    b"\x1f\x9d": "compress",
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xff\x06\0\0sNaPpY": "snappy",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!": "rar",
+}
+_TAR_MARK = slice(257, 262)
+HEAD_BYTES = 512  # that tell a compression
 
 
 class Place(NamedTuple):
@@ -148,10 +167,21 @@ def read_batches(
         index += 1
 
 
-def digest(files: list[InputFile]) -> str:
-    """Return a short text that changes with the names, sizes, formats or order of the files."""
-    lines = (f"{file.name}\t{file.num_bytes}\t{file.format}\n" for file in files)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+def compression_of(head: bytes) -> str | None:
+    """Return the name of a compression by how a file begins; None: it does not look compressed."""
+    found = (name for begin, name in _BEGINNINGS.items() if head.startswith(begin))
+    return next(found, "tar" if head[_TAR_MARK] == b"ustar" else None)
+
+
+def advice_on(compression: str) -> str:
+    """Return what to do with a file that is compressed in a way, for messages."""
+    if compression.lstrip(".") in ("gzip", "zstd"):
+        suffix = {"gzip": ".gz", "zstd": ".zst"}[compression]
+        return f"it is compressed ({compression}): give its name the ending {suffix}"
+    return (
+        f"it is compressed or packed ({compression}), which is not read here. Unpack it, or "
+        "compress it with gzip (.gz) or zstd (.zst)"
+    )
 
 
 def _expand(given: str, input_format: str | None) -> list[InputFile]:
@@ -160,6 +190,9 @@ def _expand(given: str, input_format: str | None) -> list[InputFile]:
         return _in_folder(path, input_format)
     matches = [path] if path.is_file() else map(Path, sorted(glob.glob(given, recursive=True)))
     files = [each for each in matches if each.is_file()]
+    for each in files:
+        if input_format != "text":
+            _refuse_compressed(each, f"--input {each}")
     unknown = [each for each in files if not (input_format or format_of(each))]
     if unknown:
         raise ValueError(
@@ -175,6 +208,8 @@ def _in_folder(folder: Path, input_format: str | None) -> list[InputFile]:
         inside = path.relative_to(folder)
         if any(part.startswith(".") for part in inside.parts):
             continue
+        if input_format in ("jsonl", "lines", "parquet") or format_of(_inner(path)):
+            _refuse_compressed(path, str(path))
         if form := input_format or format_of(path):
             files.append(_input_file(path, inside.as_posix(), form))
         else:
@@ -191,8 +226,28 @@ def _in_folder(folder: Path, input_format: str | None) -> list[InputFile]:
 
 def format_of(path: Path) -> str:
     """Return the format a file name stands for, empty where it stands for none."""
-    bare = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    return SUFFIXES.get(bare.suffix, "")
+    bare = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    return SUFFIXES.get(bare.suffix.lower(), "")
+
+
+def _inner(path: Path) -> Path:
+    """Return a name without the endings of compressions and archives."""
+    while path.suffix.lower() in (*COMPRESSIONS, *OTHER_COMPRESSIONS):
+        path = path.with_suffix("")
+    return path
+
+
+def _refuse_compressed(path: Path, what: str) -> None:
+    """Refuse a file whose name says that it is compressed as nothing here reads it."""
+    endings = [suffix.lower() for suffix in path.suffixes[len(_inner(path).suffixes) :]]
+    unread = next((suffix for suffix in endings if suffix in OTHER_COMPRESSIONS), None)
+    if unread:
+        raise ValueError(f"{what}: {advice_on(unread)}.")
+    if endings and format_of(_inner(path)) == "parquet":
+        raise ValueError(
+            f"{what}: Parquet compresses its columns itself, and is not read from within "
+            f"{endings[-1]}. Decompress it."
+        )
 
 
 def _input_file(path: Path, name: str, input_format: str) -> InputFile:
@@ -203,6 +258,9 @@ def _line_batches(
     file: InputFile, begin: Place, batch_bytes: int, read_before: int
 ) -> Iterator[Batch]:
     with open(file.path, "rb") as raw, _decompressed(raw, file.path) as stream:
+        compression = compression_of(cast(Any, stream).peek(HEAD_BYTES)[:HEAD_BYTES])
+        if compression is not None:
+            raise ValueError(f"{file.path}: {advice_on(compression)}.")
         _skip(stream, begin.offset, is_plain=stream is raw)
         offset, line = begin.offset, begin.line
         while block := stream.read(batch_bytes):
@@ -221,9 +279,9 @@ def _line_batches(
 
 def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
     """Return the stream of uncompressed bytes; a file that was cut off raises when it is read."""
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         # not the zstandard package: its stream_reader takes a file that was cut off for whole
         arrow = _pyarrow("reading .zst")
         stream = arrow.CompressedInputStream(arrow.PythonFile(raw, mode="r"), "zstd")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import logging
+import lzma
 import os
 import re
 import shlex
@@ -108,6 +110,100 @@ def test_bad_lines_beyond_a_limit_are_only_counted(
     assert caplog.text.count("skipped ") == 4
     assert "skipped more than 3" in caplog.text
     assert "bad lines left out: 9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_input_that_changed_without_changing_its_size(
+    tmp_path: Path, small_batches: None, capsys: pytest.CaptureFixture, unfinished: bool
+) -> None:
+    path = tmp_path / "a.jsonl"
+    flags = ["--input", path, "--output-prefix", tmp_path / "out", "--workers", 1, *NULL]
+    first = '{"text": "1 2 3"}\n' * 20
+    path.write_text(first + ("bad\n" if unfinished else "{}\n".replace("{}", "   ")))
+    run(*flags, expect=int(unfinished))
+    path.write_text(path.read_text().replace("1 2 3", "7 8 9"))
+    capsys.readouterr()
+    run(*flags, expect=1)
+    message = capsys.readouterr().err
+    assert "the input files are others (names, sizes, order or content)" in message
+    if unfinished:
+        journal = f"{tmp_path}/out.prepare.journal"
+        assert f"delete {journal} to start over" in message
+        os.remove(journal)  # as it says, and no more
+        path.write_text(path.read_text().replace("bad\n", ""))
+    else:
+        for file in tmp_path.glob("out_text_document.*"):
+            file.unlink()
+    run(*flags)
+    assert IndexedReader(f"{tmp_path}/out_text_document")[0].tolist() == [7, 8, 9, 999]
+
+
+def test_an_early_end_says_what_its_files_are_for(
+    tmp_path: Path,
+    small_batches: None,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    good = tiny.write_json_lines(tmp_path / "a.jsonl", numbers(60)).read_text()
+    (tmp_path / "a.jsonl").write_text(good + "bad\n")
+    flags = ["--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "out", *NULL]
+    run(*flags, "--workers", 1, expect=1)
+    left = {path.name for path in tmp_path.iterdir()} - {"a.jsonl"}
+    assert left == {"out.prepare.journal"} | {
+        f"out_text_document.{part}.partial" for part in ("bin", "lengths", "documents")
+    }
+    assert all(f"{tmp_path}/{name}" in caplog.text for name in left)
+    assert "the same command goes on from there; delete them to start over" in caplog.text
+    message = capsys.readouterr().err
+    assert f"correct the input, delete {tmp_path}/out.prepare.journal and start" in message
+
+
+@pytest.mark.parametrize("text", ["bad\n", "\n", '{"text": ""}\n'])
+def test_an_early_end_without_any_work_leaves_nothing(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    flags = ["--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "out", *NULL]
+    run(*flags, "--workers", 1, expect=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    assert "kept" not in caplog.text
+
+
+def test_a_key_with_a_slash_is_reported_where_it_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"a/b": "1 2"}\n')
+    for folder in ("", f"{tmp_path}/deep/"):
+        flags = ["--input", "a.jsonl", "--output-prefix", f"{folder}D", "--json-keys", "a/b"]
+        for _ in range(2):  # written, and found written
+            run(*flags, "--workers", 1, *NULL)
+            prefix, _, what = capsys.readouterr().out.partition(": ")
+            assert prefix == f"{folder}D_a/b_document" and what.startswith("1 documents")
+            assert IndexedReader(prefix)[0].tolist() == [1, 2, 999]
+
+
+@pytest.mark.parametrize("key", ["", "a/../../b", "a/..", "x\0y"])
+def test_keys_that_make_no_name_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture, key: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({key: "1"}) + "\n")
+    flags = ["--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "out", *NULL]
+    run(*flags, "--workers", 1, "--json-keys", key, expect=1)
+    assert "the output is named after the key" in capsys.readouterr().err
+
+
+def test_a_compressed_text_file_is_named_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """In a folder of whole files it is one bad document, which may be skipped."""
+    (tmp_path / "a").write_bytes(lzma.compress(b"1 2"))
+    (tmp_path / "b").write_text("3 4")
+    flags = ["--input", tmp_path, "--output-prefix", f"{tmp_path}-out", "--input-format", "text"]
+    run(*flags, *NULL, "--workers", 1, expect=1)
+    assert "it is compressed or packed (xz), which is not read here" in capsys.readouterr().err
+    run(*flags, *NULL, "--workers", 1, "--on-bad-line", "skip")
+    assert IndexedReader(f"{tmp_path}-out_text_document")[0].tolist() == [3, 4, 999]
 
 
 def test_a_finished_run_is_not_repeated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

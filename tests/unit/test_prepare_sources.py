@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
+import tarfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_skyladder.data import identity as identity_module
 from megatron_skyladder.data import sources
-from megatron_skyladder.data.sources import Batch, Place, digest, find_inputs, read_batches
+from megatron_skyladder.data.identity import differences, digest, identity
+from megatron_skyladder.data.sources import (
+    Batch,
+    Place,
+    compression_of,
+    find_inputs,
+    read_batches,
+)
 
 LINES = [json.dumps({"text": f"document {i} " + "x" * (i % 7)}) for i in range(40)]
 
@@ -167,6 +181,130 @@ def test_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="zst needs pyarrow: pip install pyarrow"):
         read([str(tmp_path / "a.jsonl.zst")])
+
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "xz": lzma.compress,
+    "bz2": bz2.compress,
+    "lzma": lambda data: lzma.compress(data, format=lzma.FORMAT_ALONE),
+    "gzip": gzip.compress,
+    "zstd": lambda data: zstd(data),
+    "lz4": lambda data: pytest.importorskip("pyarrow").Codec("lz4").compress(data, asbytes=True),
+    "zip": lambda data: archive(data, "zip"),
+    "tar": lambda data: archive(data, "tar"),
+}
+
+
+def archive(data: bytes, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(buffer, "w") as file:
+            file.writestr("a.jsonl", data)
+    else:
+        with tarfile.open(fileobj=buffer, mode="w") as file:
+            entry = tarfile.TarInfo("a.jsonl")
+            entry.size = len(data)
+            file.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+ENDINGS = ["xz", "bz2", "lz4", "lzma", "br", "Z", "zip", "7z", "rar", "tar", "tar.gz", "tgz", "XZ"]
+
+
+@pytest.mark.parametrize("input_format", [None, "jsonl", "lines"])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_names_of_compressions_that_are_not_read(
+    tmp_path: Path, ending: str, input_format: str | None
+) -> None:
+    """As a file, among others in a folder, and where the format is given."""
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(b"x")
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    for given in (path, tmp_path, tmp_path / "*"):
+        with pytest.raises(ValueError, match=r"a\.jsonl\..* not read here.* \(\.gz\) or .*\.zst"):
+            find_inputs([str(given)], input_format)
+
+
+@pytest.mark.parametrize("kind", COMPRESSORS)
+def test_compressed_whatever_the_name_says(tmp_path: Path, kind: str) -> None:
+    data = "".join(line + "\n" for line in LINES).encode()
+    (tmp_path / "a.jsonl").write_bytes(COMPRESSORS[kind](data))
+    with pytest.raises(ValueError, match=r"a\.jsonl: it is compressed"):
+        read([str(tmp_path / "a.jsonl")])
+    assert compression_of(data) is None
+
+
+def test_parquet_is_not_read_from_within_another_compression(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    with pytest.raises(ValueError, match="Parquet compresses its columns itself"):
+        find_inputs([str(tmp_path)])
+
+
+def test_endings_in_capitals_and_in_mid_name(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(b"{}\n"))
+    (tmp_path / "v1.zip.jsonl").write_bytes(b"{}\n")
+    assert [raw for _, raw in contents(read([str(tmp_path)]))] == [b"{}", b"{}"]
+
+
+# --- whether the input is the same ----------------------------------------------------------------
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    return identity(find_inputs([str(folder)]))
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "txt"])
+def test_content_of_equal_size_counts(tmp_path: Path, kind: str, place: str) -> None:
+    """Also where the file's time is what it was, as after rsync or a checkout."""
+    path, other = tmp_path / f"a.{kind}", tmp_path / f"b.{kind}"
+    data = bytearray(os.urandom(50_000))
+    path.write_bytes(data)
+    other.write_bytes(b"1")
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    before = settings_of(tmp_path)
+    assert settings_of(tmp_path) == before
+    data[{"first": 0, "middle": 25_000, "last": -1}[place]] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=times)
+    assert differences(before, settings_of(tmp_path), same_input=True) == [
+        "the input files are others (names, sizes, order or content)"
+    ]
+
+
+def test_large_files_are_sampled_and_their_times_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity_module, "FILE_BYTES", (64 * 1024, 128 * 1024))
+    path = tmp_path / "a.jsonl"
+    data = bytearray(os.urandom(1_000_000))
+
+    def after(place: int | None, seconds: int) -> dict[str, Any]:
+        changed = bytearray(data)
+        if place is not None:
+            changed[place] ^= 1
+        path.write_bytes(changed)
+        os.utime(path, (seconds, seconds))
+        return settings_of(tmp_path)
+
+    before = after(None, 1000)
+    assert after(None, 1000) == before
+    for place in (0, 999_999):  # in the sample
+        assert after(place, 1000)["inputs"] != before["inputs"]
+    outside = after(17_000, 2000)  # not in it: the time tells
+    assert outside["inputs"] == before["inputs"]
+    (asked,) = differences(before, outside, same_input=False)
+    assert "say so with --same-input" in asked
+    assert differences(before, outside, same_input=True) == []
+
+
+def test_what_an_earlier_version_noted_still_counts(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    now = {**settings_of(tmp_path), "eod": 1}
+    before = {"inputs": now["names"], "eod": 1}
+    assert differences(before, now, same_input=False) == []
+    assert differences({**before, "inputs": "other"}, now, same_input=False) != []
+    assert differences({**before, "eod": 2}, now, same_input=False) == ["eod was 2 and is 1"]
 
 
 def test_digest_tells_inputs_apart(tmp_path: Path) -> None:
