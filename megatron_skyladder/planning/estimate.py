@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -22,6 +21,7 @@ from megatron_skyladder.planning import model_flags, run_flags
 from megatron_skyladder.planning.parallel import mean_max_over_mean, parallel_costs
 from megatron_skyladder.planning.pasted import Pasted
 from megatron_skyladder.planning.time_model import TimeModel, time_model
+from megatron_skyladder.planning.training_data import TrainingData, training_data
 from megatron_skyladder.planning.visible_context import Documents, measure
 
 RECOMMENDED_SHARES = (Fraction(60, 100), Fraction(64, 100))  # arXiv:2503.15450
@@ -252,24 +252,38 @@ def _note_layout(flags: argparse.Namespace, notes: list[str]) -> None:
 def _documents(
     flags: argparse.Namespace, config: SkyLadderConfig, notes: list[str]
 ) -> Documents | None:
-    if not flags.data_path:
+    data = _training_data(flags, config, notes)
+    if data is None:
         if config.intra_document:
             notes.append(
                 "--skyladder-intra-document cuts attention further than counted here: give "
                 "--data-path to measure the documents."
             )
         return None
-    here = any(os.path.exists(f"{word}.idx") for word in flags.data_path)
-    if not here and not config.intra_document:
-        notes.append(f"--data-path {' '.join(flags.data_path)} is not here: not measured.")
+    if not data.is_here and not config.intra_document:
+        notes.append(f"{data} is not here: not measured.")
         return None
-    documents = measure(flags.data_path, config.seq_length)
+    documents = measure(data.blend, config.seq_length, flag=data.flag)
+    notes += data.notes
     if not documents.same_end:
         notes.append(
             "The documents do not all end with the same token. Training finds documents by their "
             "end-of-document token: prepare the data with one (--append-eod)."
         )
     return documents
+
+
+def _training_data(
+    flags: argparse.Namespace, config: SkyLadderConfig, notes: list[str]
+) -> TrainingData | None:
+    """Return the data that the launch names; a list of it may be elsewhere."""
+    try:
+        return training_data(flags)
+    except OSError as error:
+        if config.intra_document:
+            raise
+        notes.append(f"{error.filename}, which names the data, is not here: not measured.")
+        return None
 
 
 def alpha_for_share(config: SkyLadderConfig, total_steps: int, share: Fraction) -> Fraction:

@@ -13,7 +13,7 @@ from megatron_skyladder.ladder.batch_sizes import batch_sizes
 from megatron_skyladder.ladder.flags import add_arguments
 from megatron_skyladder.ladder.key_exchange import chunk_length_of
 from megatron_skyladder.ladder.presets import PAPER_RUNS, PaperRun
-from megatron_skyladder.planning import model_flags
+from megatron_skyladder.planning import model_flags, training_data
 from megatron_skyladder.planning.time_model import add_time_flags
 
 INTEGERS = {
@@ -67,12 +67,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     model_flags.add_model_flags(megatron)
     for flag in ("--fp8-format", "--fp4-format"):
         megatron.add_argument(flag, metavar="NAME", help="decides the peak rate of linear layers")
-    megatron.add_argument(
-        "--data-path",
-        nargs="*",
-        metavar="PREFIX",
-        help="measure the documents in these .bin/.idx files",
-    )
+    training_data.add_arguments(megatron)
     add_time_flags(parser)
     add_arguments(parser)
 

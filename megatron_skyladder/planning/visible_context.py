@@ -104,13 +104,18 @@ class Documents:
     same_end: bool
 
 
-def measure(data_path: Sequence[str], seq_length: int) -> Documents:
+def measure(data_path: Sequence[str], seq_length: int, *, flag: str = "--data-path") -> Documents:
     """Measure the documents of Megatron's ``--data-path``: prefixes, or weights and prefixes.
+
+    Args:
+        data_path: its words.
+        seq_length: tokens in a row.
+        flag: that gave them, for messages.
 
     Raises:
         ValueError: a file is missing or empty, or the weights are not numbers above 0.
     """
-    weights, prefixes = _weights_and_prefixes(data_path)
+    weights, prefixes = _weights_and_prefixes(data_path, flag)
     readers = [IndexedReader(prefix) for prefix in prefixes]
     for reader in readers:
         if not reader.num_tokens:
@@ -157,7 +162,7 @@ def _last_tokens(reader: IndexedReader, count: int = 1000) -> set[int]:
     return {int(reader[index][-1]) for index in documents if reader[index].size}
 
 
-def _weights_and_prefixes(data_path: Sequence[str]) -> tuple[list[float], list[str]]:
+def _weights_and_prefixes(data_path: Sequence[str], flag: str) -> tuple[list[float], list[str]]:
     """Split ``--data-path`` as Megatron does: one prefix, several, or weight prefix weight ..."""
     try:
         weights = [float(word) for word in data_path[::2]]
@@ -165,7 +170,7 @@ def _weights_and_prefixes(data_path: Sequence[str]) -> tuple[list[float], list[s
         return [], list(data_path)
     if len(data_path) % 2 or min(weights) <= 0:
         raise ValueError(
-            f"--data-path {' '.join(data_path)} is not a list of weight and prefix. Give PREFIX, "
+            f"{flag} {' '.join(data_path)} is not a list of weight and prefix. Give PREFIX, "
             "PREFIX PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ... with weights above 0."
         )
     return weights, list(data_path[1::2])

@@ -304,6 +304,76 @@ def test_work_under_both_masks(capsys: pytest.CaptureFixture[str], data: str) ->
     assert quantiles == {"0.1": 26, "0.5": 128, "0.9": 231, "0.99": 254}
 
 
+SPLITS = {
+    "train": ["0.25", "{short}", "0.75", "{data}"],
+    "valid": "{nowhere}",
+    "test": None,
+}
+# the launch's way to name its training data -> the share of rows from the short documents
+WAYS = {
+    "--train-data-path {data} --valid-data-path {nowhere}": 0.0,
+    "--train-data-path 0.25 {short} 0.75 {data} --valid-data-path {data}": 0.25,
+    "--data-args-path {folder}/blend.txt": 0.25,
+    "--per-split-data-args-path {folder}/splits.json": 0.25,
+    "--per-split-data-args-path {folder}/text.json": 0.25,
+    "--data-path {data} --train-data-path {short} --per-split-data-args-path {folder}/no": 0.0,
+    "--data-path {data}.bin": 0.0,
+    "--train-data-path 0.25 {short}.idx 0.75 {data}.bin": 0.25,
+}
+
+
+@pytest.fixture
+def named(data: str, tmp_path: Path) -> dict[str, str]:
+    """Names in the ways above, and the files that some of them need."""
+    with IndexedWriter(tmp_path / "short", "<u2") as writer:
+        for _ in range(300):
+            writer.add_document(np.append(np.full(63, 7), 2))
+    names = {"data": data, "short": f"{tmp_path}/short", "folder": f"{tmp_path}"}
+    names["nowhere"] = "/nowhere/docs"
+    blend = "0.25 {short}\n0.75 {data}\n".format(**names)
+    (tmp_path / "blend.txt").write_text(blend)
+    lists = json.dumps(SPLITS)
+    for key, value in names.items():
+        lists = lists.replace(f"{{{key}}}", value)
+    (tmp_path / "splits.json").write_text(lists)
+    (tmp_path / "text.json").write_text(json.dumps({"train": blend, "valid": "v", "test": "t"}))
+    return names
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_name_the_training_data(
+    capsys: pytest.CaptureFixture[str], named: dict[str, str], way: str
+) -> None:
+    flags = f"{LAUNCH} --skyladder-intra-document {way.format(**named)}"
+    plan = plan_json(capsys, flags)
+    expected = WAYS[way] * 32.5 + (1 - WAYS[way]) * 128.5
+    context = plan["documents"]["work"]["constant_documents"]["visible_context"]
+    assert context == pytest.approx(expected, rel=0.01)
+    noted = [note for note in plan["notes"] if "Megatron wants the path without the ending" in note]
+    assert bool(noted) == (".bin" in way or ".idx" in way)
+
+
+@pytest.mark.parametrize("flag", ["--data-args-path", "--per-split-data-args-path"])
+def test_a_list_of_data_that_is_elsewhere_or_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, flag: str
+) -> None:
+    plan = plan_json(capsys, f"{LAUNCH} {flag} /nowhere/list")
+    assert any("/nowhere/list, which names the data, is not here" in n for n in plan["notes"])
+    message = refused(capsys, f"{LAUNCH} {flag} /nowhere/list --skyladder-intra-document")
+    assert "/nowhere/list" in message
+    for text in ("[]", "nothing", '{"valid": "v"}'):
+        (tmp_path / "list").write_text(text)
+        if flag == "--per-split-data-args-path":
+            assert "wants a JSON object with train" in refused(
+                capsys, f"{LAUNCH} {flag} {tmp_path}/list"
+            )
+
+
+def test_only_validation_data(capsys: pytest.CaptureFixture[str], named: dict[str, str]) -> None:
+    plan = plan_json(capsys, f"{LAUNCH} --valid-data-path {named['data']}")
+    assert "documents" not in plan
+
+
 def test_documents_that_are_not_masked_do_not_count(
     capsys: pytest.CaptureFixture[str], data: str
 ) -> None:
