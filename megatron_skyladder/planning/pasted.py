@@ -115,6 +115,7 @@ def take(
         if not group.flag or group.flag in actions or is_ours:
             known.append(_without_unknown_rest(group, actions.get(group.flag), pasted))
         else:
+            _without_unknown_rest(group, None, pasted)
             pasted.left_out.append(group.flag)
     pasted.unknown = vocabulary.unknown(
         (*pasted.left_out, *(group.flag for group in known if group.flag.startswith("--"))),
