@@ -13,7 +13,7 @@ from typing import Any
 from megatron_skyladder.cli.plan import to_json as to_plan_json
 from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
 from megatron_skyladder.ladder.flags import name_of
-from megatron_skyladder.ladder.numbers import exact
+from megatron_skyladder.ladder.numbers import argument, exact, real
 from megatron_skyladder.ladder.presets import PAPER_RUNS, SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import SCHEDULES, WindowSchedule
 from megatron_skyladder.planning import budget, estimate, pasted, run_flags, verdict
@@ -61,7 +61,9 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "--budget-share", type=_rate, metavar="SHARE", help="grow over this share (default: 0.64)"
     )
     parser.add_argument("--budget-tokens", type=_count, metavar="N", help="tokens, such as 20e9")
-    parser.add_argument("--budget-hours", type=float, metavar="H", help="hours on all GPUs")
+    parser.add_argument(
+        "--budget-hours", type=argument(real), metavar="H", help="hours on all GPUs"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("-v", "--verbose", action="store_true", help="name all that is left out")
     parser.add_argument("--plot", metavar="FILE", help="draw all of them: FILE.png or .svg")

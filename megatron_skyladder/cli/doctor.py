@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_skyladder.ladder.flags import add_arguments
+from megatron_skyladder.ladder.numbers import argument, whole
 from megatron_skyladder.planning import doctor, pasted, verdict
 from megatron_skyladder.planning.doctor import Report
 from megatron_skyladder.planning.pasted import Pasted
@@ -44,7 +45,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "that matter.",
     )
     for flag in _INTEGERS:
-        megatron.add_argument(flag, type=int, metavar="N")
+        megatron.add_argument(flag, type=argument(whole), metavar="N")
     parser.set_defaults(context_parallel_size=1)
     megatron.add_argument("--step-batch-size-schedule", metavar="TOKENS:SAMPLES ...")
     add_arguments(parser)
@@ -53,7 +54,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
 
 def take(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Take the launch out of the command's words."""
-    rest, found = pasted.take(parser, words, here=True)
+    rest, found = pasted.take(parser, words, leave_names=True)
     misspelt = [each for each in found.unknown if each.is_ours]
     if misspelt:
         raise ValueError(str(misspelt[0]))

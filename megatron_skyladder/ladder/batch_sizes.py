@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder.numbers import real
 
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -78,6 +79,5 @@ def batch_sizes(args: Any) -> BatchSizes:
 def _number(text: str) -> int:
     """Parse 1536, 250B or 1.5M as Megatron does."""
     text = text.strip().upper()
-    if text[-1:] in _SUFFIXES:
-        return int(float(text[:-1]) * _SUFFIXES[text[-1]])
-    return int(float(text))
+    factor = _SUFFIXES.get(text[-1:], 1)
+    return int(real(float(text[:-1] if factor > 1 else text)) * factor)

@@ -22,7 +22,7 @@ from megatron_skyladder.ladder.config import (
     read_lengths,
     setting_names,
 )
-from megatron_skyladder.ladder.numbers import whole
+from megatron_skyladder.ladder.numbers import argument, whole
 from megatron_skyladder.ladder.presets import SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import (
     SCHEDULES,
@@ -56,14 +56,14 @@ def name_of(field: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the ``--skyladder-*`` flags; Megatron's ``extra_args_provider``."""
-    schedule = parser.add_argument_group(
-        "SkyLadder: the window over the run",
+    group = parser.add_argument_group(
+        "SkyLadder",
         "Attention sees windows that grow over the run (arXiv:2503.15450). Any one of these flags "
         "switches it on; what is left out has the default named here.",
     )
-    _add_schedule(schedule)
-    _add_attention(parser.add_argument_group("SkyLadder: attention, weights and evaluation"))
-    _add_checks(parser.add_argument_group("SkyLadder: checks, and how to go past them"))
+    _add_schedule(group)
+    _add_attention(group)
+    _add_checks(group)
     return parser
 
 
@@ -168,13 +168,10 @@ def _checked(read: Callable[[str], Any]) -> Callable[[str], str | int]:
     """
 
     def keep(text: str) -> str | int:
-        try:
-            value = read(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+        value = read(text)
         return value if type(value) is int else text
 
-    return keep
+    return argument(keep)
 
 
 def is_requested(args: Any) -> bool:

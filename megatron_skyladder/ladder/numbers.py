@@ -6,9 +6,14 @@ whatever comes from a flag, a file or a Python caller passes through here first.
 
 from __future__ import annotations
 
+import argparse
 import operator
 import re
+from collections.abc import Callable
 from fractions import Fraction
+from typing import TypeVar
+
+T = TypeVar("T")
 
 LARGEST = 10**15  # far above any count of tokens, samples or steps, far below what a float holds
 _MAX_CHARACTERS = 64
@@ -58,6 +63,27 @@ def whole(value: int | str) -> int:
     if abs(number) > LARGEST:
         raise ValueError(_too_far(value))
     return number
+
+
+def real(value: float | str) -> float:
+    """Return a finite number: a rate, a price, hours.
+
+    Raises:
+        ValueError: it is no number, or it is neither 0 nor between 1e-15 and 1e15 in size.
+    """
+    return float(exact(value))
+
+
+def argument(read: Callable[[str], T]) -> Callable[[str], T]:
+    """Return an argparse type that reads this way and says what `read` says of a wrong text."""
+
+    def read_argument(text: str) -> T:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read_argument
 
 
 def written(number: Fraction) -> str:

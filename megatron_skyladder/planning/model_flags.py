@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.costs import DecoderShape, Experts, Mamba, padded_vocab_size
+from megatron_skyladder.ladder.numbers import argument, whole
 from megatron_skyladder.planning.vocabulary_size import UnknownVocabularyError, vocabulary_size
 
 INTEGERS = {
@@ -72,7 +73,7 @@ class NotCountedError(Exception):
 def add_model_flags(group: argparse._ArgumentGroup) -> None:
     """Add those of Megatron's flags that decide the model."""
     for flag, help_text in INTEGERS.items():
-        group.add_argument(flag, type=int, metavar="N", help=help_text)
+        group.add_argument(flag, type=argument(whole), metavar="N", help=help_text)
     for flag, help_text in TEXTS.items():
         group.add_argument(flag, metavar="TEXT", help=help_text)
     for flag, help_text in SWITCHES.items():

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_skyladder.ladder.batch_sizes import batch_sizes
 from megatron_skyladder.ladder.flags import add_arguments
 from megatron_skyladder.ladder.key_exchange import chunk_length_of
+from megatron_skyladder.ladder.numbers import argument, whole
 from megatron_skyladder.ladder.presets import PAPER_RUNS, PaperRun
 from megatron_skyladder.planning import model_flags, training_data
 from megatron_skyladder.planning.time_model import add_time_flags
@@ -58,7 +59,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "Megatron's flags", "Those that decide work and time. All others are accepted and left out."
     )
     for flag, help_text in INTEGERS.items():
-        megatron.add_argument(flag, type=int, metavar="N", help=help_text)
+        megatron.add_argument(flag, type=argument(whole), metavar="N", help=help_text)
     megatron.add_argument(
         "--step-batch-size-schedule",
         metavar="TEXT",

@@ -11,6 +11,7 @@ from megatron_skyladder.ladder import costs
 from megatron_skyladder.ladder.batch_sizes import batch_sizes
 from megatron_skyladder.ladder.costs import DecoderShape, StepTime
 from megatron_skyladder.ladder.fragments import window_pairs
+from megatron_skyladder.ladder.numbers import argument, real, whole
 from megatron_skyladder.planning.calibration import Calibration, calibrate
 from megatron_skyladder.planning.devices import DEVICES, device
 
@@ -65,13 +66,13 @@ def add_time_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--mfu",
-        type=float,
+        type=argument(real),
         metavar="SHARE",
         help="achieved share of the peak at the full window, by Megatron's count",
     )
     group.add_argument(
         "--tflops",
-        type=float,
+        type=argument(real),
         metavar="RATE",
         help="or the achieved TFLOP/s per GPU itself, as Megatron's log prints it",
     )
@@ -80,8 +81,10 @@ def add_time_flags(parser: argparse.ArgumentParser) -> None:
         metavar="LOG",
         help="or a console log of this model, row length and GPUs under a growing window",
     )
-    group.add_argument("--gpus", type=int, metavar="N", help="GPUs in all; without it, GPU-hours")
-    group.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE")
+    group.add_argument(
+        "--gpus", type=argument(whole), metavar="N", help="GPUs in all; without it, GPU-hours"
+    )
+    group.add_argument("--price-per-gpu-hour", type=argument(real), metavar="PRICE")
 
 
 def time_model(

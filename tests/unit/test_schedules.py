@@ -162,6 +162,12 @@ TABLES: dict[str, tuple[WindowSchedule, list[tuple[int, int]]]] = {
         WindowSchedule("points", final_window=10, points="0:1 1/3:final", total_steps=10),
         table("0:1 1:3 2:6 3:9 4:10 far:10"),
     ),
+    "points, rounded, but for the final window": (
+        WindowSchedule(
+            "points", final_window=10, points="0:4 .5:10 1:10", total_steps=4, round_to=4
+        ),
+        table("0:4 1:4 2:10 3:10 4:10 far:10"),
+    ),
     "points, rounded": (  # never below the lowest point
         WindowSchedule("points", final_window=70, points="0:5 1:70", total_steps=65, round_to=16),
         table("0:5 10:5 11:16 26:16 27:32 64:64 65:70 far:70"),

@@ -217,9 +217,13 @@ class Points(_Given):
     @property
     def ramp_steps(self) -> Fraction:
         """Steps until the window stays at the final one."""
+        return self.points[self._reached].share * self._need_total_steps("points are at")
+
+    @cached_property
+    def _reached(self) -> int:
+        """The first point from which the window stays at the final one."""
         before = [i for i, point in enumerate(self.points) if point.window != self.final_window]
-        reached = self.points[before[-1] + 1 if before else 0]
-        return reached.share * self._need_total_steps("points are at")
+        return before[-1] + 1 if before else 0
 
     def turns(self) -> Iterable[Fraction]:
         total = self._need_total_steps("points are at")
@@ -236,7 +240,7 @@ class Points(_Given):
         places, unit = self._units
         done = step * unit
         at = bisect_right(places, done) - 1
-        if at == len(places) - 1:
+        if at >= self._reached:
             return self.final_window
         low, high = self.points[at].window, self.points[at + 1].window
         window = low + (high - low) * (done - places[at]) // (places[at + 1] - places[at])
@@ -259,7 +263,7 @@ class Points(_Given):
         lengths, growth = np.append(np.diff(starts), 1), np.append(np.diff(given), 0)
         # of two points at one place the first is never `at`, so its length of 0 divides nothing
         windows = given[at] + growth[at] * (done - starts[at]) // lengths[at]
-        return np.where(at == len(places) - 1, self.final_window, self._rounded(windows))
+        return np.where(at >= self._reached, self.final_window, self._rounded(windows))
 
     def _rounded(self, window: Any) -> Any:
         return self._round(window, min(point.window for point in self.points))
