@@ -155,7 +155,10 @@ class DecoderShape:
 
     @property
     def matmul_parameters(self) -> int:
-        """Weights that each token is multiplied with: the layers' matrices and the output layer."""
+        """Weights that each token is multiplied with: the layers' matrices and the output layer.
+
+        Of a mixture of experts, those that the token goes to; Megatron does not count the router.
+        """
         layers = self.num_layers * self._attention_weights + self._mlp_layers * self._mlp_weights
         if self.experts:
             layers += self.experts.num_layers * self._expert_weights(self.experts.topk)
@@ -196,13 +199,10 @@ class DecoderShape:
         return self._ffn_inputs(ffn_hidden_size) + self.hidden_size
 
     def _expert_weights(self, num_experts: int) -> int:
-        """Return the matrices of a layer's router, shared experts and so many others."""
+        """Return the matrices of a layer's shared experts and so many others."""
         assert self.experts is not None
-        experts = self.experts
-        routed = num_experts * self._mlp_matrices(experts.ffn_hidden_size)
-        shared = self._mlp_matrices(experts.shared_ffn_hidden_size)
-        gate = self.hidden_size if experts.shared_gate else 0
-        return routed + shared + gate + self.hidden_size * experts.num_experts
+        routed = num_experts * self._mlp_matrices(self.experts.ffn_hidden_size)
+        return routed + self._mlp_matrices(self.experts.shared_ffn_hidden_size)
 
     def _parameters(self, *, active: bool) -> int:
         embeddings = 1 if self.tied_embeddings else 2
@@ -240,12 +240,15 @@ class DecoderShape:
     def _expert_parameters(self, num_experts: int) -> int:
         assert self.experts is not None
         experts = self.experts
-        biases = experts.num_experts if experts.router_bias else 0
+        router = (self.hidden_size + experts.router_bias) * experts.num_experts
+        gate = self.hidden_size if experts.shared_gate else 0
+        biases = 0
         if experts.linear_bias:
             biases += num_experts * self._mlp_biases(experts.ffn_hidden_size)
             if experts.shared_ffn_hidden_size:
                 biases += self._mlp_biases(experts.shared_ffn_hidden_size)
-        return self._expert_weights(num_experts) + self._norm_parameters + biases
+        weights = self._expert_weights(num_experts) + router + gate
+        return weights + self._norm_parameters + biases
 
 
 def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel: int) -> int:

@@ -1,7 +1,9 @@
-"""Counts parameters as Megatron builds the model from its own flags; run by test_costs.py.
+"""Counts parameters and FLOPs as Megatron does from its own flags; run by test_costs.py.
 
-Reads a JSON list of command lines from stdin and prints the list of counts. Its own process,
-because Megatron's parser and parallel state are global. Weights lie on torch's meta device.
+Reads a JSON list of command lines from stdin and prints a list of (parameters, FLOPs of a batch).
+The model of a hybrid layout is not built, as Mamba's kernels want a GPU: its parameters are null.
+Its own process, because Megatron's parser and parallel state are global. Weights lie on torch's
+meta device.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import Any
 
 import torch
 
@@ -36,32 +39,43 @@ def main() -> None:
     print(json.dumps(counts))
 
 
-def count(flags: list[str]) -> int:
-    """Return the parameters of the GPT that Megatron builds from these flags."""
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.training.arguments import (
-        core_transformer_config_from_args,
-        parse_args,
-        validate_args,
-    )
+def count(flags: list[str]) -> tuple[int | None, float]:
+    """Return the parameters of what Megatron builds from these flags, and its FLOPs of a batch."""
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.training import num_floating_point_operations
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
     sys.argv = ["pretrain_gpt.py", *flags, *FOR_ANY_MACHINE]
     args = parse_args()
     tensor_parallel, args.tensor_model_parallel_size = args.tensor_model_parallel_size, 1
     validate_args(args)
+    args.padded_vocab_size = args.padded_vocab_size or calculate_padded_vocab_size(
+        args.vocab_size, args.make_vocab_size_divisible_by, tensor_parallel, False
+    )
+    parameters = None if args.hybrid_layer_pattern else built(args)
+    return parameters, float(num_floating_point_operations(args, args.global_batch_size))
+
+
+def built(args: Any) -> int:
+    """Return the parameters of a GPT, built on the meta device."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_layer_local_spec,
+    )
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    config = core_transformer_config_from_args(args)
     spec = get_gpt_layer_local_spec(
         qk_layernorm=args.qk_layernorm, normalization=args.normalization
     )
+    if args.num_experts:
+        spec = get_gpt_decoder_block_spec(config, False, normalization=args.normalization)
     with torch.device("meta"):
         model = GPTModel(
-            core_transformer_config_from_args(args),
+            config,
             spec,
-            vocab_size=args.padded_vocab_size
-            or calculate_padded_vocab_size(
-                args.vocab_size, args.make_vocab_size_divisible_by, tensor_parallel, False
-            ),
+            vocab_size=args.padded_vocab_size,
             max_sequence_length=args.max_position_embeddings,
             position_embedding_type=args.position_embedding_type,
             share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,

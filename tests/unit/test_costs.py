@@ -96,6 +96,7 @@ def paper_flags(name: str) -> str:
 
 
 TINY = "--num-layers 2 --hidden-size 96 --num-attention-heads 6 --vocab-size 1000"
+MOE = f"{TINY} --disable-bias-linear"
 FLAGS = [
     *(paper_flags(name) for name in MODELS),
     paper_flags("1b") + " --tensor-model-parallel-size 4",  # 32,256 rows
@@ -110,27 +111,43 @@ FLAGS = [
     f"{TINY} --use-rotary-position-embeddings",
     f"{TINY} --position-embedding-type none --make-vocab-size-divisible-by 7",
     f"{TINY} --padded-vocab-size 1111",
+    f"{TINY} --attention-output-gate",
+    f"{MOE} --num-experts 4",  # two experts for each token
+    f"{MOE} --num-experts 4 --swiglu --moe-router-topk 3 --moe-ffn-hidden-size 40",
+    f"{MOE} --num-experts 4 --moe-layer-freq [0]+[1] --ffn-hidden-size 200",
+    f"{MOE} --num-experts 4 --num-layers 6 --moe-layer-freq 4",
+    f"{MOE} --num-experts 4 --swiglu --moe-shared-expert-intermediate-size 72 "
+    "--moe-shared-expert-gate",
+    f"{TINY} --num-experts 4",  # experts with biases
 ]
+# one symbol for each layer; --num-layers follows from them
+HYBRIDS = [
+    "--hybrid-layer-pattern *-*-",
+    "--hybrid-layer-pattern M-M*-M- --mamba-num-groups 2",
+    "--hybrid-layer-pattern M*-MM --mamba-state-dim 32 --mamba-num-groups 4",
+    "--hybrid-layer-pattern M-*E --num-experts 4 --mamba-num-heads 3 --mamba-num-groups 1",
+]
+HYBRID = "--hidden-size 96 --num-attention-heads 6 --vocab-size 1000 --disable-bias-linear"
 RUN = "--seq-length 128 --max-position-embeddings 192 --global-batch-size 4 --train-iters 10"
 
 
-def planned_parameters(flags: str) -> int:
+def planned_shape(flags: str) -> DecoderShape:
     parser = argparse.ArgumentParser()
     run_flags.add_run_flags(parser)
     args = parser.parse_args(f"{flags} {RUN}".split())
-    return model_flags.decoder_shape(run_flags.complete(args), []).num_parameters
+    return model_flags.decoder_shape(run_flags.complete(args), [])
 
 
-@pytest.mark.skipif(
-    find_spec("megatron") is None or find_spec("megatron.training") is None,
-    reason="needs Megatron with megatron.training",
-)
-def test_parameters_are_those_of_the_model_that_megatron_builds() -> None:
-    """Every command line goes through Megatron's own parser and GPTModel, and through ours."""
+@pytest.fixture(scope="module")
+def megatrons() -> dict[str, tuple[int | None, float]]:
+    """Parameters and FLOPs of a batch, as Megatron builds and counts them, by command line."""
+    if find_spec("megatron") is None or find_spec("megatron.training") is None:
+        pytest.skip("needs Megatron with megatron.training")
     script = Path(__file__).with_name("count_parameters.py")
+    lines = [*FLAGS, *(f"{HYBRID} {pattern}" for pattern in HYBRIDS)]
     result = subprocess.run(
         [sys.executable, str(script)],
-        input=json.dumps([f"{flags} {RUN}".split() for flags in FLAGS]),
+        input=json.dumps([f"{flags} {RUN}".split() for flags in lines]),
         capture_output=True,
         text=True,
         timeout=300,
@@ -138,7 +155,44 @@ def test_parameters_are_those_of_the_model_that_megatron_builds() -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     built = json.loads(result.stdout.strip().splitlines()[-1])
-    assert dict(zip(FLAGS, built, strict=True)) == {f: planned_parameters(f) for f in FLAGS}
+    return dict(zip(lines, map(tuple, built), strict=True))
+
+
+def test_parameters_are_those_of_the_model_that_megatron_builds(
+    megatrons: dict[str, tuple[int | None, float]],
+) -> None:
+    """Every command line goes through Megatron's own parser and GPTModel, and through ours."""
+    built = {flags: megatrons[flags][0] for flags in FLAGS}
+    assert built == {flags: planned_shape(flags).num_parameters for flags in FLAGS}
+
+
+def test_flops_are_those_that_megatron_counts(
+    megatrons: dict[str, tuple[int | None, float]],
+) -> None:
+    """Under the full window, of which Megatron counts the causal half; batches of 4 x 128."""
+    wrong = {}
+    for flags, (_, counted) in megatrons.items():
+        if "--quick-geglu" in flags:  # Megatron's count knows no other gate than SwiGLU's
+            continue
+        shape = planned_shape(flags)
+        pairs = window_pairs(128, 128)
+        ours = sum(megatron_flops(shape, seq_length=128, pairs=pairs, tokens=4 * 128))
+        if ours != pytest.approx(counted, rel=1e-9):
+            wrong[flags] = ours / counted
+    assert wrong == {}
+
+
+def test_parameters_of_a_mamba_layer_by_hand() -> None:
+    """Hidden 96, inner 192 in 3 heads of 64, one group, state 16: as Megatron's MambaMixer."""
+    pattern = "--hybrid-layer-pattern M --mamba-num-groups 1 --mamba-state-dim 16"
+    rest = f"{HYBRID} --normalization RMSNorm --position-embedding-type none"
+    shape = planned_shape(f"{rest} {pattern}")
+    in_proj = 96 * (192 + 192 + 16 + 16 + 3)  # z, x, B, C, dt
+    conv = (192 + 16 + 16) * 4 + (192 + 16 + 16)
+    per_head = 3 + 3 + 3  # dt_bias, A_log, D
+    layer = 96 + in_proj + conv + per_head + 192 + 192 * 96  # input norm, gated norm, out_proj
+    assert shape.num_parameters == 1024 * 96 + 96 + layer  # tied embedding, final norm
+    assert shape.active_parameters == shape.num_parameters
 
 
 # --- attention work -----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from megatron_skyladder.cli import main
 from megatron_skyladder.data.indexed import IndexedWriter
 from megatron_skyladder.ladder.fragments import window_pairs
 from megatron_skyladder.planning import plots
+from megatron_skyladder.planning.devices import DEVICES
 
 # A launch line as people have it: 2,000 steps of 8 rows of 2,048 tokens.
 LAUNCH = (
@@ -233,6 +234,136 @@ def test_only_the_papers_own_runs_are_compared_with_it(
 ) -> None:
     flags = "--preset 1b-8k --device a100-40g --skyladder-start-window 8"
     assert "The paper measured" not in call(capsys, f"plan -v {flags}")
+
+
+@pytest.mark.parametrize("command", ["plan --list-devices", "compare --list-devices"])
+def test_devices_are_listed_with_their_sources(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    text = call(capsys, command)
+    for name in ("a100-40g", "a100-80g", "h100", "h200", "b200", "gb200", "mi300x"):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+        assert "data sheet" in line and float(line.split()[1]) == DEVICES[name].bf16
+    assert "any other: --tflops RATE" in text
+
+
+def test_fp8_makes_all_but_attention_faster(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand: products at twice the peak, attention at the peak of bf16."""
+    flags = "--preset 1b-8k --device h100 --mfu 0.5"
+    plain = plan_json(capsys, flags)["time"]
+    fast = plan_json(capsys, f"{flags} --fp8-format hybrid")["time"]
+    weights = 1_100_048_384 - 32_000 * 2048 - 45 * 2048
+    products, attention = 6 * weights, 6 * 22 * 2048 * 8192
+    tokens = 1e5 * 2**20 / 3600 / 1e12
+    assert plain["constant"]["gpu_hours"] == pytest.approx(
+        (products + attention) * tokens / (989 * 0.5)
+    )
+    assert fast["constant"]["gpu_hours"] == pytest.approx(
+        (products / 1979 + attention / 989) * tokens / 0.5
+    )
+    assert fast["saved_percent"] > plain["saved_percent"]
+    assert "1979 TFLOP/s in FP8, 989 for attention" in fast["basis"]
+    old = plan_json(capsys, "--preset 1b-8k --device a100-80g --fp8-format hybrid")
+    assert any("a100-80g has no FP8: counted in bf16" in note for note in old["notes"])
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def test_a_mixture_of_experts_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Time goes by what a token meets, memory by all."""
+    dense = plan_json(capsys, f"{LAUNCH} --tflops 1")
+    moe = plan_json(capsys, f"{LAUNCH} --num-experts 8 --moe-router-topk 1 --tflops 1")
+    assert moe["parameters"] > 2 * dense["parameters"]
+    assert moe["active_parameters"] == dense["parameters"] + 2 * 8 * 128  # and the routers
+    assert moe["time"]["constant"] == dense["time"]["constant"]
+    text = " ".join(call(capsys, f"plan -v {LAUNCH} --num-experts 8").split())
+    assert "of them active: 2 layers, 2 with 8 experts of 320, 2 for each token" in text
+
+
+def test_a_hybrid_layout_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    gpt = plan_json(capsys, LAUNCH)
+    hybrid = LAUNCH.replace("--num-layers 2", "--hybrid-layer-pattern *-|*-")
+    assert plan_json(capsys, hybrid)["flops"] == gpt["flops"]
+    mamba = plan_json(capsys, hybrid.replace("*-|*-", "M-*-"))
+    assert mamba["flops"]["saved_percent"] < gpt["flops"]["saved_percent"]
+    other = call(capsys, f"plan {hybrid.replace('*-|*-', 'G-*-')}")
+    assert "has layers G that plan cannot count" in " ".join(other.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--multi-latent-attention", "--multi-latent-attention cannot be combined"),
+        ("--heterogeneous-layers-config-path x", "gives layers that differ"),
+        ("--num-experts 4 --hybrid-layer-pattern *E --vocab-size 8", ""),
+        ("--hybrid-layer-pattern *E", "the experts are not known: give --num-experts"),
+    ],
+)
+def test_what_is_not_counted_leaves_the_windows(
+    capsys: pytest.CaptureFixture[str], flags: str, reason: str
+) -> None:
+    plan = plan_json(capsys, f"{LAUNCH} {flags} --at 0")
+    assert plan["windows"] == {"0": 32}
+    assert (plan["flops"] is None) == bool(reason)
+    assert reason in " ".join(call(capsys, f"plan -v {LAUNCH} {flags}").split())
+
+
+def vocabulary(capsys: pytest.CaptureFixture[str], flags: str) -> int | None:
+    """Return the rows of the embedding that plan counts; of two of 128 columns each."""
+    launch = LAUNCH.replace("--vocab-size 512", "--make-vocab-size-divisible-by 1")
+    rest = plan_json(capsys, f"{launch} --vocab-size 1")["parameters"] - 2 * 128
+    parameters = plan_json(capsys, f"{launch} {flags}")["parameters"]
+    return parameters and (parameters - rest) // (2 * 128)
+
+
+def test_the_vocabulary_is_read_from_the_tokenizer(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    added = [{"id": 5, "content": "<s>"}, {"id": 0, "content": "a"}]
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"model": {"vocab": {"a": 0, "b": 1, "c": 2}}, "added_tokens": added})
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": {"5": {"content": "<s>"}, "6": {"content": "<x>"}}})
+    )
+    pieces = tmp_path / "tokenizer.model"  # 3 pieces, a trainer's settings, a number, a float
+    pieces.write_bytes(
+        b"\x0a\x03\x0a\x01a\x0a\x03\x0a\x01b\x0a\x00\x12\x81\x01"
+        + b"x" * 129
+        + b"\x18\x80\x01\x2d0000"
+    )
+    words = tmp_path / "vocab.json"
+    words.write_text(json.dumps({"a": 0, "b": 1}))
+    sentencepiece = "--tokenizer-type Llama2Tokenizer --tokenizer-model"
+    assert (
+        vocabulary(capsys, f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}") == 5
+    )
+    assert vocabulary(capsys, f"{sentencepiece} {pieces}") == 3
+    assert vocabulary(capsys, f"--tokenizer-type GPT2BPETokenizer --vocab-file {words}") == 2
+    assert vocabulary(capsys, "--tokenizer-type GPT2BPETokenizer --vocab-file /no/x") == 50_257
+    assert vocabulary(capsys, f"{sentencepiece} {words}") is None  # no such model
+    assert vocabulary(capsys, f"{sentencepiece} /no/such.model") is None
+    assert vocabulary(capsys, "--tokenizer-type TikTokenizer --tokenizer-model x") is None
+
+
+def test_a_sentencepiece_model_as_the_library_counts_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"word{n} and {n * 7} more" for n in range(200)))
+    prefix = tmp_path / "sp"
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(prefix), vocab_size=60, minloglevel=2
+    )
+    flags = f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {prefix}.model"
+    assert vocabulary(capsys, flags) == 60
+
+
+# --- logs ---------------------------------------------------------------------------------------
 
 
 def write_log(path: Path, *, batch: int) -> None:
