@@ -17,7 +17,7 @@ help:  ## this list
 
 install: $(READY)  ## the environment in .venv (torch with CUDA libraries: about 6 GB)
 
-$(READY): setup.py constraints.txt tools/find_python.sh
+$(READY): setup.py pyproject.toml constraints.txt tools/find_python.sh
 	@python=$$(tools/find_python.sh) && echo "environment: $$python -> $(VENV)" && \
 	  { [ -x $(BIN)/python ] || $$python -m venv $(VENV); }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

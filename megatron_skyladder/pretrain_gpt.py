@@ -139,9 +139,10 @@ def _print_help() -> None:
 
 
 def _launch() -> None:
-    from megatron_skyladder.megatron_lm import hooks, launch, patch_calls
+    from megatron_skyladder.megatron_lm import flag_rules, hooks, launch, patch_calls
 
     def on_arguments(options: Any) -> None:
+        flag_rules.check_arrival(options, sys.argv[1:])
         options.create_attention_mask_in_dataloader = False  # the datasets below make none
         config = config_from_args(options)
         if config is not None:

@@ -21,7 +21,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megatron_skyladder.attention.segments import ParallelSegments, Segments
-from megatron_skyladder.ladder.key_exchange import Launch, RankPlan, Span
+from megatron_skyladder.ladder.key_exchange import KernelCall, RankPlan, Span
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments], torch.Tensor]
 
@@ -48,8 +48,8 @@ def attend(
     plan = segments.plan
     exchange = _Exchange(plan, group)
     received = _Start.apply(exchange, key, value)
-    launches = [launch for launch in (plan.own, plan.joined) if launch is not None]
-    query = take(tuple(span for launch in launches for span in launch.queries), query)
+    calls = [call for call in (plan.own, plan.joined) if call is not None]
+    query = take(tuple(span for call in calls for span in call.queries), query)
     num_own = 0 if plan.own is None else int(plan.own.cu_seqlens_q[-1])
     own_query, joined_query = query.split((num_own, query.shape[0] - num_own))
     out = own_query
@@ -60,20 +60,20 @@ def attend(
     # the output passes through, so that every rank takes part in the backward exchange
     received, out = _Arrive.apply(exchange, received, out)
     if plan.joined is None:
-        return take(_restoring_spans(launches), out)
+        return take(_restoring_spans(calls), out)
     assert segments.joined is not None
     received_key, received_value = received.unbind(1)
     keys = take(plan.joined.keys, key, received_key)
     values = take(plan.joined.keys, value, received_value)
     joined_out = backend(joined_query, keys, values, segments.joined)
-    return take(_restoring_spans(launches), out, joined_out)
+    return take(_restoring_spans(calls), out, joined_out)
 
 
-def _restoring_spans(launches: list[Launch]) -> tuple[Span, ...]:
-    """Return the spans that put the launches' outputs, one after the other, back in order."""
+def _restoring_spans(calls: list[KernelCall]) -> tuple[Span, ...]:
+    """Return the spans that put the calls' outputs, one after the other, back in order."""
     placed = []
     offset = 0
-    for start, stop in (span for launch in launches for span in launch.queries):
+    for start, stop in (span for call in calls for span in call.queries):
         placed.append((start, (offset, offset + stop - start)))
         offset += stop - start
     return tuple(span for _, span in sorted(placed))
@@ -165,12 +165,12 @@ class _Start(torch.autograd.Function):
         """Send; returns [R, 2, G, D], keys and values, not to be read before `_Arrive`."""
         ctx.exchange, ctx.shape, ctx.dtype = exchange, key.shape, key.dtype
         spans = [span for destination in exchange.sends for span in destination]
-        outgoing = key.new_empty(sum(exchange.send_sizes), 2, *key.shape[1:])
-        offset = 0
-        for start, stop in spans:
-            part = outgoing[offset : offset + stop - start]
-            part[:, 0], part[:, 1] = key[start:stop], value[start:stop]
-            offset += stop - start
+        # as many launches for hundreds of spans as for one
+        chosen = [
+            torch.cat([tensor[start:stop] for start, stop in spans] or [tensor[:0]])
+            for tensor in (key, value)
+        ]
+        outgoing = torch.stack(chosen, dim=1)
         return exchange.start(outgoing, exchange.send_sizes, exchange.receive_sizes)
 
     @staticmethod

@@ -74,23 +74,23 @@ def attend_segments(
     Returns:
         [Tq, H, D].
     """
-    layout = _layout(segments)
+    batches = _batches(segments)
     parts = []
-    if layout.shapes:
-        sizes = [count * length for count, length in layout.shapes]
+    if batches.shapes:
+        sizes = [count * length for count, length in batches.shapes]
         q, k, v = (
             tensor.index_select(0, index).split(sizes)
             for tensor, index in (
-                (query, layout.gather_q),
-                (key, layout.gather_k),
-                (value, layout.gather_k),
+                (query, batches.gather_q),
+                (key, batches.gather_k),
+                (value, batches.gather_k),
             )
         )
-        for (count, length), *qkv in zip(layout.shapes, q, k, v, strict=True):
+        for (count, length), *qkv in zip(batches.shapes, q, k, v, strict=True):
             batched = [x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in qkv]
             out = _causal(batched[0], batched[1], batched[2], scale)
             parts.append(out.transpose(1, 2).flatten(0, 1))
-    for q_start, q_stop, k_start, k_stop in layout.bands:
+    for q_start, q_stop, k_start, k_stop in batches.bands:
         parts.append(
             _attend_band(
                 query[q_start:q_stop],
@@ -100,7 +100,7 @@ def attend_segments(
                 scale,
             )
         )
-    return torch.cat(parts).index_select(0, layout.restore)
+    return torch.cat(parts).index_select(0, batches.restore)
 
 
 def _causal(
@@ -169,7 +169,7 @@ def _band_mask(
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _Batches:
     """Where each segment goes.
 
     ``shapes``: (segments, padded length) of each causal call; ``gather_*``: the tokens of all
@@ -184,18 +184,18 @@ class _Layout:
     restore: torch.Tensor
 
 
-_layouts: WeakKeyDictionary[Segments, _Layout] = WeakKeyDictionary()
+_batched: WeakKeyDictionary[Segments, _Batches] = WeakKeyDictionary()
 
 
-def _layout(segments: Segments) -> _Layout:
-    """Return the layout of segments, made on first use and kept with them."""
-    layout = _layouts.get(segments)
-    if layout is None:
-        layout = _layouts[segments] = _make_layout(segments)
-    return layout
+def _batches(segments: Segments) -> _Batches:
+    """Return how segments are batched, worked out on first use and kept with them."""
+    batches = _batched.get(segments)
+    if batches is None:
+        batches = _batched[segments] = _batch_segments(segments)
+    return batches
 
 
-def _make_layout(segments: Segments) -> _Layout:
+def _batch_segments(segments: Segments) -> _Batches:
     lengths = segments.lengths_q
     starts_q, starts_k = segments.cu_seqlens_q[:-1], segments.cu_seqlens_k[:-1]
     longest_plain = segments.sliding_window or segments.max_seqlen_q
@@ -229,7 +229,7 @@ def _make_layout(segments: Segments) -> _Layout:
         joined = np.concatenate(parts) if parts else np.empty(0)
         return to_device(joined.astype(np.int64), segments.device)
 
-    return _Layout(
+    return _Batches(
         shapes, index_tensor(gather_q), index_tensor(gather_k), bands, index_tensor([restore])
     )
 

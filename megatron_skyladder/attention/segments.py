@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from megatron_skyladder.ladder.fragments import fragment_cu_seqlens, rows_cu_seqlens
-from megatron_skyladder.ladder.key_exchange import Launch, RankPlan, exchange_plan
+from megatron_skyladder.ladder.key_exchange import KernelCall, RankPlan, exchange_plan
 
 _MIN_PADDED_SEGMENTS = 16
 _TILE = 128  # tokens: FlashAttention's block of queries; cuDNN wants multiples of 64
@@ -112,7 +112,7 @@ class ParallelSegments:
 
     Args:
         plan: what to send, receive and attend to.
-        own: the segments of ``plan.own``; None where it has no such launch.
+        own: the segments of ``plan.own``; None where it has no such call.
         joined: the same for ``plan.joined``.
     """
 
@@ -210,18 +210,16 @@ def _make_segments(
     )
     if plan.exchanges:
         own, joined = (
-            None if launch is None else _launch_segments(launch, rows, grid=None)
-            for launch in (plan.own, plan.joined)
+            None if call is None else _call_segments(call, rows, grid=None)
+            for call in (plan.own, plan.joined)
         )
         return ParallelSegments(plan, own, joined)
     assert plan.own is not None  # the windows end with the chunks: all keys are at hand
-    return _launch_segments(plan.own, rows, grid=grid)
+    return _call_segments(plan.own, rows, grid=grid)
 
 
-def _launch_segments(launch: Launch, rows: Rows, *, grid: int | None) -> Segments:
-    return Segments(
-        launch.cu_seqlens_q, launch.cu_seqlens_k, rows.sliding_window, grid, rows.device
-    )
+def _call_segments(call: KernelCall, rows: Rows, *, grid: int | None) -> Segments:
+    return Segments(call.cu_seqlens_q, call.cu_seqlens_k, rows.sliding_window, grid, rows.device)
 
 
 @lru_cache(maxsize=8)

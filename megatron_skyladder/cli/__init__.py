@@ -13,6 +13,7 @@ from typing import Any
 COMMANDS = {
     "demo": "pretrain a small model twice on this machine: constant window and SkyLadder",
     "plan": "what a schedule does to windows, work, time and cost, before you launch",
+    "flags": "the training flags that SkyLadder adds to Megatron's, each with its meaning",
     "compare": "several schedules side by side, and the rate that fits a budget",
     "prepare": "text (JSON lines, Parquet, plain files) -> Megatron's .bin/.idx",
     "example": "Megatron's flags for the paper's runs, each with where it comes from",

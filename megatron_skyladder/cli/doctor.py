@@ -54,7 +54,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
 
 def take(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Take the launch out of the command's words."""
-    rest, found = pasted.take(parser, words, leave_names=True)
+    rest, found = pasted.take(parser, words, here=True)
     misspelt = [each for each in found.unknown if each.is_ours]
     if misspelt:
         raise ValueError(str(misspelt[0]))

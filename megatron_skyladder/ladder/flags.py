@@ -56,14 +56,14 @@ def name_of(field: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the ``--skyladder-*`` flags; Megatron's ``extra_args_provider``."""
-    group = parser.add_argument_group(
-        "SkyLadder",
+    schedule = parser.add_argument_group(
+        "SkyLadder: the window over the run",
         "Attention sees windows that grow over the run (arXiv:2503.15450). Any one of these flags "
         "switches it on; what is left out has the default named here.",
     )
-    _add_schedule(group)
-    _add_attention(group)
-    _add_checks(group)
+    _add_schedule(schedule)
+    _add_attention(parser.add_argument_group("SkyLadder: attention, weights and evaluation"))
+    _add_checks(parser.add_argument_group("SkyLadder: checks, and how to go past them"))
     return parser
 
 

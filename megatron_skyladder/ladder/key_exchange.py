@@ -34,7 +34,7 @@ Span = tuple[int, int]  # tokens [start, stop)
 
 
 @dataclass(frozen=True, eq=False)
-class Launch:
+class KernelCall:
     """One attention call on some of a rank's queries, causal, aligned at the bottom right.
 
     Args:
@@ -67,8 +67,8 @@ class RankPlan:
     exchanges: bool
     sends: tuple[tuple[Span, ...], ...]
     receives: tuple[int, ...]
-    own: Launch | None
-    joined: Launch | None
+    own: KernelCall | None
+    joined: KernelCall | None
 
 
 def chunk_length_of(cp_size: int, seq_length: int) -> int:
@@ -190,7 +190,7 @@ def _plan_run(
     stop: int,
     sliding_window: int | None,
 ) -> None:
-    """Add the segments of one run, positions [start, stop), to the two launches.
+    """Add the segments of one run, positions [start, stop), to the two calls.
 
     With documents or windows the fragment that the run's start cuts needs remote keys as a whole;
     with the sliding window only the first queries do, and the others of that fragment see keys back
@@ -285,14 +285,14 @@ class _LaunchBuilder:
             lengths[0] += q_start - k_start
         self._lengths_k.append(lengths)
 
-    def build(self) -> Launch | None:
-        """Return the launch of what was added, or None."""
+    def build(self) -> KernelCall | None:
+        """Return the call of what was added, or None."""
         if not self._queries:
             return None
         cu_seqlens_q = cu_seqlens_k = _offsets(self._lengths_q)
         if any(q is not k for q, k in zip(self._lengths_q, self._lengths_k, strict=True)):
             cu_seqlens_k = _offsets(self._lengths_k)
-        return Launch(
+        return KernelCall(
             merge_spans(self._queries), merge_spans(self._keys), cu_seqlens_q, cu_seqlens_k
         )
 

@@ -6,11 +6,15 @@ absent from a release costs nothing there. Standard library only.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_skyladder.attention import limits
 from megatron_skyladder.attention.limits import Effect, Finding, FlagRule, other_than
+from megatron_skyladder.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 _USE_DOCUMENTS = "To keep documents apart, use --skyladder-intra-document instead."
 _PACKS = "it packs sequences of several lengths and brings masks of its own"
@@ -181,7 +185,7 @@ def findings(settings: Any) -> Iterator[Finding]:
 
 
 def check(options: Any) -> None:
-    """Refuse what cannot be combined with SkyLadder.
+    """Refuse what cannot be combined with SkyLadder; log what has to be known.
 
     Args:
         options: Megatron's arguments, parsed.
@@ -189,7 +193,29 @@ def check(options: Any) -> None:
     Raises:
         UsageError: all rules that stop training and are met, one on a line.
     """
-    limits.refuse(findings(options))
+    found = list(findings(options))
+    limits.refuse(found)
+    for finding in found:
+        if finding.rule.effect is Effect.NOTED:
+            logger.warning("%s", finding)
+
+
+def check_arrival(options: Any, words: Sequence[str]) -> None:
+    """Refuse a run whose SkyLadder flags did not arrive: it would be stock Megatron's, silently.
+
+    Args:
+        options: Megatron's arguments, parsed.
+        words: of the command line.
+
+    Raises:
+        UsageError: they hold ``--skyladder-*`` flags, and the arguments have no such names.
+    """
+    given = [word.partition("=")[0] for word in words if word.startswith("--skyladder-")]
+    lost = [flag for flag in given if not hasattr(options, flag[2:].replace("-", "_"))]
+    if lost:
+        reasons = [str(each) for each in findings(options) if each.rule.effect.stops]
+        why = " ".join(reasons) or "Something else made these arguments."
+        raise UsageError(f"{lost[0]} is not among the arguments that Megatron has read. {why}")
 
 
 def check_entry_point(options: Any) -> None:

@@ -6,6 +6,7 @@ One function for each place. Without a ``--skyladder-*`` flag each leaves everyt
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from megatron_skyladder.ladder import flags
@@ -21,9 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def switch_on() -> None:
     """In ``pretrain``, after Megatron is initialized: install the hooks where a flag was given."""
-    from megatron_skyladder.megatron_lm import compat, hooks
+    from megatron_skyladder.megatron_lm import compat, flag_rules, hooks
 
     options = compat.args()
+    flag_rules.check_arrival(options, sys.argv[1:])
     configuration = flags.config_from_args(options)
     if configuration is None or hasattr(options, hooks.FINGERPRINT):
         return

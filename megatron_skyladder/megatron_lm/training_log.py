@@ -7,9 +7,9 @@ Megatron's rates, and ``training_log`` logs the runtime's metrics as if they wer
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ def attention_share(count: Callable[..., float], options: Any, batch_size: int) 
 def counting_windows(original: Callable[..., float]) -> Callable[..., float]:
     """Wrap Megatron's ``num_floating_point_operations``: attention counts what windows leave."""
 
+    @functools.wraps(original)
     def num_floating_point_operations(
         options: Any, batch_size: int, *args: Any, **kwargs: Any
     ) -> float:
@@ -44,9 +45,6 @@ def counting_windows(original: Callable[..., float]) -> Callable[..., float]:
         left = 1 - share * (1 - square_fraction(work, options.seq_length))
         return left * original(options, batch_size, *args, **kwargs)
 
-    num_floating_point_operations.attention_share = partial(  # type: ignore[attr-defined]
-        attention_share, original
-    )
     return num_floating_point_operations
 
 
@@ -98,7 +96,7 @@ def _rate(total_loss_dict: dict[str, Any], options: Any) -> Rate:
         step_samples=batch_size,
         step_flops=count(options, batch_size),
         num_gpus=options.world_size,
-        attention_share=count.attention_share(options, batch_size),
+        attention_share=attention_share(inspect.unwrap(count), options, batch_size),
     )
 
 

@@ -71,26 +71,27 @@ def names_by_release() -> dict[str, frozenset[str]]:
     return names
 
 
-def unknown(flags: Iterable[str], ours: Iterable[str] = ()) -> list[Unknown]:
+def unknown(flags: Iterable[str], ours: Iterable[str] = (), *, here: bool = False) -> list[Unknown]:
     """Return the flags that neither Megatron has nor ourselves.
-
-    Asked is the Megatron that is installed, or all known releases where none is.
 
     Args:
         flags: names as on a command line, without values.
         ours: names that are not Megatron's: ``--skyladder-*`` and those of a command.
+        here: whether the run starts with the Megatron that is installed; else a flag of any
+            release will do.
     """
     ours = set(ours)
     suspects = [flag for flag in dict.fromkeys(flags) if flag not in ours]
     if not suspects:
         return []
     found = _installed()
-    known, asked = _known_names(found.line if found else None)
-    if found is not None:
+    known, asked = _known_names(found.line if found and here else None)
+    if found is not None and here:
         asked = f"Megatron {found.version} (in {found.folder})"
     suspects = [flag for flag in suspects if flag not in known]
     if any(not flag.startswith(_OURS) for flag in suspects) and _may_have_others(found):
-        known = flags_of_installed() or known
+        own = flags_of_installed()
+        known = own if own and here else own | known
         suspects = [flag for flag in suspects if flag not in known]
     return [
         Unknown(flag, closest(flag, known | ours), "SkyLadder" if flag.startswith(_OURS) else asked)

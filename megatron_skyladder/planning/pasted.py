@@ -82,14 +82,15 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def take(
-    parser: argparse.ArgumentParser, words: Sequence[str], *, leave_names: bool = False
+    parser: argparse.ArgumentParser, words: Sequence[str], *, here: bool = False
 ) -> tuple[list[str], Pasted]:
     """Take a launch out of a command's words.
 
     Args:
         parser: of the command; it tells which flags it knows.
         words: behind the command's name.
-        leave_names: whether a flag that nobody has is the caller's to report.
+        here: whether the launch is to start with the Megatron that is installed here; what that
+            does not know is then the caller's to report.
 
     Returns:
         What is left for the parser, and the launch.
@@ -114,12 +115,14 @@ def take(
         if not group.flag or group.flag in actions or is_ours:
             known.append(_without_unknown_rest(group, actions.get(group.flag), pasted))
         else:
+            _without_unknown_rest(group, None, pasted)
             pasted.left_out.append(group.flag)
     pasted.unknown = vocabulary.unknown(
         (*pasted.left_out, *(group.flag for group in known if group.flag.startswith("--"))),
         parser._option_string_actions,
+        here=here,
     )
-    if not leave_names:
+    if not here:
         _check_names(pasted)
     kept = _without_overridden(known)
     _ask_for_values(kept, launch)

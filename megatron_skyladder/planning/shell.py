@@ -33,7 +33,7 @@ from megatron_skyladder.planning.shell_syntax import (
     words_in,
 )
 
-_MAX_CALLS = 1000  # a script that calls itself must not keep us
+_MAX_CALLS = 50  # a script that calls itself must not keep us
 
 
 @dataclass(frozen=True)

@@ -45,29 +45,34 @@ def saves(plan: Plan) -> str:
     """Return what the ladder saves, in the units that are known."""
     if plan.shape is None and plan.time is None:
         work = 1 - plan.mean_fraction / plan.constant_fraction
-        return (
-            f"{work:.1%} of the attention work; FLOPs and time are not counted: {plan.not_counted}"
-        )
+        return f"{percent(work)} of the attention work (FLOPs and time: {plan.not_counted})"
     if plan.time is None:
         saved = 1 - plan.ladder_flops / plan.constant_flops
-        return f"{saved:.1%} of the FLOPs (for the time give --device, --tflops or --calibrate)"
+        return (
+            f"{percent(saved)} of the FLOPs (for the time give --device, --tflops or --calibrate)"
+        )
     time = plan.time
     constant, ladder = plan.timed_fractions
-    share = time.step.saved(ladder, constant)
-    text = f"{share:.1%} of the time"
+    text = f"{percent(time.step.saved(ladder, constant))} of the time"
     if plan.context_parallel_size > 1:
         even = time.step.saved(plan.mean_fraction, plan.constant_fraction)
-        text = f"{even:.1%} of the time ({share:.1%} with context parallelism's busiest rank)"
+        busiest = percent(time.step.saved(ladder, constant))
+        text = f"{percent(even)} of the time ({busiest} with context parallelism's busiest rank)"
+    gpus = time.gpus or 1
     before = time.gpu_hours(plan.total_steps, constant)
     saved = before - time.gpu_hours(plan.total_steps, ladder)
-    name = plan.device or "GPU"
-    unit = f"{name}-hours"
+    unit = f"{plan.device or 'GPU'}-hours"
     if time.gpus:
-        unit = f"hours on {time.gpus} {plan.device or 'GPU' + 's' * (time.gpus > 1)}"
-    text += f", {hours(saved / (time.gpus or 1))} of {hours(before / (time.gpus or 1))} {unit}"
+        unit = f"hours on {gpus} {plan.device or ('GPU' if gpus == 1 else 'GPUs')}"
+    text += f", {hours(saved / gpus)} of {hours(before / gpus)} {unit}"
     if time.price:
         text += f", about ${saved * time.price:,.0f} at {time.price:.2f}"
     return text
+
+
+def percent(share: float) -> str:
+    """Write a share as people read it: 15.3 %."""
+    return f"{100 * share:.1f} %"
 
 
 def hours(value: float) -> str:
@@ -79,6 +84,8 @@ def _next(plan: Plan, found: verdict.Fit) -> str:
     launch = plan.pasted.launch
     if not found.fits:
         return "make these changes and plan again; skyladder doctor with the same launch checks all"
+    if plan.shape is None and plan.time is None:
+        return f"{plan.not_counted.rpartition(': ')[2]} to count FLOPs and time; -v shows windows"
     if not plan.pasted.is_launch:
         return "skyladder example prints the flags of this run; -v shows the figures"
     source = f"--from-script {launch.source}" if launch.source else "with the same launch"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from report_logs import write_log
 from test_patching import write_tree
 
 from megatron_skyladder.cli import COMMANDS
+from megatron_skyladder.ladder.flags import add_arguments
 from megatron_skyladder.ladder.schedules import WindowSchedule
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -60,6 +62,12 @@ ENDS = {
     "doctor": 1,
     f"doctor {LAUNCH} --skyladder-start-window 8": 1,
     "plan --preset 1b-8k --json": 0,
+    f"plan torchrun --nproc-per-node 8 pretrain_gpt.py {LAUNCH}": 0,
+    f"plan --from-script {REPOSITORY}/tests/data/launches/train_llama_8b.sh": 0,
+    f"plan {LAUNCH} --hiden-size 8": 1,
+    f"doctor torchrun --nproc-per-node 8 pretrain_gpt.py {LAUNCH}": 1,
+    "flags": 0,
+    "flags round": 0,
     "compare 1b-8k 1b-32k": 0,
     "example 1b-8k": 0,
     f"slurm {REPOSITORY}/examples/slurm/1b-8k.ini": None,  # 1 where an sbatch has no cluster
@@ -81,6 +89,19 @@ def test_no_command_ends_in_a_traceback(bare: Bare, command: str) -> None:
     done = bare.run(command)
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
     assert ENDS[command] in (done.returncode, None), done.stderr
+
+
+def test_flags_are_printed_group_by_group(bare: Bare) -> None:
+    """All that training has, and nothing is loaded for it that is not here."""
+    shown = bare.run("flags").stdout
+    parser = add_arguments(argparse.ArgumentParser(add_help=False))
+    for action in parser._actions:
+        assert action.option_strings[0] in shown
+    titles = [line for line in shown.splitlines() if line.startswith("SkyLadder: ")]
+    assert len(titles) == 3 and max(map(len, shown.splitlines())) <= 100
+    some = bare.run("flags round").stdout
+    assert "--skyladder-round-to" in some and "--skyladder-alpha" not in some
+    assert "no flag has xyz" in bare.run("flags xyz").stderr
 
 
 def test_every_command_is_tried() -> None:

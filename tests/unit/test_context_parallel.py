@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_skyladder.ladder.exchange_costs import gathered_tokens, key_value_bytes, rank_costs
 from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens
 from megatron_skyladder.ladder.key_exchange import (
-    Launch,
+    KernelCall,
     RankPlan,
     Span,
     chunk_owner,
@@ -140,16 +140,16 @@ def own_positions(cp_size: int, rank: int, seq_length: int, num_tokens: int) -> 
 
 
 def visible_in(
-    launch: Launch, own: np.ndarray, received: np.ndarray, sliding_window: int | None
+    call: KernelCall, own: np.ndarray, received: np.ndarray, sliding_window: int | None
 ) -> list[tuple[int, list[int]]]:
-    """(query position, key positions) of a launch, by the definition of the bottom-right mask."""
+    """(query position, key positions) of a call, by the definition of the bottom-right mask."""
     keys_at_hand = np.concatenate((own, received))
-    queries = np.concatenate([own[slice(*span)] for span in launch.queries])
-    keys = np.concatenate([keys_at_hand[slice(*span)] for span in launch.keys])
-    assert (len(queries), len(keys)) == (launch.cu_seqlens_q[-1], launch.cu_seqlens_k[-1])
+    queries = np.concatenate([own[slice(*span)] for span in call.queries])
+    keys = np.concatenate([keys_at_hand[slice(*span)] for span in call.keys])
+    assert (len(queries), len(keys)) == (call.cu_seqlens_q[-1], call.cu_seqlens_k[-1])
     seen = []
     for (q_start, q_stop), (k_start, k_stop) in zip(
-        pairwise(launch.cu_seqlens_q), pairwise(launch.cu_seqlens_k), strict=True
+        pairwise(call.cu_seqlens_q), pairwise(call.cu_seqlens_k), strict=True
     ):
         for query in range(q_start, q_stop):
             last = k_stop - (q_stop - query)
@@ -186,9 +186,9 @@ def test_every_rank_sees_what_the_dense_mask_says_and_fetches_no_more(
         needed = np.flatnonzero(mask[own[rank]].any(axis=0))
         assert sorted(received) == sorted(set(needed) - set(own[rank]))
         seen = []
-        for launch in (plan.own, plan.joined):
-            if launch is not None:
-                seen += visible_in(launch, own[rank], received, sliding_window)
+        for call in (plan.own, plan.joined):
+            if call is not None:
+                seen += visible_in(call, own[rank], received, sliding_window)
         assert sorted(query for query, _ in seen) == sorted(own[rank])
         for query, keys in seen:
             assert keys == np.flatnonzero(mask[query]).tolist()

@@ -144,8 +144,8 @@ def test_equal_offsets_have_equal_maxima_on_every_rank(rank):
     segments = MaskCache().get(
         torch.from_numpy(row), rows_of(700, 2048, 1, cp_size=4, cp_rank=rank)
     )
-    launches = (segments.own, segments.joined)
-    equal = [x for x in launches if x and np.array_equal(x.cu_seqlens_q, x.cu_seqlens_k)]
+    calls = (segments.own, segments.joined)
+    equal = [x for x in calls if x and np.array_equal(x.cu_seqlens_q, x.cu_seqlens_k)]
     assert equal
     assert all(x.max_seqlen_q == x.max_seqlen_k for x in equal)
 

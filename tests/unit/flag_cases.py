@@ -1,0 +1,168 @@
+"""One case for each row of the table of Megatron's flags: what a launch with the flag is told.
+
+Written by hand, beside the table and not from it. `test_flag_rules` tries each case on the whole
+table, where it has to hold, and on the table without the row, where it must not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# a launch that fits; nothing in it meets a rule
+FITS = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64 "
+    "--max-position-embeddings 64 --position-embedding-type rope --tokenizer-type NullTokenizer "
+    "--vocab-size 100 --micro-batch-size 1 --global-batch-size 2 --train-iters 100 --lr 1e-3 "
+    "--attention-dropout 0 --skyladder-start-window 8"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a flag does to a launch.
+
+    Args:
+        flags: added to those of a launch that fits.
+        says: what is said of it.
+        stops: whether training may not start.
+        parser: how far Megatron 0.19's own parser gets with it: ``checks`` (all), ``parses`` (its
+            checks want a GPU or more flags), or ``unknown`` (it has no such flag).
+        model: whether the attention refuses a model with it as well, and by which name.
+    """
+
+    flags: str
+    says: str
+    stops: bool = True
+    parser: str = "checks"
+    model: str = ""
+
+
+CASES = {
+    "--attention-dropout": Case(
+        "--attention-dropout 0.1", "--attention-dropout 0", model="attention_dropout"
+    ),
+    "--window-size": Case(
+        "--window-size 16,0", "SkyLadder sets the window itself", model="window_size"
+    ),
+    "--softmax-type": Case(
+        "--softmax-type learnable", "--softmax-type vanilla", parser="parses", model="softmax_type"
+    ),
+    "--qk-clip": Case("--qk-clip", "reports its largest logit", parser="parses", model="qk_clip"),
+    "--log-max-attention-logit": Case(
+        "--log-max-attention-logit",
+        "Use --skyladder-attention-stats-interval",
+        parser="parses",
+        model="log_max_attention_logit",
+    ),
+    "--fp8-dot-product-attention": Case(
+        "--fp8-dot-product-attention",
+        "--fp8-dot-product-attention cannot",
+        parser="unknown",
+        model="fp8_dot_product_attention",
+    ),
+    "--fp8-multi-head-attention": Case(
+        "--fp8-multi-head-attention",
+        "--fp8-multi-head-attention cannot",
+        parser="unknown",
+        model="fp8_multi_head_attention",
+    ),
+    "--use-kitchen-attention": Case(
+        "--use-kitchen-attention",
+        "takes the place of Kitchen's",
+        parser="parses",
+        model="use_kitchen_attention",
+    ),
+    "--cuda-graph-impl": Case(
+        "--cuda-graph-impl local",
+        "--cuda-graph-impl=local cannot",
+        parser="parses",
+        model="cuda_graph_impl",
+    ),
+    "--enable-cuda-graph": Case(
+        "--enable-cuda-graph",
+        "--enable-cuda-graph cannot",
+        parser="parses",
+        model="enable_cuda_graph",
+    ),
+    "--external-cuda-graph": Case(
+        "--external-cuda-graph",
+        "--external-cuda-graph cannot",
+        parser="parses",
+        model="external_cuda_graph",
+    ),
+    "--sft": Case("--sft", "packs conversations into sequences", parser="parses"),
+    "--fim-data": Case("--fim-data", "reorders the tokens of a document", parser="parses"),
+    "--dataloader-inter-document-masking": Case(
+        "--dataloader-inter-document-masking", "Megatron's own mask of documents", parser="parses"
+    ),
+    "--reset-attention-mask": Case("--reset-attention-mask", "dense mask of documents"),
+    "--hybrid-context-parallel": Case(
+        "--hybrid-context-parallel", "--hybrid-context-parallel cannot", parser="parses"
+    ),
+    "--dynamic-context-parallel": Case(
+        "--dynamic-context-parallel", "--dynamic-context-parallel cannot", parser="unknown"
+    ),
+    "--sequence-packing-scheduler": Case(
+        "--sequence-packing-scheduler dp_balanced",
+        "--sequence-packing-scheduler=dp_balanced cannot",
+        parser="unknown",
+    ),
+    "--max-seqlen-per-dp-cp-rank": Case(
+        "--max-seqlen-per-dp-cp-rank 64", "--max-seqlen-per-dp-cp-rank=64 cannot"
+    ),
+    "--use-varlen-dataset": Case(
+        "--use-varlen-dataset", "--use-varlen-dataset cannot", parser="unknown"
+    ),
+    "--cp-partition-mode": Case(
+        "--cp-partition-mode contiguous", "gives context-parallel ranks other", parser="unknown"
+    ),
+    "--mtp-num-layers": Case("--mtp-num-layers 1", "layers of multi-token prediction have no"),
+    "--multi-latent-attention": Case(
+        "--multi-latent-attention", "does not take latent keys", parser="parses"
+    ),
+    "--experimental-attention-variant": Case(
+        "--experimental-attention-variant dsa", "choose what they see themselves", parser="parses"
+    ),
+    "--use-legacy-models": Case(
+        "--use-legacy-models", "do not come from megatron.core", parser="unknown"
+    ),
+    "--yaml-cfg": Case(
+        "--yaml-cfg run.yaml", "reads no flag from the command line", parser="unknown"
+    ),
+    "--perform-rl-step": Case("--perform-rl-step", "its rollouts generate text", parser="parses"),
+    "--rampup-batch-size": Case(
+        "--rampup-batch-size 1 1 100",
+        'Use --step-batch-size-schedule "0:SAMPLES TOKENS:SAMPLES',
+        stops=False,
+    ),
+    "--fp8-format": Case(
+        "--fp8-format hybrid", "attention stays in 16 bits", stops=False, parser="parses"
+    ),
+    "--fp4-format": Case(
+        "--fp4-format e2m1", "runs the linear layers in FP4", stops=False, parser="parses"
+    ),
+    "--heterogeneous-layers-config-path": Case(
+        "--heterogeneous-layers-config-path a.json",
+        "gives layers that differ",
+        stops=False,
+        parser="parses",
+    ),
+    "--attention-backend": Case(
+        "--attention-backend unfused", "SkyLadder's own choice is", stops=False
+    ),
+    "--cp-comm-type": Case(
+        "--cp-comm-type a2a", "the exchange between context-parallel ranks", stops=False
+    ),
+    "--window-attn-skip-freq": Case(
+        "--window-attn-skip-freq 2", "has no effect without --window-size", stops=False
+    ),
+    "--apply-query-key-layer-scaling": Case(
+        "--apply-query-key-layer-scaling", "divides logits and multiplies them", stops=False
+    ),
+    "--optimizer-cuda-graph": Case(
+        "--optimizer-cuda-graph", "captures the optimizer alone", stops=False, parser="parses"
+    ),
+    "--reset-position-ids": Case(
+        "--reset-position-ids", "is honoured as without SkyLadder", stops=False
+    ),
+}
