@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 EXTRAS := training,data,plot,dev
+TRANSFORMERS4 := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
 SLURM_TOOLS := munged slurmctld slurmd sbatch shellcheck ip
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client shellcheck iproute2
 
-.PHONY: help install demo test test-releases test-te test-slurm bench check format lint types clean
+.PHONY: help install demo test test-releases test-te test-slurm test-evaluate bench check format lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,19 @@ test-te: $(READY)  ## Transformer Engine, flash-attn and varlen with CPU stand-i
 	$(BIN)/python tests/te/build_te.py --python $(BIN)/python --venv .venv-te
 	PYTHONPATH=. .venv-te/bin/python -m pytest tests/te
 
+$(VENV)/.evaluate: $(READY) setup.py pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable ".[evaluate]"
+	@touch $@
+
+.venv-transformers4:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.partial \
+	  $(TRANSFORMERS4)
+	@mv $@.partial $@
+
+test-evaluate: $(VENV)/.evaluate .venv-transformers4  ## models in and out, beside transformers 4 too
+	SKYLADDER_TRANSFORMERS4=.venv-transformers4 $(PYTEST) tests/hugging_face
+
 test-slurm: $(READY)  ## jobs on a real Slurm on this machine (as root; installs it with apt)
 	@for tool in $(SLURM_TOOLS); do command -v $$tool >/dev/null || missing=$$tool; done; \
 	  [ -z "$${missing:-}" ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
@@ -62,4 +76,4 @@ types: $(READY)  ## mypy
 	$(BIN)/mypy
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) .venv-te .venv-releases demo build *.egg-info
+	rm -rf $(VENV) .venv-te .venv-releases .venv-transformers4 demo build *.egg-info

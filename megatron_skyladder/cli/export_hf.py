@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_skyladder import hugging_face
 from megatron_skyladder.data import tokenizer_flags
 
 DESCRIPTION = """\
@@ -82,6 +83,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return the exit code."""
+    hugging_face.require()
     from megatron_skyladder.hugging_face.exporting import export
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_skyladder import hugging_face
+
 DESCRIPTION = """\
 Write a Llama, Qwen2 or Qwen3 of Hugging Face as a checkpoint that Megatron's --load --finetune
 takes at any layout, and print Megatron's flags for it.
@@ -75,6 +77,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return the exit code."""
+    hugging_face.require()
     from megatron_skyladder.hugging_face.importing import import_model
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -3,3 +3,21 @@
 Needs no trainer: checkpoints are read and written as files. `checking` alone builds Megatron's own
 model, in a process of its own, to compare logits.
 """
+
+import importlib.util
+
+NEEDED = ("torch", "safetensors")
+
+
+def require() -> None:
+    """Say what is not installed, before an import fails.
+
+    Raises:
+        ValueError: a package is missing.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"this needs {' and '.join(missing)}: pip install {' '.join(missing)}, or all that "
+            "models in and out need: pip install megatron-skyladder[evaluate]."
+        )

@@ -106,11 +106,16 @@ class Architecture:
     tied: bool
     qkv_bias: bool
     qk_norm: bool
+    # Llama and Qwen3 have a bias on attention's output too where they have it on q, k, v. Megatron
+    # has it there only together with all others, so it is zero.
+    output_bias: bool = False
 
     @property
     def family(self) -> str:
-        """Which of `FAMILIES`."""
-        return "Qwen3" if self.qk_norm else "Qwen2" if self.qkv_bias else "Llama"
+        """Which of `FAMILIES`; biases on q, k, v are Qwen2's, or Llama's with `output_bias`."""
+        if self.qk_norm:
+            return "Qwen3"
+        return "Qwen2" if self.qkv_bias and not self.output_bias else "Llama"
 
 
 def from_megatron(
@@ -138,6 +143,8 @@ def from_megatron(
             f"Llama, Qwen2 and Qwen3 cannot express this model: {', '.join(wrong)}. Such a model "
             "needs modelling code of its own."
         )
+    qkv_bias = bool(getattr(args, "add_qkv_bias", False))
+    qk_norm = bool(getattr(args, "qk_layernorm", False))
     return Architecture(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -154,8 +161,9 @@ def from_megatron(
         init_std=args.init_method_std,
         rope=_megatron_rope(args, rope_scaling_factor),
         tied=not args.untie_embeddings_and_output_weights,
-        qkv_bias=bool(getattr(args, "add_qkv_bias", False)),
-        qk_norm=bool(getattr(args, "qk_layernorm", False)),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        output_bias=qkv_bias and qk_norm,
     )
 
 
@@ -258,12 +266,7 @@ def from_hugging_face(config: Mapping[str, Any]) -> Architecture:
         )
     _refuse_config(config)
     heads = config["num_attention_heads"]
-    biased = kind == "qwen2" or bool(config.get("attention_bias", False))
-    if kind == "llama" and biased:
-        raise ValueError(
-            '"attention_bias": true in a Llama puts a bias on the output projection, which '
-            "Megatron has only together with a bias everywhere."
-        )
+    output_bias = kind != "qwen2" and bool(config.get("attention_bias", False))
     return Architecture(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
@@ -277,8 +280,9 @@ def from_hugging_face(config: Mapping[str, Any]) -> Architecture:
         init_std=config.get("initializer_range", 0.02),
         rope=_hugging_face_rope(config),
         tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=biased,
+        qkv_bias=kind == "qwen2" or output_bias,
         qk_norm=kind == "qwen3",
+        output_bias=output_bias,
     )
 
 
@@ -384,11 +388,11 @@ def hugging_face_config(
         "rope_parameters": {"rope_theta": float(model.rope.base), **rope},
     }
     if model.family == "Llama":
-        config |= {"attention_bias": False, "mlp_bias": False}
+        config |= {"mlp_bias": False}
     else:
         config |= {"use_sliding_window": False}
-    if model.family == "Qwen3":
-        config |= {"attention_bias": model.qkv_bias}
+    if model.family != "Qwen2":
+        config |= {"attention_bias": model.output_bias}
     return config
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,11 @@ from megatron_skyladder.hugging_face.architecture import (
 from megatron_skyladder.hugging_face.checkpoints import Checkpoint, open_checkpoint
 from megatron_skyladder.hugging_face.folder import INDEX
 from megatron_skyladder.hugging_face.output import Staging, is_finished, write_text
-from megatron_skyladder.hugging_face.tokenizer import Tokenizer, convert
+from megatron_skyladder.hugging_face.tokenizer import (
+    Tokenizer,
+    TokenizerMismatchError,
+    convert,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +110,11 @@ def export(
     size = vocab_size or _vocab_size(flags, without_tokenizer)
     model = from_megatron(source.args, size, rope_scaling_factor)
     precision = dtype or _dtype_of(source)
-    config = hugging_face_config(model, precision)
     words: Tokenizer | None = None
-    if not without_tokenizer:
-        words = convert(flags, config, model.max_positions)
+    if without_tokenizer:
+        config = hugging_face_config(model, precision)
+    else:
+        model, words = _with_tokenizer(model, precision, flags)
         config = hugging_face_config(model, precision, bos=words.bos, eos=words.eos, pad=words.pad)
     _check_model(source, model)
     settings = {
@@ -159,6 +164,25 @@ def tokenizer_arguments(args: Namespace, given: Namespace | None) -> Namespace:
     known = {name: value for name, value in recorded.items() if value is not None}
     vars(flags).update({**known, **chosen})
     return flags
+
+
+def _with_tokenizer(
+    model: Architecture, dtype: str, flags: Namespace
+) -> tuple[Architecture, Tokenizer]:
+    """Convert the tokenizer, for another form of the model where that is needed.
+
+    transformers 5 gives every model of type qwen2 Qwen's tokenizer class, whatever the folder says,
+    which splits texts in Qwen's way. The same model as a Llama with biases keeps its tokenizer.
+    """
+    try:
+        return model, convert(flags, hugging_face_config(model, dtype), model.max_positions)
+    except TokenizerMismatchError:
+        if model.family != "Qwen2":
+            raise
+    model = replace(model, output_bias=True)
+    words = convert(flags, hugging_face_config(model, dtype), model.max_positions)
+    logger.info("written as Llama with biases: transformers reads Qwen2 with Qwen's tokenizer only")
+    return model, words
 
 
 def _vocab_size(flags: Namespace, without_tokenizer: bool) -> int:

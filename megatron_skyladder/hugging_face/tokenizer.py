@@ -60,6 +60,10 @@ _SAMPLES = (
 )
 
 
+class TokenizerMismatchError(ValueError):
+    """A sample text gets other ids than in training."""
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A tokenizer as files of a Hugging Face folder.
@@ -99,7 +103,8 @@ def convert(flags: Namespace, config: dict[str, Any], max_positions: int) -> Tok
         max_positions: tokens that the model takes.
 
     Raises:
-        ValueError: it has no counterpart, or one that encodes sample texts differently.
+        TokenizerMismatchError: it encodes sample texts differently.
+        ValueError: it has no counterpart.
     """
     for module in ("transformers", "tokenizers"):
         if importlib.util.find_spec(module) is None:
@@ -154,7 +159,8 @@ def _check(
     """Load it as a user will and compare ids.
 
     Raises:
-        ValueError: some text gets other ids.
+        TokenizerMismatchError: some text gets other ids.
+        ValueError: documents end with another token.
     """
     from transformers import AutoTokenizer
 
@@ -170,7 +176,7 @@ def _check(
         theirs, ours = expected[wrong[0]], found[wrong[0]]
         pairs = zip_longest(theirs, ours)
         place = next(i for i, (their, our) in enumerate(pairs) if their != our)
-        raise ValueError(
+        raise TokenizerMismatchError(
             f"the converted tokenizer encodes {len(wrong)} of {len(texts)} sample texts otherwise "
             f"than Megatron's; the first is {texts[wrong[0]][:40]!r}, from token {place} on: "
             f"{ours[place:][:8]} instead of {theirs[place:][:8]}. Nothing was written. Leave the "

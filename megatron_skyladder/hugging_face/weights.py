@@ -52,7 +52,7 @@ LOCAL_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-O_BIAS = "self_attn.o_proj.bias"  # Qwen3 has it together with the others; Megatron never does
+OUTPUT_BIAS = "self_attn.o_proj.bias"  # see Architecture.output_bias
 
 
 def hugging_face_layer(index: int) -> str:
@@ -85,9 +85,9 @@ def layer_to_hugging_face(weights: Mapping[str, torch.Tensor], model: Architectu
             kind = name.rpartition(".")[2]
             for letter, part in zip("qkv", split_qkv(tensor, model), strict=True):
                 converted[f"self_attn.{letter}_proj.{kind}"] = part
-    if O_BIAS in hugging_face_layer_shapes(model):
+    if model.output_bias:
         sample = weights[f"{QKV}.bias"]
-        converted[O_BIAS] = sample.new_zeros(model.hidden_size)
+        converted[OUTPUT_BIAS] = sample.new_zeros(model.hidden_size)
     return converted
 
 
@@ -101,10 +101,10 @@ def layer_to_megatron(weights: Mapping[str, torch.Tensor], model: Architecture) 
     _compare_names(weights, expected)
     for name, tensor in weights.items():
         _check_shape(name, tensor, expected[name])
-    if O_BIAS in weights and weights[O_BIAS].any():
+    if OUTPUT_BIAS in weights and weights[OUTPUT_BIAS].any():
         raise ValueError(
-            f"{O_BIAS} is not zero, and Megatron has no bias there without having it everywhere "
-            "(--disable-bias-linear is needed for this model)."
+            f"{OUTPUT_BIAS} is not zero. Megatron has a bias there only together with one "
+            "everywhere, which these models have not."
         )
     converted = {name: weights[other] for name, other in RENAMED.items() if other in weights}
     converted[GATE_AND_UP] = torch.cat(
@@ -196,8 +196,8 @@ def hugging_face_layer_shapes(model: Architecture) -> Shapes:
         shapes[f"self_attn.{letter}_proj.weight"] = (rows, model.hidden_size)
         if model.qkv_bias:
             shapes[f"self_attn.{letter}_proj.bias"] = (rows,)
-    if model.qkv_bias and model.family == "Qwen3":
-        shapes[O_BIAS] = (model.hidden_size,)
+    if model.output_bias:
+        shapes[OUTPUT_BIAS] = (model.hidden_size,)
     for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
         shapes[name] = (model.ffn_hidden_size, model.hidden_size)
     return shapes

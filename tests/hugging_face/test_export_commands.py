@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from random_models import LLAMA, assert_same_model, write_model
 
+from megatron_skyladder import hugging_face
 from megatron_skyladder.cli import main
 
 
@@ -48,3 +49,15 @@ def test_what_is_wrong_is_said_in_one_line(
     (source / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     assert main(["import-hf", str(source), str(tmp_path / "out")]) == 1
     assert "skyladder import-hf: config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["export-hf", "import-hf"])
+def test_missing_packages_are_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    monkeypatch.setattr(hugging_face, "NEEDED", ("no_such_package",))
+    assert main([command, str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "this needs no_such_package: pip install no_such_package" in capsys.readouterr().err

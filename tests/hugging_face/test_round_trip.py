@@ -26,7 +26,12 @@ CHANGES = {
     "tied": {"tied": True, "rope": Rope(500_000, "linear", 2.0)},
     "qwen2": {"qkv_bias": True, "rope": Rope(10_000, "llama3", 8.0)},
     "qwen3": {"qk_norm": True, "head_dim": 12, "norm_epsilon": 1e-6},
-    "qwen3 with bias": {"qk_norm": True, "qkv_bias": True, "num_groups": 4},
+    "qwen3 with bias": {
+        "qk_norm": True,
+        "qkv_bias": True,
+        "output_bias": True,
+        "num_groups": 4,
+    },
 }
 
 
@@ -163,7 +168,7 @@ def damaged(folder: Path, **changes: object) -> Path:
     ("changes", "message"),
     [
         ({"model_type": "gemma2"}, "'gemma2'. Megatron checkpoints can be made of llama, qwen2"),
-        ({"attention_bias": True}, "bias on the output projection"),
+        ({"attention_bias": True}, "lacks 16, such as model.layers.0.self_attn.k_proj.bias"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),

@@ -14,8 +14,8 @@ from random_models import LLAMA, write_model
 from trained import VOCAB_SIZE
 
 from megatron_skyladder.data import tokenizer_flags
-from megatron_skyladder.hugging_face import tokenizer
-from megatron_skyladder.hugging_face.architecture import hugging_face_config
+from megatron_skyladder.hugging_face import checking, tokenizer
+from megatron_skyladder.hugging_face.architecture import Architecture, hugging_face_config
 from megatron_skyladder.hugging_face.exporting import export, tokenizer_arguments
 from megatron_skyladder.hugging_face.importing import import_model
 
@@ -277,3 +277,23 @@ def test_a_missing_package_is_named(
     )
     with pytest.raises(ValueError, match=f"needs the package {missing}: pip install"):
         convert("Llama2Tokenizer", tmp_path)
+
+
+def test_qwen2_would_get_qwens_tokenizer(tmp_path: Path) -> None:
+    """transformers 5 does not ask the folder for the class; as a Llama with biases it does."""
+    model = Architecture(**{**vars(LLAMA), "qkv_bias": True})
+    source = write_model(tmp_path / "model", model)
+    checkpoint = import_model(source, tmp_path / "megatron").folder
+    pieces = tiny.make_sentencepiece(tmp_path / "tokenizer.model", **IDENTITY)
+    with pytest.raises(tokenizer.TokenizerMismatchError):
+        config = hugging_face_config(model, "float32")
+        tokenizer.convert(flags("Llama2Tokenizer", pieces), config, 64)
+    done = export(checkpoint, tmp_path / "out", tokenizer=named("Llama2Tokenizer", pieces))
+    assert (done.model.family, done.model.output_bias) == ("Llama", True)
+    reference = tokenizer_flags.build_tokenizer(flags("Llama2Tokenizer", pieces))
+    loaded = transformers.AutoTokenizer.from_pretrained(done.folder)
+    texts = many_texts()[:50]
+    assert [loaded(text).input_ids for text in texts] == reference.encode_batch(texts)
+    tokens = checking.sample_tokens(hugging_face_config(model, "float32"))
+    qwen, llama = (checking.hugging_face_logits(f, tokens) for f in (source, done.folder))
+    assert checking.difference(qwen, llama).difference < 1e-5
