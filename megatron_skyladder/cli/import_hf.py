@@ -92,5 +92,5 @@ def run(args: argparse.Namespace) -> int:
     )
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
-    print("\n".join([*done.flags, *([" ".join(done.ladder)] if done.ladder else [])]))
+    print("\n".join(done.flags))
     return 0

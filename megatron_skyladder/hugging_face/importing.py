@@ -52,15 +52,14 @@ class Imported:
     Args:
         folder: for ``--load``.
         model: what it is.
-        flags: Megatron's, to load and to go on training it.
-        ladder: the flags of an extension, None where no longer context was asked for.
+        flags: Megatron's, to load and to go on training it; with a ladder where a longer context
+            was asked for.
         notes: what a user has to know.
     """
 
     folder: Path
     model: Architecture
     flags: list[str]
-    ladder: list[str] | None
     notes: list[str]
 
 
@@ -104,8 +103,10 @@ def import_model(
     _write(target, tensors, model, padded, precision, Path(source))
     flags = _flags(longer or model, target, Path(source), precision, divisor)
     notes = _notes(model, longer, tensor_parallel, padded)
-    ladder = None if longer is None else ["--skyladder-preset", "extend-context"]
-    return Imported(target, model, flags, ladder, notes)
+    if longer is not None:  # the preset wants the length that the model was trained with
+        flags.append("--skyladder-preset extend-context")
+        flags.append(f"--skyladder-start-window {model.max_positions}")
+    return Imported(target, model, flags, notes)
 
 
 class _Layers:

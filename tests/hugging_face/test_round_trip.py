@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from megatron_skyladder.hugging_face.architecture import (
 from megatron_skyladder.hugging_face.checkpoints import open_checkpoint
 from megatron_skyladder.hugging_face.exporting import export
 from megatron_skyladder.hugging_face.importing import import_model
+from megatron_skyladder.ladder.flags import config_from_args
 from megatron_skyladder.testing import requires_megatron
 
 CHANGES = {
@@ -113,14 +115,20 @@ def test_training_goes_on_alike_at_every_layout(runs: Runs, tmp_path: Path) -> N
 def test_printed_flags_set_what_the_model_is(runs: Runs, tmp_path: Path) -> None:
     source = write_model(tmp_path / "hf", LLAMA, "bfloat16")
     done = import_model(source, tmp_path / "megatron", seq_length=4 * SEQ_LENGTH)
-    assert done.ladder == ["--skyladder-preset", "extend-context"]
+    assert done.flags[-2:] == [
+        "--skyladder-preset extend-context",
+        f"--skyladder-start-window {SEQ_LENGTH}",
+    ]
     words = [word for flag in done.flags for word in flag.split()]
     out = tmp_path / "args.json"
     runs.pool.run(
         "trained_bodies:parse",
         num_processes=1,
         folder=tmp_path / "parse",
-        arguments={"flags": [*words, "--micro-batch-size", "1"], "out": str(out)},
+        arguments={
+            "flags": [*words, *["--micro-batch-size", "1", "--global-batch-size", "2"]],
+            "out": str(out),
+        },
     )
     args = json.loads(out.read_text())
     recorded = vars(open_checkpoint(done.folder).args)
@@ -132,6 +140,8 @@ def test_printed_flags_set_what_the_model_is(runs: Runs, tmp_path: Path) -> None
     assert args["seq_length"] == args["max_position_embeddings"] == 4 * SEQ_LENGTH
     assert args["rotary_base"] == round(10_000 * 4 ** (8 / 6))
     assert (args["bf16"], args["finetune"]) == (True, True)
+    ladder = config_from_args(Namespace(**args, train_iters=100))
+    assert ladder.fingerprint.startswith("linear 64 -> 256, fraction 0.4 of 100 steps")
     assert "rotary base 10,000 for 64 positions becomes 63,496 for 256" in " ".join(done.notes)
 
 
