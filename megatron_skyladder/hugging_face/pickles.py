@@ -16,6 +16,8 @@ from typing import IO, Any
 
 import torch
 
+from megatron_skyladder.ladder.schedules import Stage
+
 # packages whose classes are replaced by `Foreign`: none of their code runs
 FOREIGN = (
     "megatron",
@@ -41,7 +43,6 @@ ALLOWED = {
     ("io", "BytesIO"),
     ("_io", "BytesIO"),
     ("fractions", "Fraction"),
-    ("megatron_skyladder.ladder.schedules", "Stage"),
     ("datetime", "timedelta"),
     ("pathlib", "Path"),
     ("pathlib", "PosixPath"),
@@ -61,6 +62,11 @@ ALLOWED = {
     ("torch.serialization", "_get_layout"),
     ("torch.storage", "UntypedStorage"),
     ("torch.storage", "TypedStorage"),
+}
+# our first release left its stages in Megatron's arguments
+STAGES = {
+    ("megatron_skyladder.schedules", "Stage"),
+    ("megatron_skyladder.ladder.schedules", "Stage"),
 }
 # what the metadata of torch.distributed.checkpoint is made of: dataclasses and enumerations
 METADATA_MODULES = {
@@ -106,6 +112,8 @@ class AllowlistUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED:
             return super().find_class(module, name)
+        if (module, name) in STAGES:
+            return Stage
         if module in METADATA_MODULES and name in METADATA_NAMES:
             return super().find_class(module, name)
         if module == "torch":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from histories import LADDER, WINDOWS, History, assert_same_history
 from runs import SEQ_LENGTH, Run, Trainer
@@ -75,6 +77,23 @@ def test_another_schedule_on_resume(trainer: Trainer) -> None:
     assert "schedule changed on resume, as allowed" in allowed.log()
     assert allowed.windows == {24: 38, 32: 48, 40: 58, 48: 64, 56: 64}
     history.go_on(OTHER)  # what was saved since carries the new schedule
+
+
+def test_a_curve_of_ones_own(trainer: Trainer, tmp_path: Path) -> None:
+    """Points from a file are in the fingerprint: edited, they are another schedule."""
+    points = tmp_path / "ladder.csv"
+    points.write_text("share,window\n0,8\n0.25,16\n0.25,32\n0.75,final\n")
+    flags = f"--micro-batch-size 4 --skyladder-schedule points --skyladder-points {points}"
+    history = History(trainer, flags)
+    history.go_on("--exit-interval 3")
+    curve = points.read_text()
+    points.write_text(curve.replace("32", "48"))
+    refused = history.go_on(exit_codes=(1,))
+    assert "checkpoint: points 0:8 0.25:16 0.25:32 0.75:64 of 8 steps;" in refused.log()
+    assert "this run:   points 0:8 0.25:16 0.25:48 0.75:64 of 8 steps;" in refused.log()
+    points.write_text(curve)
+    history.go_on()
+    assert list(history.merged("windows").values()) == [8, 12, 32, 40, 48, 56, 64, 64]
 
 
 def test_continuing_from_a_stock_checkpoint(trainer: Trainer) -> None:

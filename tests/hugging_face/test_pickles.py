@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
+import types
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from megatron_skyladder.hugging_face import pickles
 from megatron_skyladder.hugging_face.checkpoints import open_checkpoint
 from megatron_skyladder.hugging_face.exporting import export
 from megatron_skyladder.hugging_face.importing import import_model
+from megatron_skyladder.ladder import schedules
 
 
 class Harmful:
@@ -91,6 +94,25 @@ def test_format_torch_runs_no_code(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
     assert open_checkpoint(folder, trust=True).iteration == 2
     assert (tmp_path / "ran").exists()
+
+
+def test_stages_of_our_first_release_are_on_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lay in Megatron's arguments, under the module's name of then."""
+    former = types.ModuleType("megatron_skyladder.schedules")
+
+    class Stage:
+        def __init__(self, window: int) -> None:
+            self.window = window
+
+    Stage.__module__, Stage.__qualname__ = former.__name__, "Stage"
+    former.Stage = Stage  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, former.__name__, former)
+        folder = make_legacy(tmp_path / "run", skyladder_stages=[Stage(128)])
+    (stage,) = open_checkpoint(folder).args.skyladder_stages
+    assert type(stage) is schedules.Stage and stage.window == 128
 
 
 def test_what_megatron_puts_into_arguments_is_on_the_list(tmp_path: Path) -> None:
