@@ -20,6 +20,7 @@ from megatron_skyladder.ladder.presets import PAPER_RUNS
 from megatron_skyladder.planning import examples, layouts
 from megatron_skyladder.planning.devices import DEVICES
 from megatron_skyladder.planning.examples import VARIANTS, example
+from megatron_skyladder.planning.launch import from_script
 from megatron_skyladder.planning.layouts import (
     GPU_MEMORY_GIB,
     GPUS_PER_NODE,
@@ -31,6 +32,10 @@ from megatron_skyladder.testing import ProcessPool, requires_megatron
 LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "pretrain.sh"
 # 32,000 tokens without the tokenizer's file
 DATA = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "32000", "--mock-data"]
+
+
+NO_TOKENIZER = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "32000"]
+LAUNCHES = Path(__file__).parents[1] / "data" / "launches"
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +181,30 @@ def test_every_example_passes_megatrons_parser(pool: ProcessPool, tmp_path: Path
         assert found["schedule"].endswith(
             "documents masked" if variant.endswith("document") else "documents not masked"
         ), name
+
+
+@requires_megatron
+def test_launch_scripts_pass_megatrons_parser_as_plan_reads_them(
+    pool: ProcessPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two typical scripts, with the flags that plan says are to be added: the same schedule."""
+    wanted, planned = {}, {}
+    for name, variable, value in (
+        ("train_llama_8b.sh", "NUM_NODES", "16"),
+        ("train_moe.sh", "EXTRA_ARGS", ""),
+    ):
+        script = ["--from-script", str(LAUNCHES / name), "--set", f"{variable}={value}"]
+        assert main(["plan", "--json", *script]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        planned[name] = plan["schedule"]
+        words = from_script(str(LAUNCHES / name), {variable: value}).words
+        wanted[name] = [*words, *plan["verdict"]["add"], *NO_TOKENIZER]
+    results = tmp_path / "results.json"
+    arguments = {"command_lines": wanted, "world_size": 128, "results": str(results)}
+    pool.run("example_bodies:parse_all", num_processes=1, folder=tmp_path, arguments=arguments)
+    parsed = json.loads(results.read_text())
+    assert {name: found["schedule"] for name, found in parsed.items()} == planned
+    assert parsed["train_llama_8b.sh"]["data_parallel_size"] == 128 // 4
 
 
 def _schedule(run_name: str, variant: str) -> str:

@@ -250,3 +250,18 @@ def test_losses_come_first_also_in_a_fresh_total() -> None:
         {"lm loss": torch.ones(1)}, totals, {"skyladder/window": 8}, skipped=False
     )
     assert list(totals) == ["lm loss", "skyladder/window"]
+
+
+def test_the_end_of_a_run_whose_batch_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's own global batch size is the smallest one there; the time left came out as 0."""
+    from megatron_skyladder.megatron_lm import adapter
+
+    options = Namespace(
+        train_samples=None,
+        train_iters=10,
+        seq_length=64,
+        global_batch_size=2,
+        step_batch_size_schedule="0:2 512:4",  # from 8 samples on
+    )
+    monkeypatch.setattr(adapter.compat, "args", lambda: options)
+    assert adapter.MegatronLM().total_samples == 4 * 2 + 6 * 4
