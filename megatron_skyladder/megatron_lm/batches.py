@@ -8,8 +8,7 @@ import torch
 
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.megatron_lm import compat
-from megatron_skyladder.runtime import metrics
-from megatron_skyladder.runtime.document_mask import BATCH_KEYS, Batch, HostTap, document_mask
+from megatron_skyladder.runtime.document_mask import BATCH_KEYS, Batch, HostTap, training_mask
 
 
 def get_batch(
@@ -41,8 +40,4 @@ def get_batch(
         next(tap)
     if not masks_documents:
         return batch, None
-    assert active is not None
-    window = active.window(training=True)
-    mask = document_mask(tap.latest, active.config, window)
-    metrics.meter().count(mask, window, num_rows=int(mask[-1]) // active.config.seq_length)
-    return batch, mask
+    return batch, training_mask(tap.latest)

@@ -76,5 +76,4 @@ def document_mask(data_iterator: Any, attention_mask: Any, model: Any) -> Any:
         if data_iterator.latest is None:  # a middle pipeline stage: Megatron reads nothing there
             next(data_iterator)
         row_batch = data_iterator.latest
-    active = clock.current()
-    return document_mask.document_mask(row_batch, active.config, active.window(training=True))
+    return document_mask.training_mask(row_batch)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_skyladder.ladder import fragments
+from megatron_skyladder.ladder import clock, fragments
 from megatron_skyladder.ladder.config import SkyLadderConfig
-from megatron_skyladder.runtime import trainer
+from megatron_skyladder.runtime import metrics, trainer
 
 Batch = dict[str, torch.Tensor | None]
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -38,6 +38,24 @@ class HostTap:
         # a shallow copy: Megatron moves the tensors to the device in the dict it gets
         self.latest = next(self._iterator)
         return dict(self.latest)
+
+
+def training_mask(row_batch: dict[str, torch.Tensor] | None) -> torch.Tensor:
+    """Return the document mask of a training micro-batch, and count the work that it leaves.
+
+    Every integration gets its masks here, so that none can leave out what is logged of them.
+
+    Args:
+        row_batch: the dataset's batch on the host, on tensor-parallel rank 0; elsewhere unused.
+
+    Returns:
+        int32 [N + 1], on the host: cu_seqlens of the fragments over all rows.
+    """
+    active = clock.current()
+    window = active.window(training=True)
+    mask = document_mask(row_batch, active.config, window)
+    metrics.meter().count(mask, window, num_rows=int(mask[-1]) // active.config.seq_length)
+    return mask
 
 
 def document_mask(

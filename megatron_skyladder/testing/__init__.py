@@ -15,11 +15,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,14 @@ class ProcessPool:
     """Runs functions on several processes that have imported Megatron before they start.
 
     One job at a time; two pools may run side by side.
+
+    Args:
+        python_path: folders that come first on the processes' path, such as a Megatron-LM checkout
+            in the place of the installed one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, python_path: Sequence[Path] = ()) -> None:
+        self._python_path = [str(folder) for folder in python_path]
         self._server: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> ProcessPool:
@@ -99,7 +105,7 @@ class ProcessPool:
             "num_processes": num_processes,
             "folder": str(folder),
             "environment": dict(environment or {}),
-            "path": [entry for entry in sys.path if entry],
+            "path": [*self._python_path, *(entry for entry in sys.path if entry)],
             "port": _free_port(),
             "timeout_seconds": timeout_seconds,
         }
@@ -122,11 +128,17 @@ class ProcessPool:
             self._server = subprocess.Popen(
                 [sys.executable, "-m", "megatron_skyladder.testing.worker"],
                 cwd=package,  # so that -m finds the package where it is not installed
+                env=self._environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
             )
         return self._server
+
+    def _environment(self) -> dict[str, str]:
+        """Return this process's, with the path."""
+        path = [*self._python_path, os.environ.get("PYTHONPATH", "")]
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 def log_tails(folder: Path, num_processes: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -182,6 +183,13 @@ class Trainer:
             )
             self._checkpoints[architecture] = folder
         return self._checkpoints[architecture]
+
+    def on(self, pool: ProcessPool) -> Trainer:
+        """Return a trainer whose runs go to another pool, on the same data."""
+        other = copy.copy(self)
+        other.pool = pool
+        other.folder = self.new_folder("other")
+        return other
 
     def new_folder(self, name: str) -> Path:
         """Return a folder that nothing has used."""

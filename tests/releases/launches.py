@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from megatron_skyladder.data.indexed import IndexedWriter
 from megatron_skyladder.megatron_lm import releases
 from megatron_skyladder.report import runlog
 
+ENTRY_POINT = "megatron_skyladder.pretrain_gpt"
 REPOSITORY = Path(__file__).parents[2]
 EOD = 127  # ends each document of the data below
 SMALL_MODEL = """
@@ -84,6 +86,7 @@ def launch(
     num_processes: int = 1,
     environment: dict[str, str] | None = None,
     fails: bool = False,
+    stop_time: bool = False,
 ) -> tuple[runlog.RunLog, str]:
     """Train and return the log, parsed and whole.
 
@@ -95,14 +98,20 @@ def launch(
         num_processes: ranks.
         environment: added variables.
         fails: whether the run is to end with an error, rather than well.
+        stop_time: let time stand still, for `every_figure`.
     """
-    entry = ["-m", "megatron_skyladder.pretrain_gpt"]
+    entry = ["-m", ENTRY_POINT]
     if script is not None:
         entry = ["-m", "megatron_skyladder.cpu", str(script)]
+    if stop_time:
+        stopped_clock = Path(__file__).with_name("stopped_clock.py")
+        entry = ["-m", "megatron_skyladder.cpu", str(stopped_clock), str(script or ENTRY_POINT)]
     path = [str(folder) for folder in (megatron, REPOSITORY) if folder]
+    logs = Path(tempfile.mkdtemp(prefix="logs-", dir=data.folder))
     result = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--log-dir", str(logs), "--redirects", "3"),  # or the ranks' lines run together
             *("--nproc-per-node", str(num_processes), *entry),
             *(*SMALL_MODEL.split(), *data.flags(megatron), *flags),
         ],
@@ -120,8 +129,10 @@ def launch(
         stderr=subprocess.STDOUT,
         timeout=1800,  # a minute, on a machine with nothing else to do
     )
-    assert (result.returncode != 0) == fails, "\n".join(result.stdout.splitlines()[-60:])
-    return runlog.parse(result.stdout), result.stdout
+    files = [path for rank in range(num_processes) for path in logs.rglob(f"{rank}/std*.log")]
+    text = "".join(path.read_text(errors="replace") for path in files) + result.stdout
+    assert (result.returncode != 0) == fails, "\n".join(text.splitlines()[-60:])
+    return runlog.parse(text), text
 
 
 def figures(log: runlog.RunLog) -> list[tuple[float | None, ...]]:
@@ -129,3 +140,9 @@ def figures(log: runlog.RunLog) -> list[tuple[float | None, ...]]:
     trained = [(entry.loss, entry.values["grad norm"], entry.window) for entry in log.iterations]
     assert len(trained) >= 5, "the log has too few iterations"
     return trained + [(validation.loss,) for validation in log.validations]
+
+
+def every_figure(log: runlog.RunLog) -> list[dict[str, float]]:
+    """Return all numbers of all lines; of a run for which time stood still."""
+    assert len(log.iterations) >= 5, "the log has too few iterations"
+    return [entry.values for entry in (*log.iterations, *log.validations)]

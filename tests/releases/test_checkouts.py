@@ -5,6 +5,7 @@ main). They are copied before anything is done to them. About four minutes for e
 Megatron needs to build its dataset helpers (make, a C++ compiler, pybind11).
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -15,7 +16,15 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from launches import DOCUMENTS_MASKED, LADDER, REPOSITORY, figures, launch, require
+from launches import (
+    DOCUMENTS_MASKED,
+    LADDER,
+    REPOSITORY,
+    every_figure,
+    figures,
+    launch,
+    require,
+)
 
 from megatron_skyladder.cli import main as skyladder
 from megatron_skyladder.megatron_lm import releases
@@ -26,6 +35,7 @@ LAYOUTS = {
     "one": [],
     "tp2": ["--tensor-model-parallel-size", "2"],
     "pp2": ["--pipeline-model-parallel-size", "2"],
+    "tp2-pp2": ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"],
     "pp4": ["--pipeline-model-parallel-size", "4"],
     "cp2": ["--context-parallel-size", "2", "--eod-mask-loss"],
 }
@@ -34,6 +44,8 @@ OWN_TESTS = (  # of the files that the patch touches; older releases have fewer
     *("test_eval_batch_size.py", "test_start_eval_at_iter.py", "data/test_get_batch.py"),
     "test_num_floating_point_operations.py",
 )
+# weights too: scripts make the model's configuration before they switch SkyLadder on
+DRAWN = ["--skyladder-init", "reference", "--init-method-std", "0.02"]
 SPEC = ["--spec", "megatron_skyladder.layer_specs", "skyladder"]
 TAGS = [release.checkout.split()[0] for release in releases.RELEASES.values()]
 
@@ -41,7 +53,7 @@ pytestmark = requires_megatron
 
 
 def num_processes(layout):
-    return int(LAYOUTS[layout][1]) if layout != "one" else 1
+    return math.prod(int(word) for word in LAYOUTS[layout] if word.isdigit())
 
 
 @pytest.fixture(scope="module", params=TAGS)
@@ -59,7 +71,7 @@ def checkouts(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def entry_point(checkouts, data):
-    """Figures of our entry point on the stock checkout, by flags and layout."""
+    """Logs of our entry point on the stock checkout, by flags and layout."""
 
     @cache
     def run(flags, layout):
@@ -68,8 +80,9 @@ def entry_point(checkouts, data):
             *(*flags, *LAYOUTS[layout]),
             megatron=checkouts / "stock",
             num_processes=num_processes(layout),
+            stop_time=True,
         )
-        return figures(log)
+        return log
 
     return run
 
@@ -154,13 +167,28 @@ def test_without_our_flags_no_bit_changes(checkouts, data, tmp_path):
         assert all(torch.equal(other[name], stock[name]) for name in stock)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "pp4", "cp2"])
-def test_the_patched_script_trains_as_our_entry_point(checkouts, data, entry_point, layout):
+@pytest.mark.parametrize(
+    ("layout", "flags"),
+    [
+        ("tp2-pp2", LADDER),
+        ("tp2-pp2", DOCUMENTS_MASKED),
+        ("pp4", DOCUMENTS_MASKED),
+        ("cp2", DOCUMENTS_MASKED),
+    ],
+    ids=["tp2-pp2-window", "tp2-pp2-documents", "pp4-documents", "cp2-documents"],
+)
+def test_the_patched_script_logs_what_our_entry_point_logs(
+    checkouts, data, entry_point, layout, flags
+):
     if layout == "pp4" and "main" not in checkouts.name:
         pytest.skip("two middle stages behave as one; tried on main only")
-    log, text = run_script(data, checkouts / "patched", layout, *DOCUMENTS_MASKED)
-    assert "mask probe passed" in text and "documents masked" in text
-    assert figures(log) == entry_point(tuple(DOCUMENTS_MASKED), layout)
+    flags = [*flags, *DRAWN, "--log-throughput"]
+    log, text = run_script(data, checkouts / "patched", layout, *flags, stop_time=True)
+    assert "mask probe passed" in text and "documents" in text
+    found, wanted = every_figure(log), every_figure(entry_point(tuple(flags), layout))
+    for each, other in zip(found, wanted, strict=True):
+        assert each == other
+    assert log.iterations[-1].tflops_per_gpu > 0
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "cp2"])
@@ -172,10 +200,10 @@ def test_spec_alone_brings_the_ladder(checkouts, data, entry_point, layout, tmp_
         variables = {"SKYLADDER_CONFIG": str(settings)}
     log, text = run_script(data, checkouts / "stock", layout, *SPEC, environment=variables)
     assert "mask probe passed" in text and "documents are not masked: --spec" in text
-    assert figures(log) == entry_point(tuple(LADDER), layout)
+    assert figures(log) == figures(entry_point(tuple(LADDER), layout))
     if layout == "cp2":  # the script's own loss function, and ranks that count unequally
         in_one_process = entry_point((*LADDER, "--eod-mask-loss"), "one")
-        for found, wanted in zip(figures(log), in_one_process, strict=True):
+        for found, wanted in zip(figures(log), figures(in_one_process), strict=True):
             assert found == pytest.approx(wanted, rel=1e-4)
 
 
@@ -186,4 +214,4 @@ def test_our_entry_point_takes_a_patched_checkout(checkouts, data, entry_point):
         megatron=checkouts / "patched",
         num_processes=2,
     )
-    assert figures(log) == entry_point(tuple(DOCUMENTS_MASKED), "pp2")
+    assert figures(log) == figures(entry_point(tuple(DOCUMENTS_MASKED), "pp2"))
