@@ -93,6 +93,11 @@ class FlagRule:
         """Its name in Megatron's arguments and configurations."""
         return self.attribute or self.flag.removeprefix("--").replace("-", "_")
 
+    @property
+    def advice(self) -> str:
+        """What to do, as a sentence; empty where nothing is to be done."""
+        return self.do or (f"Set {self.set_to}." if self.set_to else "")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -109,8 +114,7 @@ class Finding:
     def __str__(self) -> str:
         """Return what was given, why it matters, and what to do."""
         head = "cannot be combined with SkyLadder: " if self.rule.effect.stops else ""
-        advice = self.rule.do or (f"Set {self.rule.set_to}." if self.rule.set_to else "")
-        return f"{self.given} {head}{self.rule.why}.{f' {advice}' if advice else ''}"
+        return f"{self.given} {head}{self.rule.why}. {self.rule.advice}".rstrip()
 
     @property
     def given(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 COMMANDS = {
     "demo": "pretrain a small model twice on this machine: constant window and SkyLadder",
     "plan": "what a schedule does to windows, work, time and cost, before you launch",
-    "flags": "the training flags that SkyLadder adds to Megatron's, each with its meaning",
+    "flags": "the training flags that SkyLadder adds, and those of Megatron's that matter to it",
     "compare": "several schedules side by side, and the rate that fits a budget",
     "prepare": "text (JSON lines, Parquet, plain files) -> Megatron's .bin/.idx",
     "example": "Megatron's flags for the paper's runs, each with where it comes from",
@@ -31,7 +31,8 @@ EPILOG = """\
 a run from beginning to end:
   skyladder doctor                                        what is installed, what will be used
   skyladder prepare --input corpus/ --output-prefix data/cc --tokenizer-type ...
-  skyladder plan --preset 1b-8k --device h100 --gpus 8    before you launch
+  skyladder plan torchrun ... pretrain_gpt.py <flags>     does it fit, what does it save
+  skyladder flags                                         the flags to add
   torchrun ... -m megatron_skyladder.pretrain_gpt <Megatron's flags> --skyladder-start-window 32
   skyladder report runs/constant runs/ladder              what came out
 

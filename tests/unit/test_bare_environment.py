@@ -9,6 +9,7 @@ import subprocess
 import venv
 from pathlib import Path
 
+import flag_cases
 import numpy as np
 import pytest
 from report_logs import write_log
@@ -68,6 +69,7 @@ ENDS = {
     f"doctor torchrun --nproc-per-node 8 pretrain_gpt.py {LAUNCH}": 1,
     "flags": 0,
     "flags round": 0,
+    "flags --megatron": 0,
     "compare 1b-8k 1b-32k": 0,
     "example 1b-8k": 0,
     f"slurm {REPOSITORY}/examples/slurm/1b-8k.ini": None,  # 1 where an sbatch has no cluster
@@ -102,6 +104,15 @@ def test_flags_are_printed_group_by_group(bare: Bare) -> None:
     some = bare.run("flags round").stdout
     assert "--skyladder-round-to" in some and "--skyladder-alpha" not in some
     assert "no flag has xyz" in bare.run("flags xyz").stderr
+
+
+def test_megatrons_flags_that_matter_are_printed(bare: Bare) -> None:
+    shown = bare.run("flags --megatron").stdout
+    assert all(f"\n  {flag}\n" in shown for flag in flag_cases.CASES)
+    assert shown.startswith("Refused: it asks for what SkyLadder cannot do\n")
+    assert max(map(len, shown.splitlines())) <= 100
+    some = bare.run("flags --megatron dropout").stdout
+    assert "Set --attention-dropout 0." in some and "--qk-clip" not in some
 
 
 def test_every_command_is_tried() -> None:
