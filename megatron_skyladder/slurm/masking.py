@@ -57,8 +57,8 @@ def refuse(text: str, where: str) -> None:
     if found is not None:
         raise ValueError(
             f"{where} spells out what looks like a secret ({found}), and would be written into "
-            "files that others read. Name the variable in [variables], without a value, and export "
-            "it in the shell that submits."
+            "files that others read. Name the variable alone in [variables], and export it in the "
+            "shell that submits."
         )
 
 

@@ -19,6 +19,7 @@ from megatron_skyladder.slurm import masking
 
 FILE_NAME = "settings.json"
 DEFAULT_ENTRY = "megatron_skyladder.pretrain_gpt"
+NO_VALUE = "\0"  # of a key without "=", which is not the same as an empty one
 KINDS = ("bare", "pyxis", "apptainer")
 # [section] -> the keys it knows; [slurm] takes every long option of sbatch beside these
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -42,7 +43,7 @@ class Environment:
         python: the interpreter after these lines.
         variables: set for the whole job.
         passed: names of variables that a job gets from the environment of sbatch: secrets, and
-            what the file names without a value. Their values are written nowhere.
+            what the file names without "=". Their values are written nowhere.
     """
 
     kind: str = "bare"
@@ -164,9 +165,16 @@ def _read_sections(path: Path) -> dict[str, dict[str, str]]:
             f"{path} has a section [{min(unknown)}]. Known are: {', '.join(SECTIONS)}."
         )
     sections = {
-        name: {key: value or "" for key, value in parser[name].items()} if name in parser else {}
+        name: {key: NO_VALUE if value is None else value for key, value in parser[name].items()}
+        if name in parser
+        else {}
         for name in SECTIONS
     }
+    sections["slurm"] = {key: value.strip(NO_VALUE) for key, value in sections["slurm"].items()}
+    for name in ("run", "environment", "survival"):
+        bare = next((key for key, value in sections[name].items() if value == NO_VALUE), None)
+        if bare in SECTIONS[name]:
+            raise ValueError(f"{path} has {bare} in [{name}] without a value: give {bare} = ...")
     for name, keys in SECTIONS.items():
         wrong = [key for key in sections[name] if key not in keys]
         if name in ("run", "environment", "survival") and wrong:
@@ -218,9 +226,10 @@ def _split_variables(
     section: dict[str, str],
 ) -> tuple[dict[str, str], tuple[str, ...], dict[str, str]]:
     """Return variables to write down, names to pass on, and values given for some of these."""
-    passed = {n: v for n, v in section.items() if not v or masking.is_secret(n, v)}
+    passed = {n: v for n, v in section.items() if v == NO_VALUE or masking.is_secret(n, v)}
     written = {name: value for name, value in section.items() if name not in passed}
-    return written, tuple(passed), {name: value for name, value in passed.items() if value}
+    given = {name: value for name, value in passed.items() if value not in ("", NO_VALUE)}
+    return written, tuple(passed), given
 
 
 def _environment(

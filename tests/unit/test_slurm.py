@@ -241,6 +241,7 @@ NCCL_SOCKET_IFNAME = ib0
     [
         ("[run]\nfolder=/x\n[slrum]\n", r"section \[slrum\]. Known are: run, slurm"),
         ("[run]\nfolder=/x\nexampel=1\n", r"has exampel in \[run\]. Known there are: example"),
+        ("[run]\nfolder\n", r"has folder in \[run\] without a value: give folder = ..."),
         ("[environment]\nkinds=1\n[run]\nfolder=/x", r"has kinds in \[environment\]"),
         ("folder=/x\n", "cannot be read: File contains no section headers"),
         ("[run]\nexample=1b-8k\n", r"names no folder in \[run\]"),
@@ -506,6 +507,13 @@ def test_secrets_go_to_sbatch_and_nowhere_else(
     for file in (tmp_path / "run").rglob("*"):
         assert not file.is_file() or KEY not in file.read_text()
     assert Settings.read(tmp_path / "run").environment.passed == ("WANDB_API_KEY",)
+
+
+def test_an_empty_variable_is_empty(tmp_path: Path) -> None:
+    settings = from_file(example_with(tmp_path, "HOLD =\nFROM_THE_SHELL\nA_KEY ="), {}, [])
+    assert settings.environment.variables == {"HOLD": ""}
+    assert settings.environment.passed == ("FROM_THE_SHELL", "A_KEY")
+    assert settings.secrets == {}
 
 
 def test_a_variable_without_a_value_has_to_be_in_the_shell(
