@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Print the job script for a run described by an example file (copy one of examples/slurm/), after
-checking it: the layout against the number of GPUs, the script with sbatch --test-only where there
-is one. With --submit: write the run folder and submit it.
+checking it: names of flags, what cannot be combined with SkyLadder, batch and layout against the
+number of GPUs, the script with sbatch --test-only where there is one. With --submit: write the run
+folder and submit it.
 
 A run goes on until it is finished:
   time limit near            the ranks save, then the job is requeued

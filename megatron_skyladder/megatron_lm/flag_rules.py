@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 _USE_DOCUMENTS = "To keep documents apart, use --skyladder-intra-document instead."
 _PACKS = "it packs sequences of several lengths and brings masks of its own"
+_HYBRID = "windows reach GPTModel, and this builds Megatron's HybridModel"
+_HYBRID_DO = "Where each layer has attention and an MLP, train it as a GPT: --num-layers."
 
 RULES = (
     *limits.RULES,
@@ -69,6 +71,8 @@ RULES = (
         "its layers choose what they see themselves",
         not_counted=True,
     ),
+    FlagRule("--hybrid-layer-pattern", Effect.CHANGES_MASKS, _HYBRID, _HYBRID_DO),
+    FlagRule("--hybrid-override-pattern", Effect.CHANGES_MASKS, _HYBRID, _HYBRID_DO),
     FlagRule(
         "--use-legacy-models",
         Effect.CHANGES_MASKS,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_skyladder.attention.limits import Effect, Finding
 from megatron_skyladder.ladder.schedules import DEFAULT_EXPAND_FRACTION, DEFAULT_START_WINDOW
+from megatron_skyladder.megatron_lm import flag_rules
 from megatron_skyladder.planning.launch import ENTRY_POINT, Launch
 from megatron_skyladder.planning.pasted import Pasted
 
@@ -81,7 +82,10 @@ def _start(launch: Launch) -> str:
         return ""
     if name == "pretrain_gpt.py":
         return f"-m {ENTRY_POINT} in place of {launch.entry} (or: skyladder patch apply its folder)"
-    return f"{launch.entry} after skyladder patch apply its folder, or -m {ENTRY_POINT}"
+    return (
+        f"{launch.entry} once its checkout is patched (skyladder patch apply DIR), or -m "
+        f"{ENTRY_POINT} in its place"
+    )
 
 
 def noted(findings: Iterable[Finding]) -> list[str]:
@@ -91,10 +95,9 @@ def noted(findings: Iterable[Finding]) -> list[str]:
 
 def left_out(pasted: Pasted) -> list[str]:
     """Return which flags of the launch change nothing here, in one sentence."""
-    if not pasted.left_out:
-        return []
-    names = ", ".join(dict.fromkeys(pasted.left_out))
-    return [f"Left out, as they change nothing here: {names}."]
+    known = {rule.flag for rule in flag_rules.RULES} | {each.flag for each in pasted.unknown}
+    names = [flag for flag in dict.fromkeys(pasted.left_out) if flag not in known]
+    return [f"Left out, as they change nothing here: {', '.join(names)}."] if names else []
 
 
 def harmless(findings: Iterable[Finding]) -> list[str]:

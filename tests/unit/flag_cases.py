@@ -123,6 +123,12 @@ CASES = {
     "--experimental-attention-variant": Case(
         "--experimental-attention-variant dsa", "choose what they see themselves", parser="parses"
     ),
+    "--hybrid-layer-pattern": Case(
+        "--hybrid-layer-pattern *-*-", "this builds Megatron's HybridModel", parser="parses"
+    ),
+    "--hybrid-override-pattern": Case(
+        "--hybrid-override-pattern *-*-", "--hybrid-override-pattern=*-*- cannot", parser="parses"
+    ),
     "--use-legacy-models": Case(
         "--use-legacy-models", "do not come from megatron.core", parser="unknown"
     ),

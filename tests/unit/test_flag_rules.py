@@ -60,6 +60,8 @@ def test_plan_says_it_with_the_row_and_not_without(
     case = CASES[flag]
     fits, said = planned(capsys, case)
     assert fits != case.stops and case.says in said
+    left_out = said.partition("Left out, as they change nothing here: ")[2].rstrip(".").split(", ")
+    assert "--lr" in left_out and flag not in left_out
     rows = tuple(rule for rule in flag_rules.RULES if rule.flag != flag)
     monkeypatch.setattr(flag_rules, "RULES", rows)
     _, said = planned(capsys, case)
