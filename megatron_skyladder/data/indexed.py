@@ -268,6 +268,36 @@ class IndexedReader:
         return self._document_starts
 
 
+def last_tokens(prefix: str | Path, count: int) -> np.ndarray:
+    """Return the last tokens of some documents, spread evenly over a pair.
+
+    Takes a few reads per document, where an `IndexedReader` goes through the whole index.
+
+    Args:
+        prefix: path without ``.bin``/``.idx``.
+        count: documents to look at; those without tokens are passed over.
+
+    Raises:
+        ValueError: the index is damaged, or the .bin does not belong to it.
+    """
+    idx, bin_path = f"{prefix}.idx", f"{prefix}.bin"
+    dtype, num_sequences, num_documents = _read_header(idx)
+    lengths = _map(idx, "<i4", HEADER.size, num_sequences)
+    pointers = _map(idx, "<i8", HEADER.size + 4 * num_sequences, num_sequences)
+    starts = _map(idx, "<i8", HEADER.size + 12 * num_sequences, num_documents + 1)
+    documents = np.unique(np.linspace(0, num_documents - 1, min(count, num_documents), dtype=int))
+    last = starts[documents + 1][starts[documents + 1] > starts[documents]] - 1
+    last = last[lengths[last] > 0]
+    places = pointers[last] // dtype.itemsize + lengths[last] - 1
+    num_tokens = os.path.getsize(bin_path) // dtype.itemsize
+    if len(places) and places.max() >= num_tokens:
+        raise ValueError(
+            f"{bin_path} has {num_tokens:,} tokens, but its index goes on to token "
+            f"{int(places.max()):,}. The two do not belong together."
+        )
+    return np.array(_map(bin_path, dtype, 0, num_tokens)[places])
+
+
 def fit_tokens(tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return the tokens in this type, refusing those that it cannot hold.
 

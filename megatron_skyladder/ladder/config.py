@@ -47,6 +47,7 @@ class SkyLadderConfig:
             batch size.
         begin_samples: consumed samples at which the schedule's step 0 lies.
         intra_document: whether attention also ends at documents.
+        require_documents: whether a run is refused whose documents cannot be found.
         mask: ``local`` (fixed grid of windows) or ``sliding``.
         attention_backend: a key of the backend table, or ``auto``.
         probe: whether the mask is tried out on the real model at start-up.
@@ -65,6 +66,7 @@ class SkyLadderConfig:
     step_samples: int
     begin_samples: int = 0
     intra_document: bool = False
+    require_documents: bool = False
     mask: str = "local"
     attention_backend: str = "auto"
     probe: bool = True
@@ -82,6 +84,11 @@ class SkyLadderConfig:
         _check_choice("attention_backend", self.attention_backend, BACKENDS)
         _check_choice("init", self.init, INITS)
         _check_final_window(self.schedule.final_window, self.seq_length)
+        if self.require_documents and not self.intra_document:
+            raise SettingError(
+                "$require_documents is about documents that are to be masked. Add "
+                "$intra_document, or leave it out."
+            )
         lengths = _checked_lengths(self.eval_lengths, self.seq_length)
         object.__setattr__(self, "eval_lengths", lengths)
         if not self.allow_unfinished:

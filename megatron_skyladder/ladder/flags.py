@@ -153,6 +153,14 @@ def _add_checks(group: argparse._ArgumentGroup) -> None:
         help="resume from a checkpoint that was trained under another schedule.",
     )
     group.add_argument(
+        "--skyladder-require-documents",
+        action="store_const",
+        const=True,
+        help="with --skyladder-intra-document: stop, rather than warn, where the documents of the "
+        "data do not end in the tokenizer's end-of-document token, or the first global batch has "
+        "none.",
+    )
+    group.add_argument(
         "--skyladder-no-probe",
         action="store_const",
         const=True,

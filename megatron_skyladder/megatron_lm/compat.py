@@ -46,6 +46,25 @@ def eod_token() -> int:
     return int(eod)
 
 
+def pad_token() -> int | None:
+    """Return the tokenizer's padding id, as Megatron's datasets ask for it."""
+    from megatron.training import get_tokenizer
+
+    try:
+        return get_tokenizer().pad
+    except Exception:  # what a tokenizer without one raises is its own affair
+        return None
+
+
+def training_data(options: Any) -> list[str]:
+    """Return the path of each .bin/.idx pair that training reads, without the suffix."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    blend, blend_per_split = get_blend_and_blend_per_split(options)
+    training = blend or (blend_per_split or [None])[0]
+    return list(training[0]) if training else []
+
+
 def padded_vocab_size() -> int:
     """Return the size of the embedding table."""
     return args().padded_vocab_size

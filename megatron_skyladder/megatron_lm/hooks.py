@@ -17,7 +17,7 @@ from megatron_skyladder.attention.layer_spec import with_skyladder
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.config import SkyLadderConfig
-from megatron_skyladder.megatron_lm import compat, flag_rules
+from megatron_skyladder.megatron_lm import compat, data_check, flag_rules
 from megatron_skyladder.megatron_lm.adapter import MegatronLM
 from megatron_skyladder.megatron_lm.training_log import counting_windows, logging_metrics
 from megatron_skyladder.runtime import trainer
@@ -69,6 +69,7 @@ def check_options(config: SkyLadderConfig, options: Any) -> None:
     flag_rules.check(options)
     if config.intra_document:
         compat.eod_token()
+        data_check.check(config, options)
 
 
 def _wrap(hook: Hook) -> None:

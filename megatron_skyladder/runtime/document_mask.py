@@ -53,15 +53,16 @@ def training_mask(row_batch: dict[str, torch.Tensor] | None) -> torch.Tensor:
     """
     active = clock.current()
     window = active.window(training=True)
-    mask = document_mask(row_batch, active.config, window)
-    metrics.meter().count(mask, window, num_rows=int(mask[-1]) // active.config.seq_length)
+    mask, rows_with_end = document_mask(row_batch, active.config, window)
+    num_rows = int(mask[-1]) // active.config.seq_length
+    metrics.meter().count(mask, window, num_rows, rows_with_end)
     return mask
 
 
 def document_mask(
     row_batch: dict[str, torch.Tensor] | None, config: SkyLadderConfig, window_len: int
-) -> torch.Tensor:
-    """Return cu_seqlens of the fragments over all rows of a micro-batch, on every TP rank.
+) -> tuple[torch.Tensor, int]:
+    """Return the mask of a micro-batch and what it is made of, on every TP rank.
 
     Args:
         row_batch: the dataset's batch on the host, on tensor-parallel rank 0; elsewhere unused.
@@ -69,31 +70,37 @@ def document_mask(
         window_len: tokens.
 
     Returns:
-        int32 [N + 1], on the host.
+        cu_seqlens of the fragments over all rows, int32 [N + 1] on the host; and the number of rows
+        in which a document's end was found.
     """
     group = trainer.current().groups.tp
-    offsets = None
+    message = None
     if group.rank() == 0:
         assert row_batch is not None
-        offsets = _fragment_offsets(row_batch, config, window_len)
-    return _broadcast_host(offsets, group) if group.size() > 1 else torch.from_numpy(offsets)
+        offsets, rows_with_end = _fragment_offsets(row_batch, config, window_len)
+        message = np.append(np.int32(rows_with_end), offsets)
+    received = _broadcast_host(message, group) if group.size() > 1 else torch.from_numpy(message)
+    return received[1:], int(received[0])
 
 
 def _fragment_offsets(
     row_batch: dict[str, torch.Tensor], config: SkyLadderConfig, window_len: int
-) -> np.ndarray:
+) -> tuple[np.ndarray, int]:
     tokens = row_batch["tokens"].numpy()
     given = row_batch.get("cu_seqlens")
     cut = config.seq_length if config.mask == "sliding" else window_len
-    rows = []
+    rows, rows_with_end = [], 0
     for index, row in enumerate(tokens):
         if given is not None:  # the dataset knows its documents; trailing entries are padding
             ends = np.unique(given[index].numpy())
             ends = ends[(ends > 0) & (ends <= row.shape[0])]
+            rows_with_end += 1
         else:
-            ends = fragments.document_ends(row, trainer.current().end_of_document)
+            eod = trainer.current().end_of_document
+            ends = fragments.document_ends(row, eod)
+            rows_with_end += len(ends) > 1 or row[-1] == eod
         rows.append(fragments.fragment_cu_seqlens(ends, seq_length=row.shape[0], window_len=cut))
-    return fragments.rows_cu_seqlens(rows)
+    return fragments.rows_cu_seqlens(rows), rows_with_end
 
 
 def _broadcast_host(offsets: np.ndarray | None, group: Any) -> torch.Tensor:

@@ -34,19 +34,22 @@ from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.costs import ATTENTION_COST, StepTime, grid_pairs, window_runs
 from megatron_skyladder.ladder.fragments import visible_pairs
 from megatron_skyladder.runtime import trainer
+from megatron_skyladder.runtime.found_documents import check_first_batch
 
 
 @dataclass
 class Work:
     """Attention work of a number of rows: visible (query, key) pairs, and fragments.
 
-    ``grid_pairs`` are the pairs there would be if no documents were masked.
+    ``grid_pairs`` are the pairs there would be if no documents were masked; ``rows_with_end`` are
+    the rows that hold an end-of-document token.
     """
 
     rows: float = 0
     pairs: float = 0
     grid_pairs: float = 0
     fragments: float = 0
+    rows_with_end: float = 0
 
     def add(self, other: Work) -> None:
         """Count the other's rows too."""
@@ -54,6 +57,7 @@ class Work:
         self.pairs += other.pairs
         self.grid_pairs += other.grid_pairs
         self.fragments += other.fragments
+        self.rows_with_end += other.rows_with_end
 
 
 class Meter:
@@ -65,14 +69,17 @@ class Meter:
         self.latest = Work()  # of the latest whole step
         self.in_log = False  # whether Megatron asks for FLOPs to log them, as a mean
         self._counted = Work()
+        self._first_batch = True
 
-    def count(self, mask: torch.Tensor, window_len: int, num_rows: int) -> None:
+    def count(
+        self, mask: torch.Tensor, window_len: int, num_rows: int, rows_with_end: int = 0
+    ) -> None:
         """Note the document mask of a micro-batch, int32 cu_seqlens on the host."""
         cu_seqlens = mask.numpy()
         sliding = self.config.mask == "sliding"
         pairs = visible_pairs(cu_seqlens, window_len=window_len if sliding else None)
         grid = grid_pairs(self.config)(window_len) * num_rows
-        self._counted.add(Work(num_rows, pairs, grid, len(cu_seqlens) - 1))
+        self._counted.add(Work(num_rows, pairs, grid, len(cu_seqlens) - 1, rows_with_end))
 
     def step(self) -> Work:
         """Return the work of the step under way, or of one row where the window alone decides."""
@@ -81,9 +88,19 @@ class Meter:
         return grid_work(self.config, clock.current().last_window)
 
     def end_step(self) -> Work:
-        """Add the step to the interval and return it."""
+        """Add the step to the interval and return it; all ranks have to call it.
+
+        Raises:
+            UsageError: documents are required, and the first global batch has none.
+        """
         self.latest, self._counted = self.step(), Work()
         self.interval.add(self.latest)
+        if self.config.intra_document and self._first_batch:
+            self._first_batch = False
+            (batch,) = _over_data_parallel(self.latest)
+            # a rank counts rows once for each model chunk that it holds
+            num_sequences = min(int(batch.rows), self.config.step_samples)
+            check_first_batch(self.config, num_sequences, int(batch.rows_with_end))
         return self.latest
 
 

@@ -98,6 +98,22 @@ def test_every_logged_figure_is_that_of_the_entry_point(
     assert _report(theirs, tmp_path, capsys) == _report(ours, tmp_path, capsys)
 
 
+def test_documents_that_cannot_be_found_are_pointed_out(
+    trainer: Trainer, patched: tuple[ProcessPool, Path]
+) -> None:
+    pool, folder = patched
+    run = trainer.on(pool).train(
+        "--train-samples 8 --micro-batch-size 8 --vocab-size 128 --skyladder-intra-document",
+        load=False,
+        script=str(folder / "pretrain_gpt.py"),
+    )
+    for text in (
+        "400 end in 126",
+        "none of the first 8 sequences has the end-of-document token 127",
+    ):
+        assert run.log().count(text) == 1
+
+
 def _without_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**record, "time": None} for record in records]
 

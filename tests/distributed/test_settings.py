@@ -38,18 +38,19 @@ FIELD_OF_FLAG = {
     "--skyladder-schedule points --skyladder-points 0:8 0.5:final": "schedule",
     "--skyladder-begin-samples 128": "begin_samples",
     "--skyladder-intra-document": "intra_document",
+    "--skyladder-intra-document --skyladder-require-documents": "require_documents",
     "--skyladder-mask sliding": "mask",
     "--skyladder-attention-backend sdpa": "attention_backend",
     "--skyladder-eval-lengths 512": "eval_lengths",
     "--skyladder-init reference": "init",
     "--skyladder-attention-stats-interval 10": "attention_stats_interval",
     "--skyladder-no-probe": "probe",
+    "--skyladder-allow-unfinished": "allow_unfinished",
 }
 INSTEAD = {  # of the flags without the last one, where those are refused
     "--skyladder-points": "--skyladder-schedule points --skyladder-points 0:32 0.5:final",
 }
 TESTED_ELSEWHERE = {
-    "--skyladder-allow-unfinished": "unit/test_config.py",
     "--skyladder-allow-schedule-change": "distributed/test_clock.py",
 }
 
@@ -90,10 +91,8 @@ def test_no_flag_is_forgotten() -> None:
 
 # --- a real run for every field -------------------------------------------------------------------
 
-RUN = (
-    "--train-samples 16 --micro-batch-size 4 --skyladder-start-window 8 --skyladder-alpha 11 "
-    "--skyladder-allow-unfinished"
-)
+RUN = "--train-samples 16 --micro-batch-size 4 --skyladder-start-window 8 --skyladder-alpha 11"
+UNFINISHED = "--skyladder-allow-unfinished"  # in all runs but one
 WITH_EVALUATION = "--split 50,50,0 --eval-iters 2"
 
 
@@ -107,6 +106,7 @@ class Effect:
         before: that, without the flags; None: anything but what is there with them.
         after: that, with the flags; None: anything but what is there without.
         common: flags of both runs.
+        exit_codes: of the run without the flags, and with them.
     """
 
     flags: str
@@ -114,6 +114,7 @@ class Effect:
     before: Any = None
     after: Any = None
     common: str = ""
+    exit_codes: tuple[int, int] = (0, 0)
 
 
 def windows(run: Run) -> dict[int, int]:
@@ -150,9 +151,20 @@ EFFECTS = {
     ),
     "begin_samples": Effect("--skyladder-begin-samples 8", windows, {0: 8, 8: 19}, {0: 8, 8: 8}),
     "intra_document": Effect("--skyladder-intra-document", losses),
+    "require_documents": Effect(
+        "--skyladder-require-documents",
+        says("refuses such a run"),
+        True,
+        False,
+        "--skyladder-intra-document --vocab-size 128",  # no document ends in 127
+        exit_codes=(0, 1),
+    ),
     "mask": Effect("--skyladder-mask sliding", losses),
     "attention_backend": Effect(
-        "--skyladder-attention-backend sdpa", says(r"backend sdpa: as --skyladder"), False, True
+        "--skyladder-attention-backend sdpa",
+        says(r"sdpa \(as --skyladder-attention-backend says\)"),
+        False,
+        True,
     ),
     "probe": Effect("--skyladder-no-probe", says("mask probe passed"), True, False),
     "eval_lengths": Effect(
@@ -160,6 +172,9 @@ EFFECTS = {
     ),
     "attention_stats_interval": Effect(
         "--skyladder-attention-stats-interval 1", says("skyladder/attention_entropy"), False, True
+    ),
+    "allow_unfinished": Effect(
+        UNFINISHED, says(r"takes \d steps, but the run has 2"), True, False, exit_codes=(1, 0)
     ),
     # sqrt(2 / (5 * 32)) after a step that is too small to be seen
     "init": Effect(
@@ -174,17 +189,15 @@ EFFECTS = {
 
 def test_no_field_is_forgotten() -> None:
     fields = {field.name for field in dataclasses.fields(SkyLadderConfig)}
-    assert fields == EFFECTS.keys() | {"allow_unfinished"}, (  # that one changes what is refused
-        "add to EFFECTS what the field changes in a run"
-    )
+    assert fields == EFFECTS.keys(), "add to EFFECTS what the field changes in a run"
 
 
 @pytest.fixture(scope="module")
-def train(trainer: Trainer) -> Callable[[str], Run]:
+def train(trainer: Trainer) -> Callable[..., Run]:
     @cache
-    def run(flags: str) -> Run:
+    def run(flags: str, exit_code: int = 0) -> Run:
         if "--save-interval" not in flags:
-            return trainer.train(f"{RUN} {flags}")
+            return trainer.train(f"{RUN} {flags}", exit_codes=(exit_code,))
         folder = trainer.new_folder("saved")  # it begins with new weights, and saves them
         run = trainer.train(f"{RUN} {flags} --save {folder}", load=False)
         run.saved = folder  # type: ignore[attr-defined]
@@ -195,10 +208,11 @@ def train(trainer: Trainer) -> Callable[[str], Run]:
 
 @requires_megatron
 @pytest.mark.parametrize("field", EFFECTS)
-def test_a_field_changes_the_run(train: Callable[[str], Run], field: str) -> None:
+def test_a_field_changes_the_run(train: Callable[..., Run], field: str) -> None:
     effect = EFFECTS[field]
-    before = effect.seen(train(effect.common))
-    after = effect.seen(train(f"{effect.common} {effect.flags}"))
+    common = effect.common if field == "allow_unfinished" else f"{UNFINISHED} {effect.common}"
+    before = effect.seen(train(common, effect.exit_codes[0]))
+    after = effect.seen(train(f"{common} {effect.flags}", effect.exit_codes[1]))
     assert before != after
     assert effect.before is None or before == effect.before
     assert effect.after is None or after == effect.after

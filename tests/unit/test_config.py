@@ -355,6 +355,11 @@ REFUSED = [
         "--skyladder-alpha 1 --skyladder-expand-fraction 0.5",
         "--skyladder-alpha=1 and --skyladder-expand-fraction=0.5 both set the rate",
     ),
+    (
+        "--skyladder-require-documents",
+        "--skyladder-require-documents is about documents that are to be masked. Add "
+        "--skyladder-intra-document",
+    ),
     ("--skyladder-expand-fraction 1.2", "--skyladder-expand-fraction=1.2 is not a share"),
     ("--skyladder-round-to 0", "--skyladder-round-to=0 is not a multiple"),
     ("--skyladder-schedule cyclic --skyladder-cycles 0", "--skyladder-cycles=0: give at least 1"),
