@@ -77,7 +77,7 @@ def _wrap(hook: Hook) -> None:
     *parents, name = hook.name.split(".")
     for parent in parents:
         owner = getattr(owner, parent, None)
-    original = getattr(owner, name, None)
+    original = None if owner is None else getattr(owner, name, None)
     if original is None:
         raise compat.MegatronMismatchError(
             f"Megatron has no {hook.module}.{hook.name}, which SkyLadder hooks ({hook.reason}). "
