@@ -122,14 +122,14 @@ def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _mean_over_sequences(original: Callable[..., Any]) -> Callable[..., Any]:
-    if compat.args().calculate_per_token_loss:  # Megatron counts over all ranks
-        return original
     from megatron_skyladder.runtime.sequence_mean import SequenceMean
 
     mean = SequenceMean()
 
     def train_step(forward_step_func: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(mean.wrap(forward_step_func), *args, **kwargs)
+        if not compat.args().calculate_per_token_loss:  # else Megatron counts over all ranks
+            forward_step_func = mean.wrap(forward_step_func)
+        return original(forward_step_func, *args, **kwargs)
 
     return train_step
 
