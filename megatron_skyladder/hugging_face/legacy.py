@@ -79,7 +79,7 @@ class LegacyReader:
             name
             for stage in self._stages
             for name, value in stage.parts[0].items()
-            if torch.is_tensor(value) and not name.startswith(LAYERS)
+            if _is_weight(name, value) and not name.startswith(LAYERS)
         }
 
     def num_layers(self) -> int:
@@ -104,7 +104,7 @@ class LegacyReader:
         weights = {}
         for full_name, value in stage.parts[0].items():
             match = _LAYER.match(full_name)
-            if match and int(match[1]) == index and torch.is_tensor(value):
+            if match and int(match[1]) == index and _is_weight(full_name, value):
                 parts = [part[full_name] for part in stage.parts]
                 weights[match[2]] = _join(match[2], parts)
         return weights
@@ -152,6 +152,11 @@ class LegacyReader:
                 )
             return 1
         return sum(bool(re.fullmatch(r"model\d+", name)) for name in self._first)
+
+
+def _is_weight(name: str, value: Any) -> bool:
+    """Tell weights from what is saved beside them; Transformer Engine's can be tensors too."""
+    return torch.is_tensor(value) and not name.endswith("_extra_state")
 
 
 def _rank_folders(folder: Path) -> dict[tuple[int, int], Path]:
