@@ -56,8 +56,8 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="build Megatron's own model as well and compare logits; needs Megatron, and memory "
-        "for the model twice in fp32.",
+        help="let Megatron load the checkpoint into its own model as well and compare logits; "
+        "needs Megatron, and memory for the model in fp32, twice.",
     )
     parser.add_argument(
         "--without-tokenizer",

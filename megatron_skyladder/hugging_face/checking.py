@@ -4,7 +4,7 @@ Megatron builds its model from the checkpoint's arguments and loads it with its 
 engine, in a process of its own: the engine has to be there before Megatron is imported. Both models
 compute in fp32 with full causal attention.
 
-    python -m megatron_skyladder.hugging_face.checking ITERATION_FOLDER FOLDER TOKENS OUT
+    python -m megatron_skyladder.hugging_face.checking ITERATION_FOLDER FOLDER TOKENS OUT [trust]
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def compare(checkpoint: Checkpoint, folder: Path) -> Comparison:
         scratch = Path(name)
         tokens = sample_tokens(HuggingFaceWeights(folder).config)
         torch.save(tokens, scratch / "tokens.pt")
-        _run_megatron(checkpoint.folder, folder, scratch)
+        _run_megatron(checkpoint, folder, scratch)
         expected = torch.load(scratch / "logits.pt", weights_only=True)
     return difference(expected, hugging_face_logits(folder, tokens))
 
@@ -159,10 +159,11 @@ def hugging_face_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _run_megatron(iteration: Path, folder: Path, scratch: Path) -> None:
+def _run_megatron(checkpoint: Checkpoint, folder: Path, scratch: Path) -> None:
     """Compute Megatron's logits in another process, without a GPU."""
     module = "megatron_skyladder.hugging_face.checking"
-    paths = (iteration, folder, scratch / "tokens.pt", scratch / "logits.pt")
+    paths = (checkpoint.folder, folder, scratch / "tokens.pt", scratch / "logits.pt")
+    words = [*map(str, paths), *(["trust"] if checkpoint.trusted else [])]
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
@@ -174,7 +175,7 @@ def _run_megatron(iteration: Path, folder: Path, scratch: Path) -> None:
         "MASTER_PORT": "0",  # one process: the store picks a free one
     }
     done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, paths)],
+        [sys.executable, "-m", module, *words],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -188,7 +189,11 @@ def _run_megatron(iteration: Path, folder: Path, scratch: Path) -> None:
 
 
 def megatron_logits(
-    iteration: Path | str, folder: Path | str, tokens: Path | str, out: Path | str
+    iteration: Path | str,
+    folder: Path | str,
+    tokens: Path | str,
+    out: Path | str,
+    trust: str = "",
 ) -> None:
     """Load a checkpoint into Megatron's model and save its logits; needs the CPU engine installed.
 
@@ -197,8 +202,9 @@ def megatron_logits(
         folder: exported from it; its settings make the command line.
         tokens: a file with int64 ``[sequences, tokens]``.
         out: gets fp32 ``[sequences, tokens, padded vocabulary]``.
+        trust: ``trust`` to unpickle types that are not on the list of `pickles`.
     """
-    source = open_checkpoint(Path(iteration))
+    source = open_checkpoint(Path(iteration), trust=trust == "trust")
     ids = torch.load(tokens, weights_only=True)
     with tempfile.TemporaryDirectory(prefix="skyladder-check-") as load:
         (Path(load) / TRACKER).write_text("release")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +47,7 @@ class Checkpoint:
         args: Megatron's arguments, or Bridge's settings by their names.
         iteration: 0 for a checkpoint of no run, such as an imported one.
         consumed_samples: None where it does not say.
+        trusted: whether types that are not on the list of `pickles` were unpickled.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Checkpoint:
     args: Namespace
     iteration: int
     consumed_samples: int | None
+    trusted: bool = False
 
     @property
     def identity(self) -> str:
@@ -78,7 +80,11 @@ def open_checkpoint(path: Path, *, iteration: int | None = None, trust: bool = F
     Raises:
         ValueError: there is none, or it cannot be read; the message says why.
     """
-    folder = iteration_folder(path, iteration)
+    found = _open(iteration_folder(path, iteration), trust)
+    return replace(found, trusted=trust)
+
+
+def _open(folder: Path, trust: bool) -> Checkpoint:
     if (folder / torch_dist.METADATA).is_file():
         return _open_torch_dist(folder, trust)
     if any(folder.glob(legacy.RANKS)):

@@ -107,8 +107,8 @@ def export(
     if check:
         checking.refuse(source, dtype)
     flags = tokenizer_arguments(source.args, tokenizer)
-    size = vocab_size or _vocab_size(flags, without_tokenizer)
-    model = from_megatron(source.args, size, rope_scaling_factor)
+    model = from_megatron(source.args, 0, rope_scaling_factor)  # refusals before anything else
+    model = replace(model, vocab_size=vocab_size or _vocab_size(flags, without_tokenizer))
     precision = dtype or _dtype_of(source)
     words: Tokenizer | None = None
     if without_tokenizer:
@@ -192,6 +192,12 @@ def _vocab_size(flags: Namespace, without_tokenizer: bool) -> int:
         raise ValueError(
             "the checkpoint does not name its tokenizer. Give --tokenizer-type and "
             "--tokenizer-model, or --without-tokenizer and --vocab-size."
+        )
+    if flags.tokenizer_type not in tokenizer_flags.BUILDERS:
+        raise ValueError(
+            f"the run's {flags.tokenizer_type} cannot be converted. Give it as one of "
+            f"{', '.join(tokenizer_flags.BUILDERS)} (--tokenizer-type, --tokenizer-model), or "
+            "--without-tokenizer and --vocab-size."
         )
     return tokenizer_flags.build_tokenizer(flags).vocab_size
 

@@ -265,6 +265,14 @@ def test_a_checkpoint_that_names_no_tokenizer(checkpoint: Path, tmp_path: Path) 
     torch.save(state, path)
     with pytest.raises(ValueError, match="does not name its tokenizer"):
         export(checkpoint, tmp_path / "out")
+    state["args"].tokenizer_type = "GPT2BPETokenizer"
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="the run's GPT2BPETokenizer cannot be converted"):
+        export(checkpoint, tmp_path / "out")
+    state["args"].normalization = "LayerNorm"  # said first: no tokenizer would help
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="normalization=LayerNorm"):
+        export(checkpoint, tmp_path / "out")
 
 
 @pytest.mark.parametrize("missing", ["transformers", "tokenizers"])
