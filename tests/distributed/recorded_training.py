@@ -20,6 +20,7 @@ import numpy
 import torch
 
 SIGNATURE_BITS = 40
+STOPPED_SECONDS = 1e-6  # what timers show when time stands still: rates then have digits
 
 
 def train(
@@ -384,8 +385,7 @@ def _replay_every_step() -> None:
 def _stop_time() -> None:
     from megatron.core.timers import Timer
 
-    microsecond = 1e-6  # so that rates of a small model have digits
-    Timer.elapsed = lambda self, reset=True, barrier=False: microsecond
+    Timer.elapsed = lambda self, reset=True, barrier=False: STOPPED_SECONDS
 
 
 def _run_script(script: str, flags: list[str]) -> None:

@@ -24,7 +24,7 @@ LLAMA = (
 )
 ARCHITECTURES = {
     "llama": LLAMA,
-    "gpt": "--normalization LayerNorm",
+    "gpt": "--normalization LayerNorm --kv-channels 16",  # heads wider than hidden / heads
     "moe": f"{LLAMA} --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
     "--moe-router-load-balancing-type none",
 }

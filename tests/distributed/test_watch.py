@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recorded_training import STOPPED_SECONDS
 from runs import GLOBAL_BATCH_SIZE, SEQ_LENGTH, Run, Trainer
 
 from megatron_skyladder.report.runlog import RunLog, Validation, parse
@@ -145,9 +146,10 @@ def test_attention_work_is_counted_under_document_masks(
     run = watched.train(
         f"--train-samples 32 --micro-batch-size 2 {layout_flags} --skyladder-intra-document "
         "--skyladder-start-window 8 --skyladder-alpha 14 --skyladder-allow-unfinished "
-        f"--skyladder-mask {mask}",
+        f"--skyladder-mask {mask} --log-throughput",
         num_processes=processes,
         count_dense=True,
+        stop_time=True,
     )
     causal = SEQ_LENGTH * (SEQ_LENGTH + 1) // 2
     data_ranks = range(2) if layout == "dp2" else range(1)
@@ -165,6 +167,12 @@ def test_attention_work_is_counted_under_document_masks(
         )
         fragments = sum(entry["fragments"] for entry in step) / rows
         assert values["skyladder/fragments_per_row"] == pytest.approx(fragments, rel=TOLERANCE)
+        if record.iteration == 2:  # Megatron's second line is a mean with the first
+            continue
+        flops = sum(entry["flops"] for entry in step)
+        tflops = flops / (STOPPED_SECONDS * 1e12 * processes)
+        assert values["skyladder/tflops_per_gpu"] == pytest.approx(tflops, rel=TOLERANCE)
+        assert values["throughput per GPU (TFLOP/s/GPU)"] == pytest.approx(tflops, abs=0.051)
 
 
 def test_the_log_has_windows_rates_and_the_time_left(watched: Trainer) -> None:

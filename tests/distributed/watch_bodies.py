@@ -49,11 +49,14 @@ def _evaluate_densely(window: int) -> None:
 
 
 def _count_densely(file: Any) -> None:
+    from megatron.training import training
+
     from megatron_skyladder.ladder import clock
     from megatron_skyladder.megatron_lm import batches, compat
     from megatron_skyladder.testing import megatron_dense_mask
 
     get_batch = batches.get_batch
+    count_flops = training.num_floating_point_operations  # before anything is hooked
 
     def counting_get_batch(data_iterator: Any, *, training: bool, **kwargs: Any) -> Any:
         batch, mask = get_batch(data_iterator, training=training, **kwargs)
@@ -65,10 +68,15 @@ def _count_densely(file: Any) -> None:
                 eod=compat.eod_token() if config.intra_document else None,
                 sliding=config.mask == "sliding",
             )
+            options, rows, pairs = compat.args(), len(batch["tokens"]), int((~hidden).sum())
             entry = {
-                "samples": compat.args().consumed_train_samples,
-                "rows": len(batch["tokens"]),
-                "pairs": int((~hidden).sum()),
+                "samples": options.consumed_train_samples,
+                "rows": rows,
+                "pairs": pairs,
+                # sum of l^2 over fragments, of which l (l + 1) / 2 pairs are visible
+                "flops": count_flops(
+                    options, rows, seqlen_squared_sum_in_batch=2 * pairs - rows * options.seq_length
+                ),
                 "fragments": None if mask is None else len(mask) - 1,
             }
             file.write(json.dumps(entry) + "\n")

@@ -45,12 +45,13 @@ def transformer_config(**changes):
     return TransformerConfig(**values)
 
 
-def build(config=None, mask_type=AttnMaskType.causal, attention_type="self"):
+def build(config=None, mask_type=AttnMaskType.causal, attention_type="self", **arguments):
     return SkyLadderAttention(
         config or transformer_config(),
         layer_number=1,
         attn_mask_type=mask_type,
         attention_type=attention_type,
+        **arguments,
     )
 
 
@@ -77,6 +78,17 @@ def test_the_window_follows_the_consumed_samples(samples, consumed, window):
     samples[0] = consumed
     qkv = random_qkv()
     expected = dense(qkv, dense_mask(LENGTH, window_len=window))
+    torch.testing.assert_close(attention(*qkv, None), expected)
+
+
+@pytest.mark.parametrize(("scale", "of_a_head"), [(None, DIM**-0.5), (0.125, 0.125)])
+def test_logits_are_scaled_by_the_heads_width_or_as_asked(samples, scale, of_a_head):
+    """A head's width is --kv-channels, which need not be the hidden size divided by the heads."""
+    config = transformer_config(hidden_size=4 * HEADS * DIM, kv_channels=DIM)
+    attention = build(config, softmax_scale=scale)
+    qkv = random_qkv()
+    scaled = [qkv[0] * (of_a_head * DIM**0.5), *qkv[1:]]  # the dense one divides by sqrt(DIM)
+    expected = dense(scaled, dense_mask(LENGTH, window_len=8))
     torch.testing.assert_close(attention(*qkv, None), expected)
 
 

@@ -77,10 +77,10 @@ def test_masks_never_mix_even_when_memory_is_reused():
 def test_a_mask_changed_in_place_is_another_mask():
     cache = MaskCache()
     mask = torch.tensor([0, 4, 8], dtype=torch.int32)
-    cache.get(mask, ROWS)
+    before = cache.get(mask, ROWS)
+    assert before.lengths_q.tolist() == [4, 4]  # kept from here on, as what lies on a device is
     mask[1] = 3
-    got = cache.get(mask, ROWS)
-    assert got.lengths_q.tolist() == [3, 5]
+    assert cache.get(mask, ROWS).lengths_q.tolist() == [3, 5]
 
 
 def test_the_same_mask_is_made_once_through_detach():
