@@ -193,14 +193,17 @@ def test_the_patched_script_logs_what_our_entry_point_logs(
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "cp2"])
 def test_spec_alone_brings_the_ladder(checkouts, data, entry_point, layout, tmp_path):
-    variables = {"SKYLADDER_START_WINDOW": "8"}
+    variables, more = {"SKYLADDER_START_WINDOW": "8"}, []
+    if layout == "tp2":
+        variables["SKYLADDER_INIT"], more = "reference", DRAWN
     if layout == "cp2":  # the same from a file
         settings = tmp_path / "flags.txt"
         settings.write_text("--skyladder-start-window 8  # tokens\n")
         variables = {"SKYLADDER_CONFIG": str(settings)}
-    log, text = run_script(data, checkouts / "stock", layout, *SPEC, environment=variables)
+    flags = [*SPEC, *more[2:]]  # Megatron's own
+    log, text = run_script(data, checkouts / "stock", layout, *flags, environment=variables)
     assert "mask probe passed" in text and "documents are not masked: --spec" in text
-    assert figures(log) == figures(entry_point(tuple(LADDER), layout))
+    assert figures(log) == figures(entry_point((*LADDER, *more), layout))
     if layout == "cp2":  # the script's own loss function, and ranks that count unequally
         in_one_process = entry_point((*LADDER, "--eod-mask-loss"), "one")
         for found, wanted in zip(figures(log), figures(in_one_process), strict=True):
