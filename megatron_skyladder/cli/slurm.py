@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skyladder.attention import limits
+from megatron_skyladder.cli import slurm_status
 from megatron_skyladder.ladder.flags import config_from_args
 from megatron_skyladder.planning import pasted, run_flags
 from megatron_skyladder.slurm import script
@@ -44,7 +45,7 @@ EPILOG = """\
 examples:
   skyladder slurm examples/slurm/1b-8k.ini                    # look at it; nothing is written
   skyladder slurm examples/slurm/1b-8k.ini --nodes 4 --partition a100 --time 12:00:00 --submit
-  head -1 runs/1b-8k/status.txt
+  skyladder slurm status runs/1b-8k                           # how it stands
   skyladder slurm examples/slurm/1b-8k.ini --variant constant --run-dir runs/constant --submit
   skyladder slurm examples/slurm/1b-8k.ini --chain 10 --submit -- --save-interval 1000
 """
@@ -55,10 +56,19 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "slurm",
         help=help_text,
+        usage="skyladder slurm EXAMPLE [options] [-- flags]\n       skyladder slurm status "
+        "[RUN_DIR ...] [--json]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", metavar="EXAMPLE", type=Path, help="an example file.")
+    parser.add_argument("file", metavar="EXAMPLE", type=Path, help="an example file, or: status")
+    parser.add_argument(
+        "runs",
+        metavar="RUN_DIR",
+        nargs="*",
+        help="for status: run folders. Default: those in this folder and two levels below.",
+    )
+    parser.add_argument("--json", action="store_true", help="for status: print a JSON list.")
     parser.add_argument("--submit", action="store_true", help="submit it. Default: print it.")
     for section, key, help_text in (
         ("slurm", "nodes", "nodes of one job."),
@@ -84,14 +94,26 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
 
 
 def take(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take what follows ``--`` out of the words: flags of Megatron, not of this command."""
+    """Take out of the words what argparse cannot tell apart.
+
+    What follows ``--``, flags of Megatron, not of this command; the folders of ``status``, which
+    may stand behind an option.
+    """
     end = words.index("--") if "--" in words else len(words)
-    return words[:end], {"flags": words[end + 1 :]}
+    own, taken = words[:end], {"flags": words[end + 1 :]}
+    if own[:1] == ["status"]:
+        taken["runs"] = [word for word in own[1:] if not word.startswith("-")]
+        own = ["status", *(word for word in own[1:] if word.startswith("-"))]
+    return own, taken
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return the exit code."""
     logging.basicConfig(level=logging.WARNING, format="skyladder slurm: %(message)s")
+    if str(args.file) == "status":
+        return slurm_status.show([Path(run) for run in args.runs], as_json=args.json)
+    if args.runs or args.json:
+        raise ValueError("RUN_DIR and --json go with `skyladder slurm status` only.")
     overrides = {
         (section, key): value
         for name, value in vars(args).items()

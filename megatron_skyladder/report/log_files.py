@@ -42,8 +42,13 @@ def texts_of_starts(path: Path, training: Finder, arguments: Finder) -> list[str
     below = "*" if path.name == ATTEMPTS else f"{ATTEMPTS}/*"
     for folder in sorted(path.glob(below), key=_numbers):
         # one that ended before its first training line was a start as well
-        texts += reader.of_start(sorted(folder.glob("rank.*.log"), key=_numbers))
+        texts += reader.of_start(rank_logs(folder))
     return texts
+
+
+def rank_logs(attempt: Path) -> list[Path]:
+    """Return the logs of an attempt's ranks, the first rank's first."""
+    return sorted(attempt.glob("rank.*.log"), key=_numbers)
 
 
 class _Reader:

@@ -123,6 +123,7 @@ class RunLog:
         schedule: what SkyLadder printed at the start, or None where it was off.
         num_gpus: the world size of the last attempt, if the log says.
         num_attempts: how often the run was started.
+        total_iterations: of the whole run, if the log says.
     """
 
     path: Path
@@ -132,6 +133,7 @@ class RunLog:
     schedule: str | None = None
     num_gpus: int | None = None
     num_attempts: int = 0
+    total_iterations: int | None = None
 
     def number(self, setting: str) -> float | None:
         """Return one of Megatron's arguments as a number, or None where it is not one."""
@@ -196,6 +198,7 @@ def parse(text: str) -> RunLog:
             record = _iteration(match)
             if record is None:  # damaged: there is no place for it
                 continue
+            run.total_iterations = int(match[3])
             _drop_from(run, record.iteration)
             if attempt_began or record.iteration == 1:
                 first = record  # one iteration, whatever the log interval

@@ -104,6 +104,7 @@ def _assignments(settings: Settings, jobs: int | None) -> Iterable[str]:
     yield f"RUN_DIR={shlex.quote(settings.folder)}"
     yield f"AFTER={'requeue' if jobs is None else 'next'}"
     yield f"PYTHON={shlex.quote(environment.python)}"
+    yield "# shellcheck disable=SC2016  # it expands where it runs"
     yield f"SETUP={shlex.quote(environment.setup)}"
     options, prefix = _container(settings)
     yield f"SRUN_OPTIONS=({_words(options)})"

@@ -103,16 +103,18 @@ def test_a_crash_loop_ends_with_the_reason_on_top(cluster: Cluster, jobs: Jobs) 
 def test_the_examples_pass_sbatch_and_shellcheck(jobs: Jobs, tmp_path: Path) -> None:
     """On this cluster's two nodes with two fake GPUs each."""
     subprocess.run(["shellcheck", str(REPOSITORY / "slurm" / "job.sbatch")], check=True)
-    examples = sorted((REPOSITORY / "examples" / "slurm").glob("*.ini"))
-    several = iter([(), ("--chain", "4"), ("--array", "4")])
-    for path in examples:
+    examples = sorted((REPOSITORY / "examples" / "slurm").rglob("*.ini"))
+    several = [(), ("--chain", "4"), ("--array", "4"), ("--chain", "4"), ()]
+    setups = [path.read_text() for path in examples]
+    for kind in ("apptainer", "pyxis", "conda activate", "module load", ".venv/bin/activate"):
+        assert any(kind in setup for setup in setups), kind
+    for path, options in zip(examples, several, strict=True):
         words = ("--nodes", "2", "--gpus-per-node", "2", "--run-dir", str(tmp_path / path.stem))
-        words += next(several)
+        words += options
         done = jobs.command(str(path), *words, "--", "--context-parallel-size", "1")
         assert done.returncode == 0, done.stderr
         assert "to start at" in done.stderr
         subprocess.run(["shellcheck", "-"], input=done.stdout, text=True, check=True)
-    assert next(several, None) is None
     refused = jobs.command(str(path), *words, "--partition", "gone")
     assert refused.returncode == 1
     assert "invalid partition specified: gone" in refused.stderr

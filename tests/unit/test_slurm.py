@@ -17,7 +17,9 @@ from megatron_skyladder.planning.examples import example
 from megatron_skyladder.slurm import masking, script
 from megatron_skyladder.slurm.settings import Environment, Settings, from_file
 
-EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples" / "slurm").glob("*.ini"))
+EXAMPLES_FOLDER = Path(__file__).resolve().parents[2] / "examples" / "slurm"
+EXAMPLES = sorted(EXAMPLES_FOLDER.glob("*.ini"))
+OWN_MODELS = sorted(EXAMPLES_FOLDER.glob("own-model/*.ini"))
 DIRECTIVE = re.compile(r"^#SBATCH --([a-z-]+)(?:=(.*))?$")
 
 
@@ -149,7 +151,7 @@ def test_fsdp_gets_more_than_one_hardware_queue(settings: Settings) -> None:
     assert f"\nexport {name}=32\n" in script.job_script(chosen)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*EXAMPLES, *OWN_MODELS], ids=lambda path: path.stem)
 @pytest.mark.parametrize("jobs", [None, 4])
 def test_the_scripts_of_the_examples(path: Path, jobs: int | None, tmp_path: Path) -> None:
     """Whether sbatch and shellcheck take them is tested in tests/slurm."""
@@ -170,6 +172,25 @@ def test_the_scripts_of_the_examples(path: Path, jobs: int | None, tmp_path: Pat
 def test_there_is_an_example_for_each_kind_of_environment() -> None:
     kinds = {from_file(path, {("run", "folder"): "/x"}, []).environment.kind for path in EXAMPLES}
     assert kinds == {"bare", "pyxis", "apptainer"}
+
+
+def test_examples_of_ones_own_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Flags alone, checked like any others: a mixture of experts and a dense model."""
+    fake_sbatch(tmp_path, monkeypatch, "echo fine >&2")
+    setups = []
+    for path in OWN_MODELS:
+        settings = from_file(path, {}, [])
+        assert "example" not in path.read_text().split("[slurm]")[0].split("\n[run]")[1]
+        setups.append(settings.environment.setup)
+        assert main(["slurm", str(path), "--run-dir", str(tmp_path / "run")]) == 0
+        assert "Did you mean" not in capsys.readouterr().err
+        bad = ["--", "--hiden-size", "8"]
+        assert main(["slurm", str(path), "--run-dir", str(tmp_path / "run"), *bad]) == 1
+        assert "--hidden-size" in capsys.readouterr().err
+    conda, modules = setups
+    assert "conda activate" in conda and "module load" in modules
 
 
 def write(folder: Path, text: str) -> Path:
