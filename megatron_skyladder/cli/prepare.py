@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from megatron_skyladder.data import packed, tokenizer_flags
+from megatron_skyladder.data import packed, tokenizer_flags, tool_flags
 from megatron_skyladder.data.prepare import Request, prepare
 from megatron_skyladder.data.progress import Progress
 from megatron_skyladder.data.sources import FORMATS
@@ -114,14 +114,23 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         help="go on, or be done, though large input files have other times than in the earlier "
         "run: you know that they are the same. Small ones are compared as a whole.",
     )
+    group.add_argument(
+        "--log-interval",
+        type=int,
+        metavar="N",
+        help="write how far the run is every N documents. Default: every 30 seconds, and where it "
+        "is a terminal twice a second.",
+    )
     tokenizer_flags.add_arguments(parser)
+    tool_flags.add_arguments(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    display = ProgressDisplay()
+    tool_flags.check(args)
+    display = ProgressDisplay(args.log_interval)
     try:
         records = _unpack(args, display) if args.from_packed else _prepare(args, display)
     except KeyboardInterrupt:
@@ -181,19 +190,38 @@ def _unpack(args: argparse.Namespace, display: ProgressDisplay) -> list[dict[str
 
 
 class ProgressDisplay:
-    """Writes how far the run is: one line that changes on a terminal, a line a while in a log."""
+    """Writes how far the run is: one line that changes on a terminal, a line a while in a log.
 
-    def __init__(self) -> None:
+    Args:
+        documents: write after so many of them instead.
+
+    Raises:
+        ValueError: there are none.
+    """
+
+    def __init__(self, documents: int | None = None) -> None:
+        if documents is not None and documents < 1:
+            raise ValueError(f"--log-interval={documents}: give 1 document or more.")
         self._on_terminal = sys.stderr.isatty()
         self._interval = 0.5 if self._on_terminal else 30.0
-        self._shown_at = time.monotonic()
+        self._documents = documents
+        self._shown_at, self._shown_documents = time.monotonic(), 0
         self._line_open = False
 
+    def _is_due(self, progress: Progress) -> bool:
+        if self._documents is not None:
+            due = progress.documents - self._shown_documents >= self._documents
+            if due:
+                self._shown_documents = progress.documents // self._documents * self._documents
+            return due
+        due = time.monotonic() - self._shown_at >= self._interval
+        if due:
+            self._shown_at = time.monotonic()
+        return due
+
     def show(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self._shown_at < self._interval:
+        if not self._is_due(progress):
             return
-        self._shown_at = now
         line = progress_line(progress)
         if self._on_terminal:
             print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)

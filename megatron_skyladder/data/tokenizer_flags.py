@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_skyladder.data import hub
 from megatron_skyladder.data.tokenizers import (
     FastTokenizer,
     NullTokenizer,
@@ -21,6 +22,15 @@ from megatron_skyladder.data.tokenizers import (
 
 logger = logging.getLogger(__name__)
 
+_NOT_BUILT = {  # Megatron's other types
+    "GPT2BPETokenizer": "convert vocabulary and merges to a Hugging Face folder, and train with "
+    "HuggingFaceTokenizer too",
+    "BertWordPieceLowerCase": "it is for BERT",
+    "BertWordPieceCase": "it is for BERT",
+    "MultimodalTokenizer": "it is for images and text",
+    "NullMultimodalTokenizer": "it is for images and text",
+    "SFTTokenizer": "it is for conversations, which are not packed into .bin/.idx",
+}
 # Texts that tell tokenizers apart: nothing, spaces, special tokens, accents, an emoji.
 PROBES = ("", "a", " b  c ", "\n\tx", "</s><s><unk>", "Été, e\u0301 ﬁ 12345", "日本 🙂")
 
@@ -30,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tokenizer", "Megatron's flags; give training the same.")
     group.add_argument(
         "--tokenizer-type",
-        choices=tuple(BUILDERS),
         metavar="TYPE",
         help="HuggingFaceTokenizer: a folder with tokenizer.json. SentencePieceTokenizer, "
         "GPTSentencePieceTokenizer and Llama2Tokenizer: a tokenizer.model. TikTokenizer: "
@@ -51,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tiktoken-pattern", choices=("v1", "v2"), help="default: v2.")
     group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000, metavar="N")
     group.add_argument(
-        "--tokenizer-special-tokens", nargs="+", metavar="TOKEN", help="for TikTokenizer."
+        "--tokenizer-special-tokens",
+        "--tiktoken-special-tokens",  # as Megatron up to 0.17 has it
+        nargs="+",
+        metavar="TOKEN",
+        help="for TikTokenizer.",
     )
     group.add_argument(
         "--tokenizer-hf-no-include-special-tokens",
@@ -80,6 +93,12 @@ def build_tokenizer(args: argparse.Namespace) -> Tokenizer:
             f"--tokenizer-type is missing. Give one of {', '.join(BUILDERS)}, with "
             "--tokenizer-model PATH."
         )
+    if args.tokenizer_type not in BUILDERS:
+        why = _NOT_BUILT.get(args.tokenizer_type, "it is no type of Megatron's")
+        raise ValueError(
+            f"--tokenizer-type={args.tokenizer_type} is not known here: {why}. Known are "
+            f"{', '.join(BUILDERS)}."
+        )
     return BUILDERS[args.tokenizer_type](args)
 
 
@@ -102,7 +121,10 @@ def _huggingface(args: argparse.Namespace) -> Tokenizer:
 
 def _from_transformers(path: str, special: bool, trust_remote_code: bool) -> Tokenizer:
     """Load as Megatron does, then encode with the Rust tokenizer underneath where there is one."""
-    slow = SlowTokenizer(path, special=special, trust_remote_code=trust_remote_code)
+    local_only = not Path(path).exists() and hub.is_local_only(path)
+    slow = SlowTokenizer(
+        path, special=special, trust_remote_code=trust_remote_code, local_only=local_only
+    )
     if not slow.wrapped.is_fast:
         return slow
     fast = FastTokenizer(

@@ -74,8 +74,11 @@ class FastTokenizer:
 class SlowTokenizer:
     """A Hugging Face tokenizer as transformers runs it; each process loads it for itself."""
 
-    def __init__(self, path: str, *, special: bool, trust_remote_code: bool) -> None:
+    def __init__(
+        self, path: str, *, special: bool, trust_remote_code: bool, local_only: bool = False
+    ) -> None:
         self.path, self.special, self.trust_remote_code = path, special, trust_remote_code
+        self.local_only = local_only
         self.eod = checked_eod(self.wrapped.eos_token_id, path)
         self.vocab_size = len(self.wrapped)
 
@@ -86,7 +89,9 @@ class SlowTokenizer:
 
         try:
             wrapped = AutoTokenizer.from_pretrained(
-                self.path, trust_remote_code=self.trust_remote_code
+                self.path,
+                trust_remote_code=self.trust_remote_code,
+                local_files_only=self.local_only,
             )
         except Exception as error:
             where = "" if Path(self.path).exists() else " (not here, so taken for a hub name)"

@@ -19,9 +19,10 @@ import pytest
 
 from megatron_skyladder.cli import main
 from megatron_skyladder.cli.prepare import ProgressDisplay, progress_line
-from megatron_skyladder.data import output, prepare, sources
+from megatron_skyladder.data import output, prepare, sources, tool_flags
 from megatron_skyladder.data.indexed import IndexedReader, IndexedWriter
 from megatron_skyladder.data.progress import Progress
+from megatron_skyladder.megatron_lm import vocabulary
 
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]
 
@@ -273,6 +274,77 @@ def test_the_commands_in_the_documentation_parse() -> None:
         subparsers = argparse.ArgumentParser().add_subparsers()
         module = importlib.import_module(f"megatron_skyladder.cli.{name}")
         module.add_parser(subparsers, "").parse_args(flags)
+
+
+# --- the command line of Megatron's tool ----------------------------------------------------------
+
+TAKEN = [flag for flag, entry in tool_flags.FLAGS.items() if not entry.is_refused]
+REFUSED = [flag for flag, entry in tool_flags.FLAGS.items() if entry.is_refused]
+
+
+def words_of(flag: str) -> list[str]:
+    return [flag, "3"] if tool_flags.FLAGS[flag].nargs else [flag]
+
+
+def test_flags_of_megatrons_tool_that_change_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    path = tiny.write_json_lines(tmp_path / "a.jsonl", numbers(30))
+    flags = ["--input", path, "--workers", 1, "--append-eod", *NULL]
+    run(*flags, "--output-prefix", tmp_path / "plain")
+    theirs = [word for flag in TAKEN for word in words_of(flag)]
+    run(*flags, "--output-prefix", tmp_path / "theirs", *theirs, "--dataset-impl", "mmap")
+    assert pair(tmp_path / "theirs") == pair(tmp_path / "plain")
+    assert all(f"{flag} has no effect here: " in caplog.text for flag in TAKEN)
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_flags_of_megatrons_tool_that_would_change_the_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture, flag: str
+) -> None:
+    path = tiny.write_json_lines(tmp_path / "a.jsonl", ["1"])
+    run("--input", path, "--output-prefix", tmp_path / "out", *NULL, *words_of(flag), expect=1)
+    message = capsys.readouterr().err
+    assert f"{flag} is a flag of Megatron's tool, and refused here: " in message
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_every_tokenizer_flag_of_megatron_is_known() -> None:
+    """Of every release; and those of the tool itself, by name (Megatron 0.16 to main)."""
+    parser = argparse.ArgumentParser()
+    importlib.import_module("megatron_skyladder.cli.prepare").add_parser(
+        parser.add_subparsers(), ""
+    )
+    (subparsers,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    known = set(subparsers.choices["prepare"]._option_string_actions)
+    names = (Path(vocabulary.__file__).parent / "flag_names.txt").read_text().split()
+    tokenizers = {
+        name
+        for name in names
+        if re.match(r"--(no-|disable-)?(tokenizer|tiktoken|null-tokenizer|vocab|merge-file)", name)
+    }
+    tool = {
+        *("--input", "--json-keys", "--split-sentences", "--keep-newlines", "--append-eod"),
+        *("--lang", "--output-prefix", "--workers", "--partitions", "--log-interval"),
+        *("--keep-sequential-samples", "--find-optimal-num-workers", "--workers-to-check"),
+        *("--max-documents", "--legacy-tokenizer", "--chat-template", "--use-gigatoken"),
+        *("--padded-vocab-size", "--trust-remote-code"),
+    }
+    assert len(tokenizers) > 15
+    assert sorted((tokenizers | tool) - known) == []
+
+
+def test_progress_every_so_many_documents(
+    tmp_path: Path, small_batches: None, capsys: pytest.CaptureFixture
+) -> None:
+    path = tiny.write_json_lines(tmp_path / "a.jsonl", numbers(60))
+    flags = ["--input", path, "--output-prefix", tmp_path / "out", "--workers", 1, *NULL]
+    run(*flags, "--log-interval", 20)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "tokens/s" in line]
+    assert 2 <= len(lines) <= 3  # a batch has a few documents
+    run(*flags, "--log-interval", 0, expect=1)
+    assert "--log-interval=0: give 1 document or more" in capsys.readouterr().err
 
 
 def test_progress_line() -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import http.server
 import importlib.util
 import json
+import os
 import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import prepare_inputs as tiny
 import pytest
 
-from megatron_skyladder.data import tokenizer_flags
+from megatron_skyladder.data import hub, tokenizer_flags
 from megatron_skyladder.data.tokenizer_flags import add_arguments, build_tokenizer
 from megatron_skyladder.data.tokenizers import FastTokenizer, SlowTokenizer, Tokenizer, fingerprint
 
@@ -201,6 +208,108 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
         build("Llama2Tokenizer", tmp_path / "missing")
     with pytest.raises(ValueError, match=r"missing does not exist\. Give a folder or a hub name"):
         build("HuggingFaceTokenizer", tmp_path / "missing")
+
+
+# --- names of the hub, where it is not there ------------------------------------------------------
+
+
+@pytest.fixture
+def hub_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], None]]:
+    """Put a hub of the test's own in place of the real one; None: it never answers."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    statuses: list[int | None] = []
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if statuses[-1] is None:
+                time.sleep(3)
+                return
+            self.send_response(statuses[-1])
+            if statuses[-1] == 404:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield statuses.append
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (404, "the hub has none of this name that you may see"),
+        (None, "the hub does not answer"),
+    ],
+)
+def test_a_misspelt_folder_is_found_out_in_seconds(
+    hub_answers: Callable[[int | None], None],
+    monkeypatch: pytest.MonkeyPatch,
+    status: int | None,
+    message: str,
+) -> None:
+    monkeypatch.setattr(hub, "SECONDS", 0.5)
+    hub_answers(status)
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match=rf"data/tokenizr is no file or folder here, .*{message}"):
+        build("HuggingFaceTokenizer", "data/tokenizr")
+    assert time.monotonic() - begun < 10
+
+
+def test_a_name_that_is_none(hub_answers: Callable[[int | None], None]) -> None:
+    with pytest.raises(ValueError, match="it is no name of the hub either"):
+        build("HuggingFaceTokenizer", "a b")
+
+
+def test_a_hub_in_trouble_is_left_to_transformers(
+    hub_answers: Callable[[int | None], None],
+) -> None:
+    hub_answers(500)
+    assert hub.is_local_only("org/name") is False
+
+
+def test_a_tokenizer_of_the_cache_without_a_network(tmp_path: Path) -> None:
+    """In a process of its own: the library reads its variables once."""
+    pytest.importorskip("transformers")
+    cached = tmp_path / "hub" / "models--org--name"
+    folder = tiny.make_hf_folder(cached / "snapshots" / "1234")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1234")
+    (cached / ".no_exist" / "1234").mkdir(parents=True)
+    for name in ("config.json", "added_tokens.json", "special_tokens_map.json"):  # not on the hub
+        (cached / ".no_exist" / "1234" / name).touch()
+    script = (
+        "import argparse, pickle, sys\n"
+        "from megatron_skyladder.data.tokenizer_flags import add_arguments, build_tokenizer\n"
+        "parser = argparse.ArgumentParser(); add_arguments(parser)\n"
+        "ours = build_tokenizer(parser.parse_args(sys.argv[1:]))\n"
+        "print(ours.encode_batch(['the cat']), ours.eod)\n"
+    )
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "org/name"]
+    variables = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *flags],
+        env={**os.environ, **variables, "HF_HUB_OFFLINE": "0"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    local = build("HuggingFaceTokenizer", folder)
+    assert done.stdout.strip() == f"{local.encode_batch(['the cat'])} {local.eod}"
+
+
+def test_types_that_are_not_built_say_why() -> None:
+    with pytest.raises(ValueError, match="GPT2BPETokenizer is not known here: convert vocabulary"):
+        build("GPT2BPETokenizer")
+    with pytest.raises(ValueError, match=r"HuggingfaceTokenizer .*: it is no type of Megatron's"):
+        build("HuggingfaceTokenizer")
 
 
 def test_folder_that_transformers_cannot_read(tmp_path: Path) -> None:
