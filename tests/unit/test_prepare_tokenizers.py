@@ -216,7 +216,7 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
 @pytest.fixture
 def hub_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], None]]:
     """Put a hub of the test's own in place of the real one; None: it never answers."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     statuses: list[int | None] = []
 
     class Answer(http.server.BaseHTTPRequestHandler):
