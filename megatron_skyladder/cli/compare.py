@@ -231,7 +231,9 @@ def _fit_json(fit: Fit | None) -> dict[str, Any] | None:
 
 
 def _notes(plans: list[Plan]) -> list[str]:
-    notes = [*verdict.noted(plans[0].pasted.findings)]
+    found = verdict.fit(plans[0].pasted)
+    notes = [] if found.fits else [str(found)]
+    notes += verdict.noted(plans[0].pasted.findings)
     notes += [
         f"The model is not counted: {plan.not_counted}." for plan in plans if plan.not_counted
     ]

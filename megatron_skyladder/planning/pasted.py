@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from megatron_skyladder.attention.limits import Finding
 from megatron_skyladder.megatron_lm import flag_rules, vocabulary
@@ -108,6 +109,9 @@ def take(
         launch = launches.from_script(path, values)
         typed = tuple(Word(word, 0) for word in words)
         launch = replace(launch, flags=(*launch.flags, *typed))
+    for word in words:
+        if word.endswith((".sh", ".sbatch", ".slurm")) and Path(word).is_file():
+            raise ValueError(f"{word} is a script: name it as --from-script {word}.")
     pasted = Pasted(launch, notes=list(launch.notes))
     known: list[_Group] = []
     for group in _groups(launch.flags, actions):

@@ -86,6 +86,12 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Left out, as they change nothing here: --lr." in more
 
 
+def test_what_has_to_change_is_said_here_too(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(call(capsys, f"{BASE} --schedule linear --qk-clip").split())
+    assert "Change: --qk-clip cannot stay" in text
+    assert "Change:" not in call(capsys, f"{BASE} --schedule linear")
+
+
 def test_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     call(capsys, f"{BASE} --schedule linear cyclic --skyladder-expand-fraction 0.5 "

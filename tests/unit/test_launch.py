@@ -192,6 +192,7 @@ def test_scripts_that_are_refused(
 
 def test_mistakes_in_naming_a_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert "/no/such.sh: No such file" in refused(capsys, "plan --from-script /no/such.sh")
+    assert f"--from-script {DENSE}." in refused(capsys, f"plan bash {DENSE}")
     assert "--set N: give a variable and its value" in refused(
         capsys, f"plan --from-script {DENSE} --set N"
     )
