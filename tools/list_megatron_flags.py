@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_skyladder.megatron_lm import releases, vocabulary
+from megatron_skyladder.megatron_lm import flag_names, releases
 
 HEADER = """\
 # Names of Megatron's flags and the releases that have each. Written by
@@ -29,7 +29,7 @@ def flags_of(checkout: Path) -> list[str]:
     if found is None:
         sys.exit(f"there is no Megatron in {checkout}: give a folder that holds megatron/core.")
     done = subprocess.run(
-        [sys.executable, "-c", vocabulary.PRINT_FLAGS],
+        [sys.executable, "-c", flag_names.PRINT_FLAGS],
         env={**os.environ, "PYTHONPATH": str(checkout)},
         cwd=checkout,
         capture_output=True,
@@ -54,8 +54,8 @@ def main() -> None:
         for flag in flags_of(Path(folder).resolve()):
             lines_of.setdefault(flag, []).append(line)
     rows = [f"{flag} {' '.join(lines)}\n" for flag, lines in sorted(lines_of.items())]
-    vocabulary.TABLE.write_text(HEADER + "".join(asked) + "".join(rows), encoding="utf-8")
-    print(f"{len(rows)} flags in {vocabulary.TABLE}")
+    flag_names.TABLE.write_text(HEADER + "".join(asked) + "".join(rows), encoding="utf-8")
+    print(f"{len(rows)} flags in {flag_names.TABLE}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         report.run["ranks"] = "disagree" if others else f"{os.environ['WORLD_SIZE']}, all alike"
     if os.environ.get("RANK", "0") == "0":
         if arguments.json:
-            print(json.dumps(asdict(report), indent=2))
+            lines = _verdict(report, arguments.pasted)
+            print(json.dumps({"verdict": lines, **asdict(report)}, indent=2))
         else:
             print(_page(report, arguments.pasted, details=arguments.verbose))
     return 1 if report.problems else 0

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_skyladder.attention.limits import Finding
-from megatron_skyladder.megatron_lm import flag_rules, vocabulary
-from megatron_skyladder.megatron_lm.vocabulary import Unknown
+from megatron_skyladder.megatron_lm import flag_names, flag_rules
+from megatron_skyladder.megatron_lm.flag_names import Unknown
 from megatron_skyladder.planning import launch as launches
 from megatron_skyladder.planning.launch import Launch
 from megatron_skyladder.planning.shell import Word
@@ -39,7 +39,7 @@ class Pasted:
     def is_launch(self) -> bool:
         """Whether it is a training run of the user's own, not a run of the paper with changes."""
         given = {word.partition("=")[0] for word in self.launch.words}
-        own = "--preset" not in given and given & vocabulary.names_by_release().keys()
+        own = "--preset" not in given and given & flag_names.names_by_release().keys()
         return bool(self.launch.entry or own)
 
     @property
@@ -121,7 +121,7 @@ def take(
         else:
             _without_unknown_rest(group, None, pasted)
             pasted.left_out.append(group.flag)
-    pasted.unknown = vocabulary.unknown(
+    pasted.unknown = flag_names.unknown(
         (*pasted.left_out, *(group.flag for group in known if group.flag.startswith("--"))),
         parser._option_string_actions,
         here=here,

@@ -19,7 +19,7 @@ from flag_cases import CASES, FITS, Case
 
 from megatron_skyladder.cli import main
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.megatron_lm import flag_rules, vocabulary
+from megatron_skyladder.megatron_lm import flag_names, flag_rules
 from megatron_skyladder.testing import ProcessPool, requires_megatron
 
 
@@ -165,12 +165,12 @@ def test_flags_that_do_not_arrive_are_refused() -> None:
 
 @requires_megatron
 def test_the_table_of_names_is_that_of_megatrons_own_parser(found: dict[str, Any]) -> None:
-    table = {flag for flag, lines in vocabulary.names_by_release().items() if "0.19" in lines}
+    table = {flag for flag, lines in flag_names.names_by_release().items() if "0.19" in lines}
     assert table - {"--help"} == set(found["flags"]) - {"--help"}
 
 
 def test_newer_flags_are_known_by_name() -> None:
-    names = vocabulary.names_by_release()
+    names = flag_names.names_by_release()
     newer = ("--sequence-packing-scheduler", "--use-varlen-dataset", "--dynamic-context-parallel")
     assert all(names[flag] == {"dev"} for flag in newer)
 
@@ -190,15 +190,15 @@ def test_a_forks_own_parser_decides(
     )
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.setattr(vocabulary, "_installed", lambda: vocabulary.releases.megatron_in(folder))
-    vocabulary.flags_of_installed.cache_clear()
+    monkeypatch.setattr(flag_names, "_installed", lambda: flag_names.releases.megatron_in(folder))
+    flag_names.flags_of_installed.cache_clear()
     try:
-        assert vocabulary.unknown(["--hiden-size"]) == []
-        (other,) = vocabulary.unknown(["--hiden-sizes"], here=True)
+        assert flag_names.unknown(["--hiden-size"]) == []
+        (other,) = flag_names.unknown(["--hiden-sizes"], here=True)
         assert other.meant == "--hiden-size" and "0.19.7" in other.asked
         (training / "arguments.py").write_text("raise ImportError('no TE here')\n")
-        vocabulary.flags_of_installed.cache_clear()
-        (other,) = vocabulary.unknown(["--hiden-size"])
+        flag_names.flags_of_installed.cache_clear()
+        (other,) = flag_names.unknown(["--hiden-size"])
         assert other.meant == "--hidden-size"
     finally:
-        vocabulary.flags_of_installed.cache_clear()
+        flag_names.flags_of_installed.cache_clear()
