@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from megatron_skyladder.runtime.evaluation import (
     run,
 )
 
+logger = logging.getLogger(__name__)
+
 
 def with_lengths(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap Megatron's ``evaluate``: it returns the losses by length beside its own."""
@@ -27,26 +30,32 @@ def with_lengths(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         config = clock.current().config
         windows = tuple(length for length in config.eval_lengths if length < config.seq_length)
-        sample = _sample(kwargs.get("eval_iters"), windows)
-        taps = Taps(data_iterator, forward_step_func, sample.num_recorded)
+        iterations = kwargs.get("eval_iters")
+        if iterations is None:
+            iterations = compat.args().eval_iters
+        planned = _sample(iterations, len(windows))
+        taps = Taps(data_iterator, forward_step_func, planned.num_rows)
         result = original(taps.forward_step, taps.data_iterator, model, *args, **kwargs)
         losses, _, time_is_up = result
-        if not time_is_up:
-            pieces = run(model, taps.rows(sample), windows, sample)
-            if taps.plain_losses:  # the last pipeline stage
-                plain = torch.cat(taps.plain_losses)[: sample.num_rows]
-                losses.update(report(plain, pieces, windows, config.seq_length))
+        if time_is_up or not iterations:
+            return result
+        sample = taps.agree(planned, len(windows))
+        if sample is None:
+            logger.warning("no losses by length: a rank has seen no sequence in this validation")
+            return result
+        announce(taps.num_seen, sample, windows, config.seq_length)
+        pieces = run(model, taps.rows(sample), windows, sample)
+        if taps.plain_losses:  # the last pipeline stage
+            plain = torch.cat(taps.plain_losses)[: sample.num_rows]
+            losses.update(report(plain, pieces, windows, config.seq_length))
         return result
 
     return evaluate
 
 
-def _sample(eval_iters: int | None, windows: tuple[int, ...]) -> Sample:
+def _sample(iterations: int, num_passes: int) -> Sample:
     options = compat.args()
-    iterations = options.eval_iters if eval_iters is None else eval_iters
     batch_size = getattr(options, "eval_global_batch_size", options.global_batch_size)
     micro_batch_size = getattr(options, "eval_micro_batch_size", options.micro_batch_size)
     rows = batch_size // options.data_parallel_size
-    sample = choose_sample(iterations, rows, micro_batch_size, len(windows))
-    announce(iterations * rows, sample, windows, options.seq_length)
-    return sample
+    return choose_sample(iterations, rows, micro_batch_size, num_passes)

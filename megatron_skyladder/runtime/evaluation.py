@@ -44,12 +44,10 @@ class Sample:
     Args:
         num_rows: a multiple of ``micro_batch_size``.
         micro_batch_size: rows per forward pass.
-        num_recorded: micro-batches of plain validation that hold these rows.
     """
 
     num_rows: int
     micro_batch_size: int
-    num_recorded: int
 
     @property
     def num_microbatches(self) -> int:
@@ -75,7 +73,7 @@ def choose_sample(
     rows = rows or max(1, int(affordable * num_iterations * rows_per_iteration))
     batch = min(rows, micro_batch_size)
     rows -= rows % batch
-    return Sample(rows, batch, -(-rows // micro_batch_size))
+    return Sample(rows, batch)
 
 
 _announced: set[object] = set()
@@ -104,36 +102,47 @@ def announce(rows: int, sample: Sample, windows: tuple[int, ...], seq_length: in
 
 
 class _Recorder:
-    """A data iterator that keeps the first micro-batches it hands on, still on the host."""
+    """A data iterator that keeps the first sequences it hands on, still on the host.
+
+    Args:
+        iterator: yields micro-batches, of any number of sequences each.
+        num_kept: sequences to keep; the last micro-batch is kept whole.
+    """
 
     def __init__(self, iterator: Iterator[dict[str, Any]], num_kept: int) -> None:
         self._iterator = iterator
         self._num_kept = num_kept
         self.kept: list[dict[str, Any]] = []
+        self.num_reads = self.num_kept = self.num_seen = 0
 
     def __iter__(self) -> _Recorder:
         return self
 
     def __next__(self) -> dict[str, Any]:
         batch = next(self._iterator)
-        if len(self.kept) < self._num_kept:
+        num_sequences = len(batch["tokens"])
+        self.num_reads += 1
+        self.num_seen += num_sequences
+        if num_sequences and self.num_kept < self._num_kept:
             self.kept.append({key: batch[key] for key in BATCH_KEYS})
+            self.num_kept += num_sequences
         return batch
 
 
 class Taps:
-    """What is kept of a plain validation: its first rows, and their losses.
+    """What is kept of a plain validation: its first sequences, and their losses.
 
     Args:
         data_iterator: Megatron's: an iterator, a list of them (one for each model chunk), or None
             on ranks that read nothing.
         forward_step: Megatron's ``forward_step_func``.
-        num_kept: micro-batches to keep.
+        num_kept: sequences to keep.
     """
 
     def __init__(self, data_iterator: Any, forward_step: Any, num_kept: int) -> None:
         self._forward_step = forward_step
         self._num_kept = num_kept
+        self._num_losses = 0
         chunks = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         self._recorders = [
             None if iterator is None else _Recorder(iterator, num_kept) for iterator in chunks
@@ -143,16 +152,52 @@ class Taps:
             self.data_iterator = self._recorders[0]
         self.plain_losses: list[torch.Tensor] = []  # [rows, tokens on this CP rank] each
 
-    def forward_step(self, data_iterator: Any, model: Any, *args: Any) -> tuple[Any, Any]:
+    def forward_step(
+        self, data_iterator: Any, model: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         """Run a step; where it ends in losses per token, keep them."""
-        output, loss_func = self._forward_step(data_iterator, model, *args)
+        output, loss_func = self._forward_step(data_iterator, model, *args, **kwargs)
 
         def keep_losses(losses: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if len(self.plain_losses) < self._num_kept:
+            if len(losses) and self._num_losses < self._num_kept:
                 self.plain_losses.append(losses.detach().float())
+                self._num_losses += len(losses)
             return loss_func(losses, *args, **kwargs)
 
         return output, keep_losses
+
+    def agree(self, sample: Sample, num_passes: int) -> Sample | None:
+        """Return the part of a sample that every rank can run; all ranks have to ask.
+
+        A validation may have had fewer sequences than was counted on: micro-batches of one sequence
+        whatever the flag says (``--full-validation``), a last one that is not full, none at all.
+
+        Args:
+            sample: what was planned.
+            num_passes: as in `choose_sample`.
+
+        Returns:
+            A sample of the same micro-batches or smaller ones; None where there is nothing to run.
+        """
+        affordable = EXTRA_WORK / num_passes
+        counts = [
+            min(recorder.num_kept, max(1, int(affordable * recorder.num_seen)))
+            for recorder in self._recorders
+            if recorder is not None and recorder.num_reads  # middle stages have unread ones
+        ]
+        smallest = min([sample.num_rows, *counts])
+        common = torch.tensor(smallest, dtype=torch.int64, device="cuda")
+        torch.distributed.all_reduce(common, op=torch.distributed.ReduceOp.MIN)
+        num_rows = int(common)
+        if num_rows == 0:
+            return None
+        batch = min(num_rows, sample.micro_batch_size)
+        return Sample(num_rows - num_rows % batch, batch)
+
+    @property
+    def num_seen(self) -> int:
+        """Sequences of the plain validation; 0 on ranks that read none."""
+        return max((recorder.num_seen for recorder in self._recorders if recorder), default=0)
 
     def rows(self, sample: Sample) -> list[list[dict[str, Any]] | None]:
         """Return the sample in micro-batches of its own size, for each model chunk."""
@@ -300,4 +345,5 @@ def report(
         add(f"skyladder/loss_positions_{start}_{stop - 1}", plain, loss_mask * in_band)
     totals = torch.stack(list(sums.values()))
     torch.distributed.all_reduce(totals, group=trainer.current().groups.dp_cp)
-    return dict(zip(sums, totals[:, 0] / totals[:, 1], strict=True))
+    counted = zip(sums, totals, strict=True)  # no token counts where all of them are padding
+    return {name: total / count for name, (total, count) in counted if count > 0}

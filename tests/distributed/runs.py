@@ -35,7 +35,7 @@ BASE_FLAGS = (
     "--make-vocab-size-divisible-by 64 "
     "--lr 1e-3 --lr-decay-style cosine --lr-warmup-samples 8 --lr-decay-samples 400 --min-lr 1e-5 "
     "--attention-dropout 0 --hidden-dropout 0 --seed 1 --init-method-std 0.2 --log-interval 1 "
-    "--eval-iters 0 --eval-interval 100 --num-workers 0 --split 100,0,0 --ckpt-format torch_dist"
+    "--eval-iters 0 --eval-interval 100 --num-workers 0 --ckpt-format torch_dist"
 )
 
 
@@ -146,7 +146,7 @@ class Trainer:
     def documents(self) -> Path:
         """A dataset of short random documents, two to ten in a row."""
         generator = torch.Generator().manual_seed(1)
-        return self._build("documents", torch.randint(2, 40, (400,), generator=generator).tolist())
+        return self.build("documents", torch.randint(2, 40, (400,), generator=generator).tolist())
 
     @cached_property
     def sparse_documents(self) -> Path:
@@ -155,9 +155,10 @@ class Trainer:
         lengths: list[int] = []
         for length, num_empty in torch.randint(2, 90, (60, 2), generator=generator).tolist():
             lengths += [length // 2, *[1] * num_empty]
-        return self._build("sparse", lengths)
+        return self.build("sparse", lengths)
 
-    def _build(self, name: str, lengths: list[int]) -> Path:
+    def build(self, name: str, lengths: list[int]) -> Path:
+        """Write a dataset of random documents of these lengths, and return its prefix."""
         prefix = self.folder / name
         self.pool.run(
             "recorded_training:build_documents",
@@ -206,6 +207,7 @@ class Trainer:
         global_batch_size: int | None = GLOBAL_BATCH_SIZE,
         exit_codes: tuple[int, ...] = (0,),
         environment: dict[str, str] | None = None,
+        data: str | None = None,
         **options: Any,
     ) -> Run:
         """Train and return the record.
@@ -218,6 +220,8 @@ class Trainer:
             global_batch_size: None where the flags say it.
             exit_codes: what the ranks may end with.
             environment: set in every rank.
+            data: the flags that name it; None: `documents`, all for training unless the flags say
+                otherwise.
             options: of `recorded_training.train`.
         """
         start = ""
@@ -225,7 +229,8 @@ class Trainer:
             start = f"--load {self.initial_weights(architecture)} --finetune"
         if global_batch_size is not None:
             start += f" --global-batch-size {global_batch_size}"
-        data = f"--data-path {self.documents} --data-cache-path {self.folder / 'cache'}"
+        data = data or f"--data-path {self.documents} --split 100,0,0"
+        data += f" --data-cache-path {self.folder / 'cache'}"
         words = f"{BASE_FLAGS} {ARCHITECTURES[architecture]} {data} {start} {flags}".split()
         run = Run(self.new_folder("run"))
         run.exit_codes = self.pool.run(

@@ -109,6 +109,25 @@ def test_windows_are_blocked_under_a_sliding_mask_too(
     assert record.by_length[16] == pytest.approx(true_losses[16], rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("layout", ["one", "dp2"])
+def test_full_validation_of_several_sets(watched: Trainer, layout: str) -> None:
+    """Its micro-batches have one sequence, whatever the flag says, and ranks may have fewer."""
+    processes, _ = LAYOUTS[layout]
+    sets = [watched.build(f"{layout}-{n}", [SEQ_LENGTH + 1] * n) for n in (7, processes)]
+    run = watched.train(
+        "--train-samples 8 --micro-batch-size 2 --eval-interval 1 --skyladder-schedule constant "
+        "--skyladder-eval-lengths 16,32 --full-validation --multiple-validation-sets",
+        num_processes=processes,
+        data=f"--train-data-path {watched.documents} --valid-data-path {sets[0]} {sets[1]}",
+    )
+    first, second = log_of(run).validations
+    for record in (first, second):
+        assert list(record.by_length) == [16, 32, SEQ_LENGTH]
+        assert all(1 < loss < 20 for loss in record.by_length.values())
+    if processes == 1:  # the second set is a single sequence, seen over and over
+        assert second.by_length[SEQ_LENGTH] == pytest.approx(second.loss, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("layout", ["one", "pp2-vpp2"])
 def test_nothing_but_the_report_changes(watched: Trainer, layout: str) -> None:
     processes, layout_flags = LAYOUTS[layout]

@@ -21,12 +21,12 @@ from megatron_skyladder.testing.trainer import PlainTrainer  # noqa: E402
 @pytest.mark.parametrize(
     ("iterations", "rows", "micro_batch", "passes", "expected"),
     [
-        (10, 16, 4, 2, Sample(64, 4, 16)),  # four of ten iterations, twice
-        (10, 16, 4, 1, Sample(144, 4, 36)),
-        (2, 16, 4, 2, Sample(12, 4, 3)),  # 14 rows would do, but three micro-batches are 12
-        (1, 4, 2, 3, Sample(1, 1, 1)),  # a single row out of a micro-batch of two
-        (1, 1, 1, 2, Sample(1, 1, 1)),  # nothing to choose from: dearer than promised
-        (3, 6, 4, 3, Sample(4, 4, 1)),
+        (10, 16, 4, 2, Sample(64, 4)),  # four of ten iterations, twice
+        (10, 16, 4, 1, Sample(144, 4)),
+        (2, 16, 4, 2, Sample(12, 4)),  # 14 rows would do, but three micro-batches are 12
+        (1, 4, 2, 3, Sample(1, 1)),  # a single row out of a micro-batch of two
+        (1, 1, 1, 2, Sample(1, 1)),  # nothing to choose from: dearer than promised
+        (3, 6, 4, 3, Sample(4, 4)),
     ],
 )
 def test_sample(
@@ -45,8 +45,7 @@ def test_the_cost_stays_below_twice_plain_validation(
     sample = choose_sample(iterations, rows, micro_batch, passes)
     assert sample.num_rows % sample.micro_batch_size == 0
     assert sample.micro_batch_size <= micro_batch
-    assert (sample.num_recorded - 1) * micro_batch < sample.num_rows
-    assert sample.num_rows <= sample.num_recorded * micro_batch <= iterations * rows
+    assert sample.num_rows <= iterations * rows
     if iterations * rows > passes:
         assert sample.num_rows * passes <= EXTRA_WORK * iterations * rows
 
@@ -65,10 +64,10 @@ def test_what_is_measured_is_said_once_and_a_dear_choice_is_warned_of(
     caplog.set_level(logging.INFO, "megatron_skyladder")
     evaluation._announced.clear()
     for _ in range(2):
-        evaluation.announce(40, Sample(16, 4, 4), (512, 4096), 8192)
+        evaluation.announce(40, Sample(16, 4), (512, 4096), 8192)
     (message,) = caplog.messages
     assert "blocked windows of 512, 4096, 8192 tokens, on the same 16 of the 40" in message
-    evaluation.announce(1, Sample(1, 1, 1), (512, 4096), 8192)
+    evaluation.announce(1, Sample(1, 1), (512, 4096), 8192)
     assert "more than plain validation itself" in caplog.messages[-1]
     assert "Raise --eval-iters" in caplog.messages[-1]
 
@@ -77,7 +76,7 @@ def test_the_recorder_hands_everything_on_and_keeps_the_first() -> None:
     batches = [
         {name: torch.full((2, 4), index) for name in evaluation.BATCH_KEYS} for index in range(3)
     ]
-    recorder = evaluation._Recorder(iter(batches), num_kept=2)
+    recorder = evaluation._Recorder(iter(batches), num_kept=3)
     assert [batch is given for batch, given in zip(recorder, batches, strict=True)] == [True] * 3
     assert [int(kept["tokens"][0, 0]) for kept in recorder.kept] == [0, 1]
     # Megatron moves tensors within the dict it gets: what is kept must not change with it
@@ -90,7 +89,7 @@ def test_rows_are_cut_to_the_samples_micro_batches() -> None:
         {name: torch.arange(3)[:, None] + 3 * index for name in evaluation.BATCH_KEYS}
         for index in range(2)
     ]
-    cut = evaluation._rebatch(batches, Sample(4, 2, 2))
+    cut = evaluation._rebatch(batches, Sample(4, 2))
     assert [rows["labels"].flatten().tolist() for rows in cut] == [[0, 1], [2, 3]]
 
 
@@ -99,6 +98,38 @@ def single_process() -> Iterator[None]:
     trainer.install(SkyLadderConfig(WindowSchedule("constant", 8, 8), 8, 1), PlainTrainer())
     yield
     trainer.uninstall()
+
+
+@pytest.mark.parametrize(
+    ("planned", "sizes", "agreed"),
+    [
+        (Sample(4, 2), [2, 2, 2, 2, 2], Sample(4, 2)),  # as planned
+        (Sample(4, 2), [1, 1, 1, 1, 1], Sample(4, 2)),  # smaller micro-batches, but enough of them
+        (Sample(4, 2), [1, 1, 1, 1], Sample(2, 2)),  # 3.6 sequences are affordable: whole pairs
+        (Sample(4, 2), [2, 1], Sample(2, 2)),
+        (Sample(4, 4), [2, 1], Sample(2, 2)),  # no micro-batch is that large
+        (Sample(4, 2), [0, 1], Sample(1, 1)),
+        (Sample(4, 2), [0, 0], None),
+        (Sample(4, 2), [], Sample(4, 2)),  # this rank reads nothing: the others decide
+    ],
+)
+def test_what_was_not_read_is_not_run(
+    monkeypatch: pytest.MonkeyPatch, planned: Sample, sizes: list[int], agreed: Sample | None
+) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: None)
+    monkeypatch.setattr(evaluation.torch, "tensor", lambda x, **_: np.int64(x))
+    batches = [{name: torch.zeros(n, 4) for name in evaluation.BATCH_KEYS} for n in sizes]
+    taps = evaluation.Taps(iter(batches), None, planned.num_rows)
+    for _ in taps.data_iterator:
+        pass
+    assert taps.num_seen == sum(sizes)
+    assert taps.agree(planned, num_passes=1) == agreed
+    if agreed and sizes:
+        (rows,) = taps.rows(agreed)
+        assert rows is not None
+        assert [len(batch["labels"]) for batch in rows] == [
+            agreed.micro_batch_size
+        ] * agreed.num_microbatches
 
 
 @pytest.mark.usefixtures("single_process")
