@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from functools import partial
 from typing import Any
 
@@ -18,38 +19,52 @@ from megatron_skyladder.megatron_lm import releases
 from megatron_skyladder.runtime.console import log_to_console
 from megatron_skyladder.runtime.ending import explained
 
+_STARTED = time.time()  # for Megatron's report on what the start-up took
 logger = logging.getLogger("megatron_skyladder.pretrain_gpt")  # __name__ is __main__ here
 SPIKY_LOSS_FACTOR = 10  # a loss this many times the largest so far is spiky, as in Megatron
 
 
-def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
-    """Run one micro-batch through one pipeline stage; Megatron's ``forward_step_func``."""
-    from megatron.core.utils import get_attr_wrapped_model
+def forward_step(
+    data_iterator: Any, model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
+    """Run one micro-batch through one pipeline stage; Megatron's ``forward_step_func``.
+
+    Args:
+        data_iterator: yields batches on the ranks that read data.
+        model: this stage's model chunk.
+        return_schedule_plan: whether to return the model's plan of the step instead of its output,
+            which Megatron asks for under ``--overlap-moe-expert-parallel-comm``.
+    """
+    from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
     from megatron.training import get_timers
 
     from megatron_skyladder.megatron_lm.batches import get_batch
 
-    timers = get_timers()
+    timers, straggler = get_timers(), StragglerDetector()  # the process's only one
     timers("batch-generator", log_level=2).start()
-    vp_stage = get_attr_wrapped_model(model, "vp_stage")
-    batch, mask = get_batch(data_iterator, vp_stage=vp_stage, training=model.training)
+    with straggler(bdata=True):
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch, mask = get_batch(data_iterator, vp_stage=vp_stage, training=model.training)
     timers("batch-generator").stop()
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        mask,
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
-    return output, partial(loss_func, batch["loss_mask"])
+    run = model.build_schedule_plan if return_schedule_plan else model
+    with straggler:
+        output = run(
+            batch["tokens"],
+            batch["position_ids"],
+            mask,
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )
+    return output, partial(loss_func, batch["loss_mask"], model=model)
 
 
-def loss_func(loss_mask: Any, losses: Any) -> tuple[Any, Any, dict[str, Any]]:
+def loss_func(loss_mask: Any, losses: Any, model: Any = None) -> tuple[Any, Any, dict[str, Any]]:
     """Sum the losses of a micro-batch and check them, as stock ``pretrain_gpt.py`` does.
 
     Args:
         loss_mask: float [b, s], 1 where a token counts.
         losses: float [b, s], per token.
+        model: this stage's model chunk, which Megatron's own passes too; not looked at.
 
     Returns:
         The summed loss, the number of tokens that count, and what Megatron logs.
@@ -143,7 +158,7 @@ def _launch() -> None:
 
     def on_arguments(options: Any) -> None:
         flag_rules.check_arrival(options, sys.argv[1:])
-        options.create_attention_mask_in_dataloader = False  # the datasets below make none
+        flag_rules.check_entry_point(options)
         config = config_from_args(options)
         if config is not None:
             hooks.install(config, options)
@@ -156,6 +171,7 @@ def _launch() -> None:
         extra_args_provider=patch_calls.add_arguments,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
         on_arguments=on_arguments,
+        started=_STARTED,
     )
 
 

@@ -293,6 +293,8 @@ def _replace_torch_cuda() -> None:
     accelerator.is_available = lambda: False  # or data loaders start a thread that pins memory
     accelerator.current_stream = lambda *_: stream
     accelerator.current_device_index = lambda: 0
+    tensor: Any = torch.Tensor
+    tensor.record_stream = _nothing  # the function mode never gets to see it
     module: Any = torch.nn.Module
     module.cuda = lambda self, *_, **__: self
     optimizer: Any = torch.optim.Optimizer

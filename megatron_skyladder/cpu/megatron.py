@@ -22,7 +22,6 @@ CPU_DEFAULTS = {
     "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
     "no_persist_layer_norm": True,
-    "create_attention_mask_in_dataloader": False,
 }
 
 

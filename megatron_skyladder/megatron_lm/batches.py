@@ -24,8 +24,8 @@ def get_batch(
 
     Returns:
         ``BATCH_KEYS`` on the device, cut to this context-parallel rank's part, each None where the
-        stage has no use for it; and the mask for the attention, int32 [N + 1] on the host, or None
-        where the window alone decides.
+        stage has no use for it; and the mask for the attention: int32 [N + 1] on the host, or None
+        where the window alone decides, or Megatron's own where SkyLadder is off.
     """
     active = clock.installed()
     masks_documents = training and active is not None and active.config.intra_document
@@ -36,6 +36,8 @@ def get_batch(
     tap = HostTap(data_iterator)
     if has_data:
         batch = compat.cp_batch(compat.tp_batch(tap if data_iterator is not None else None))
+        if active is None:
+            return batch, batch.get("attention_mask")
     elif data_iterator is not None:
         next(tap)
     if not masks_documents:

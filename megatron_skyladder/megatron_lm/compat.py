@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,15 @@ from megatron.core import mpu
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.megatron_lm.releases import MegatronMismatchError
+
+RENAMED_FIELDS = {  # of GPTDatasetConfig: the argument that each takes
+    "random_seed": "seed",
+    "sequence_length": "seq_length",
+    "path_to_cache": "data_cache_path",
+    "create_attention_mask": "create_attention_mask_in_dataloader",
+    "fast_cache_load": "dataloader_fast_cache_load",
+    "defer_npy_index_mmap": "dataloader_defer_npy_index_mmap",
+}
 
 
 def args() -> Any:
@@ -104,7 +114,7 @@ def tp_batch(data_iterator: Any) -> dict[str, torch.Tensor | None]:
         "is_sft": False,
         "has_cu_seqlens": False,
         "is_hybrid_cp": False,
-        "create_attention_mask_in_dataloader": False,
+        "create_attention_mask_in_dataloader": options.create_attention_mask_in_dataloader,
         "cp_size": options.context_parallel_size,
         "tp_rank": mpu.get_tensor_model_parallel_rank(),
         "micro_batch_size": options.micro_batch_size,
@@ -133,20 +143,19 @@ def gpt_dataset_config(options: Any) -> Any:
     from megatron.training.utils import get_blend_and_blend_per_split
 
     blend, blend_per_split = get_blend_and_blend_per_split(options)
-    renamed = {
-        "random_seed": "seed",
-        "sequence_length": "seq_length",
-        "path_to_cache": "data_cache_path",
-        "fast_cache_load": "dataloader_fast_cache_load",
-        "defer_npy_index_mmap": "dataloader_defer_npy_index_mmap",
-    }
     values = {"blend": blend, "blend_per_split": blend_per_split, "tokenizer": get_tokenizer()}
-    values["create_attention_mask"] = False  # the attention does not take a dense mask
-    for field in dataclasses.fields(GPTDatasetConfig):
-        source = renamed.get(field.name, field.name)
-        if field.name not in values and hasattr(options, source):
-            values[field.name] = getattr(options, source)
-    return GPTDatasetConfig(**values)
+    values["sequence_parallel_size"] = (
+        options.tensor_model_parallel_size * options.sequence_parallel
+    )
+    if options.per_dataset_sequences_path is not None:
+        with open(options.per_dataset_sequences_path, encoding="utf-8") as file:
+            values["sequences_per_dataset"] = json.load(file)
+    fields = {field.name for field in dataclasses.fields(GPTDatasetConfig)}
+    for field in fields - values.keys():
+        source = RENAMED_FIELDS.get(field, field)
+        if hasattr(options, source):
+            values[field] = getattr(options, source)
+    return GPTDatasetConfig(**{name: values[name] for name in values if name in fields})
 
 
 def _accepted(function: Callable[..., Any], known: dict[str, Any]) -> dict[str, Any]:

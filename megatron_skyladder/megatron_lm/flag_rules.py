@@ -21,16 +21,32 @@ _PACKS = "it packs sequences of several lengths and brings masks of its own"
 _HYBRID = "windows reach GPTModel, and this builds Megatron's HybridModel"
 _HYBRID_DO = "Where each layer has attention and an MLP, train it as a GPT: --num-layers."
 
+
+def _packing(flag: str) -> FlagRule:
+    return FlagRule(flag, Effect.CHANGES_MASKS, _PACKS, _USE_DOCUMENTS, entry_point_always=True)
+
+
 RULES = (
     *limits.RULES,
     # --- sequences or masks that are not those of a plain pretraining run ---
-    FlagRule("--sft", Effect.CHANGES_MASKS, "it packs conversations into sequences itself"),
-    FlagRule("--fim-data", Effect.CHANGES_MASKS, "it reorders the tokens of a document"),
+    FlagRule(
+        "--sft",
+        Effect.CHANGES_MASKS,
+        "it packs conversations into sequences itself",
+        entry_point_always=True,
+    ),
+    FlagRule(
+        "--fim-data",
+        Effect.CHANGES_MASKS,
+        "it reorders the tokens of a document",
+        entry_point_always=True,
+    ),
     FlagRule(
         "--dataloader-inter-document-masking",
         Effect.CHANGES_MASKS,
         "it is Megatron's own mask of documents",
         _USE_DOCUMENTS,
+        entry_point_always=True,
     ),
     FlagRule(
         "--reset-attention-mask",
@@ -38,11 +54,11 @@ RULES = (
         "it is Megatron's dense mask of documents",
         _USE_DOCUMENTS,
     ),
-    FlagRule("--hybrid-context-parallel", Effect.CHANGES_MASKS, _PACKS, _USE_DOCUMENTS),
-    FlagRule("--dynamic-context-parallel", Effect.CHANGES_MASKS, _PACKS, _USE_DOCUMENTS),
-    FlagRule("--sequence-packing-scheduler", Effect.CHANGES_MASKS, _PACKS, _USE_DOCUMENTS),
-    FlagRule("--max-seqlen-per-dp-cp-rank", Effect.CHANGES_MASKS, _PACKS, _USE_DOCUMENTS),
-    FlagRule("--use-varlen-dataset", Effect.CHANGES_MASKS, _PACKS, _USE_DOCUMENTS),
+    _packing("--hybrid-context-parallel"),
+    _packing("--dynamic-context-parallel"),
+    _packing("--sequence-packing-scheduler"),
+    _packing("--max-seqlen-per-dp-cp-rank"),
+    _packing("--use-varlen-dataset"),
     FlagRule(
         "--cp-partition-mode",
         Effect.CHANGES_MASKS,
@@ -58,6 +74,7 @@ RULES = (
         "the layers of multi-token prediction have no window",
         "Drop --mtp-num-layers.",
         not_counted=True,
+        entry_point_always=True,
     ),
     FlagRule(
         "--multi-latent-attention",
@@ -79,6 +96,7 @@ RULES = (
         "it builds models that do not come from megatron.core",
         "Drop --use-legacy-models.",
         not_counted=True,
+        entry_point_always=True,
     ),
     FlagRule(
         "--yaml-cfg",
@@ -99,6 +117,13 @@ RULES = (
         "is ignored by Megatron 0.18 and later: the batch does not grow",
         'Use --step-batch-size-schedule "0:SAMPLES TOKENS:SAMPLES ...", without '
         "--global-batch-size.",
+    ),
+    FlagRule(
+        "--logits-load-dir",
+        Effect.NOTED,
+        "takes the loss from a teacher's logits",
+        "That needs Megatron's own script, patched (skyladder patch apply DIR).",
+        entry_point_always=True,
     ),
     FlagRule(
         "--fp8-format",
@@ -223,9 +248,19 @@ def check_arrival(options: Any, words: Sequence[str]) -> None:
 
 
 def check_entry_point(options: Any) -> None:
-    """Refuse, with SkyLadder or without, what only Megatron's own script would act on.
+    """Refuse, with SkyLadder or without, what only Megatron's own script acts on.
 
     Raises:
         UsageError: all such flags, one on a line.
     """
-    limits.refuse(limits.find((rule for rule in RULES if rule.entry_point_always), options))
+    lines = []
+    for finding in limits.find((rule for rule in RULES if rule.entry_point_always), options):
+        stops, flag = finding.rule.effect.stops, finding.rule.flag
+        also = "without SkyLadder" if stops else "patched for SkyLadder (skyladder patch apply DIR)"
+        lines.append(
+            f"{flag} has no effect in megatron_skyladder.pretrain_gpt: only Megatron's own "
+            f"pretrain_gpt.py acts on it. Run that script of a checkout, {also}. Otherwise: "
+            f"{finding.rule.do if stops and finding.rule.do else f'Drop {flag}.'}"
+        )
+    if lines:
+        raise UsageError("\n".join(lines))

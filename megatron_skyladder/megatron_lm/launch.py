@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from megatron_skyladder.errors import UsageError
 from megatron_skyladder.megatron_lm import compat, releases
 from megatron_skyladder.megatron_lm.releases import Trainer
 from megatron_skyladder.megatron_lm.spec import gpt_layer_spec
@@ -19,6 +20,7 @@ def launch(
     extra_args_provider: Callable[[Any], Any],
     args_defaults: dict[str, Any],
     on_arguments: Callable[[Any], None],
+    started: float,
 ) -> None:
     """Run Megatron's ``pretrain``.
 
@@ -28,17 +30,20 @@ def launch(
         extra_args_provider: adds our flags to Megatron's parser.
         args_defaults: Megatron's defaults for flags that were not given.
         on_arguments: called with the validated arguments, before any model is built.
+        started: when this process began to start, in seconds since the epoch.
     """
     from megatron.core.enums import ModelType
-    from megatron.training import inprocess_restart, pretrain
+    from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
 
     trainer = releases.release_of(releases.installed()).trainer
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    set_startup_timestamps(program_start=started, main_entry=started)
     ours = {"extra_args_provider": extra_args_provider, "args_defaults": args_defaults}
+    others = {"store": store, "get_embedding_ranks": embedding_ranks}
     if trainer is Trainer.PARSES_ARGUMENTS:
         _after_initialization(lambda: on_arguments(compat.args()))
         model_type = ModelType.encoder_or_decoder
-        pretrain(datasets_provider, gpt_model, model_type, forward_step, store=store, **ours)
+        pretrain(datasets_provider, gpt_model, model_type, forward_step, **others, **ours)
         return
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
@@ -56,8 +61,15 @@ def launch(
         *provider,
         ModelType.encoder_or_decoder,
         forward_step,
-        store=store,
+        **others,
     )
+
+
+def embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """Return the ranks of a pipeline that hold word embeddings, as Megatron's script has it."""
+    if compat.args().untie_embeddings_and_output_weights:
+        return pp_ranks[:1]
+    return sorted({pp_ranks[0], pp_ranks[-1]})
 
 
 def gpt_model(
@@ -70,8 +82,17 @@ def gpt_model(
     """Build one model chunk; Megatron's ``model_provider``, where it takes one (up to 0.18)."""
     from megatron.core.models.gpt import GPTModel
     from megatron.training.arguments import core_transformer_config_from_args
+    from megatron.training.yaml_arguments import core_transformer_config_from_yaml
 
     options = compat.args()
+    if options.record_memory_history:  # it is begun by Megatron's script, up to 0.18
+        raise UsageError(
+            "--record-memory-history has no effect in SkyLadder's entry point on this release of "
+            "Megatron. Run Megatron's own pretrain_gpt.py of a checkout, patched for SkyLadder "
+            "(skyladder patch apply DIR), or Megatron 0.19."
+        )
+    if config is None and options.yaml_cfg is not None:
+        config = core_transformer_config_from_yaml(options, "language_model")
     config = config or core_transformer_config_from_args(options)
     return GPTModel(
         config=config,

@@ -7,6 +7,12 @@ from typing import Any
 
 from megatron_skyladder.errors import UsageError
 
+NOT_BUILT = (  # by `gpt_layer_spec`; from 0.19 on Megatron's trainer builds the model
+    "heterogeneous_layers_config_path",
+    "experimental_attention_variant",
+    "use_grouped_gemm_for_dense_mlp",
+)
+
 
 def gpt_layer_spec(options: Any, config: Any, vp_stage: int | None = None) -> Any:
     """Return the spec of a stock GPT's layers, as Megatron's own builders choose it.
@@ -25,14 +31,14 @@ def gpt_layer_spec(options: Any, config: Any, vp_stage: int | None = None) -> An
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.spec_utils import import_module
 
-    if options.spec is not None:
-        return import_module(options.spec)
-    for flag in ("heterogeneous_layers_config_path", "experimental_attention_variant"):
+    for flag in NOT_BUILT:
         if getattr(options, flag, None):
             raise UsageError(
                 f"--{flag.replace('_', '-')} is not built by SkyLadder's entry point on this "
                 "release of Megatron. Patch your checkout instead (skyladder patch apply)."
             )
+    if options.spec is not None:
+        return import_module(options.spec)
     build = gpt_layer_specs.get_gpt_decoder_layer_specs
     if options.num_experts:
         build = gpt_layer_specs.get_gpt_decoder_block_spec

@@ -226,7 +226,7 @@ class _Recorder:
                 self.reached("forward", self.forwards[key])
             return forward_step(data_iterator, model, *args, **kwargs)
 
-        def recorded_loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> Any:
+        def recorded_loss_func(loss_mask: torch.Tensor, losses: torch.Tensor, **kwargs: Any) -> Any:
             rows = (losses.detach().double() * loss_mask.double()).sum(dim=1)
             self.write(
                 "loss",
@@ -236,7 +236,7 @@ class _Recorder:
                 rows=rows.tolist(),
             )
             self.losses += 1
-            return loss_func(loss_mask, losses)
+            return loss_func(loss_mask, losses, **kwargs)
 
         pretrain_gpt.forward_step = recorded_forward_step
         pretrain_gpt.loss_func = recorded_loss_func

@@ -15,6 +15,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import stock_script
 import torch
 from launches import (
     DOCUMENTS_MASKED,
@@ -106,6 +107,22 @@ def test_revert_gives_the_checkout_back(checkouts, tmp_path):
         restored = copy / path.relative_to(checkouts / "stock")
         assert restored.read_bytes() == path.read_bytes()
         assert restored.stat().st_mode == path.stat().st_mode
+
+
+def test_the_tables_of_the_script_are_right(checkouts):
+    folder = checkouts / "stock"
+    line = releases.megatron_in(folder).line
+    scripts = [folder / name for name in stock_script.SCRIPTS[line]]
+    read = set().union(*(stock_script.names_read(path, "args") for path in scripts))
+    assert read == stock_script.READ[line]
+    assert stock_script.signatures(scripts[0]).items() >= stock_script.SIGNATURES.items()
+    passed = stock_script.keywords(scripts[0], "pretrain")
+    passed |= stock_script.keywords(scripts[0], "parse_and_validate_args")
+    assert passed == stock_script.PRETRAIN_KEYWORDS
+    if len(scripts) > 1:
+        assert stock_script.keywords(scripts[1], "GPTModel") == stock_script.GPT_MODEL_KEYWORDS
+        provider = stock_script.signatures(scripts[2])["model_provider"]
+        assert provider == stock_script.MODEL_PROVIDER
 
 
 def own_outcomes(checkout, report):

@@ -46,7 +46,7 @@ def main() -> None:
                 time.sleep(0.05)
         return forward_step(data_iterator, model, *args)
 
-    def recorded_loss_func(loss_mask: Any, losses: Any) -> Any:
+    def recorded_loss_func(loss_mask: Any, losses: Any, **kwargs: Any) -> Any:
         if losses.requires_grad:
             place = step_and_samples()
             seen.append(place)
@@ -58,7 +58,7 @@ def main() -> None:
                 "window": clock.current().window(training=True),
             }
             record.write(json.dumps(entry) + "\n")
-        return loss_func(loss_mask, losses)
+        return loss_func(loss_mask, losses, **kwargs)
 
     pretrain_gpt.forward_step = held_forward_step
     pretrain_gpt.loss_func = recorded_loss_func

@@ -141,6 +141,9 @@ CASES = {
         'Use --step-batch-size-schedule "0:SAMPLES TOKENS:SAMPLES',
         stops=False,
     ),
+    "--logits-load-dir": Case(
+        "--logits-load-dir logits", "loss from a teacher's logits", stops=False, parser="parses"
+    ),
     "--fp8-format": Case(
         "--fp8-format hybrid", "attention stays in 16 bits", stops=False, parser="parses"
     ),

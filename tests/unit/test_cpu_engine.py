@@ -97,6 +97,7 @@ state = torch.cuda.get_rng_state()
 first = torch.rand(3)
 torch.cuda.set_rng_state(state)
 assert torch.equal(first, torch.rand(3))
+torch.zeros(2).record_stream(torch.cuda.current_stream())
 with torch.cuda.stream(torch.cuda.Stream()):
     torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
 assert torch.compile(lambda x: x + 1)(1) == 2
