@@ -107,6 +107,15 @@ class RunFolder:
         ]
         return max(*found, checkpoints.newest_local(flags))
 
+    def first_load(self) -> str | None:
+        """Return where the run's flags load from, while it has no checkpoint of its own.
+
+        None: there is one, or nothing is said, and the run folder is loaded from.
+        """
+        attempts = self.attempts()
+        begun = attempts[-1].start_iteration if attempts else 0
+        return None if begun else self.flags.get("--load")
+
     @property
     def is_finished(self) -> bool:
         """Whether training has come to its end."""

@@ -38,8 +38,6 @@ _FOLDER = re.compile(r"iter_(\d{7,})$")
 _LOCAL_FILE = re.compile(r"iter_(\d{7,})_\d+_local\.pt$")
 # keys of Megatron's ShardedObject, which only torch_dist writes: rng_state/shard_0.0_1.1
 _TORCH_DIST_KEY = "/shard_"
-# what torch_dcp and fsdp_dtensor store under these names, torch_dist has in common.pt or in shards
-_DCP_KEYS = {"args", "iteration", "checkpoint_version", "num_floating_point_operations_so_far"}
 
 
 @dataclass(frozen=True)
@@ -214,13 +212,14 @@ class _Look:
             raise IncompleteError("it has no integrity.json, which the one before it has")
 
     def _check_with_index(self, folder: Path, names: set[str]) -> None:
+        """Tell torch_dcp and fsdp_dtensor from a torch_dist checkpoint that lacks its last file."""
         keys = _check_bytes(folder)
         if COMMON in names or any(_TORCH_DIST_KEY in key for key in keys):
             is_torch_dist = True
-        elif keys & _DCP_KEYS or self.ckpt_format in DCP_FORMATS:
-            is_torch_dist = False
+        elif self.ckpt_format is not None:
+            is_torch_dist = self.ckpt_format not in DCP_FORMATS
         else:
-            is_torch_dist = self.siblings.backend or self.ckpt_format == "torch_dist"
+            is_torch_dist = self.siblings.backend
         if is_torch_dist:
             raise IncompleteError("it has no metadata.json, which is written last")
 

@@ -50,6 +50,8 @@ def begin(run: RunFolder, settings: Settings) -> int:
     run.wandb_id()  # chosen here, where nobody else asks for it
     _write_versions(run.attempt_folder(attempt.number))
     begins = f"from iteration {start:,}" if start else "from the beginning"
+    if run.first_load():
+        begins = f"from {run.first_load()}"
     _report(run, f"training, attempt {attempt.number}, {begins}")
     logger.info("logs: %s", run.attempt_folder(attempt.number))
     return TRAIN

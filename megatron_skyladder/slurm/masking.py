@@ -29,7 +29,7 @@ _VALUE = re.compile(
     r"|://[^/\s:@$]*:[^/\s@$]+@|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
 _WANDB_KEY = re.compile(r"[0-9a-f]{40}|local-[0-9a-f]{40}|wandb_v1_\w{16,}")
-_ASSIGNMENT = re.compile(r"""(?:^|[\s;&])(\w+)=(?!["']?[$`])["']?[^\s"';&]""")
+_ASSIGNMENT = re.compile(r"""(?:^|[\s;&,])(\w+)=(?!["']?[$`])["']?[^\s"';&]""")
 _LOGIN = re.compile(
     r"\b(?:wandb\s+login|huggingface-cli\s+login|hf\s+auth\s+login)\s[^\n;&]*?\w{16,}"
 )

@@ -31,6 +31,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 def command(run: RunFolder, settings: Settings, environment: dict[str, str]) -> list[str]:
     """Return the command line of this node's torchrun."""
+    load = run.first_load() or str(run.checkpoints)
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes", environment.get("SLURM_STEP_NUM_NODES", "1")),
@@ -41,7 +42,7 @@ def command(run: RunFolder, settings: Settings, environment: dict[str, str]) -> 
         *("--max-restarts", "0"),  # the job script decides whether to try again
         *("-m", "megatron_skyladder.slurm.rank", settings.entry),
         *settings.flags,
-        *("--save", str(run.checkpoints), "--load", str(run.checkpoints)),
+        *("--save", str(run.checkpoints), "--load", load),
         *("--tensorboard-dir", str(run.path / "tensorboard")),
         "--exit-signal-handler",
     ]

@@ -47,6 +47,20 @@ def test_an_exact_log_gives_its_two_parts_back(tmp_path: Path) -> None:
     assert (found.batch, found.num_gpus) == (8, 8)
 
 
+def test_the_folder_of_a_slurm_run(tmp_path: Path) -> None:
+    """Rank 0 has the world size, the last rank the lines; two attempts."""
+    times = [(step, 600 + 400 * step / 20, step / 20) for step in range(1, 21)]
+    for attempt, (head, *lines) in (("001", started(times[:12])), ("002", started(times[10:]))):
+        folder = tmp_path / "attempts" / attempt
+        folder.mkdir(parents=True)
+        write(folder / "rank.0000.log", ["using world size: 8, data", head])
+        write(folder / "rank.0007.log", lines)
+    found = calibrate(tmp_path)
+    assert found.num_gpus == 8
+    assert found.step_time.fixed == pytest.approx(0.6, abs=1e-4)
+    assert found.step_time.attention == pytest.approx(0.4, abs=1e-4)
+
+
 def test_a_line_stands_for_its_whole_interval(tmp_path: Path) -> None:
     """Logged every 10 steps: times are means over the steps, windows those of the last one."""
 

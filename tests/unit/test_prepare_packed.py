@@ -123,6 +123,14 @@ def test_stop_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert out.read_bytes() == straight.read_bytes()
 
 
+def test_files_that_changed_without_changing_their_size(tmp_path: Path) -> None:
+    write_packed(tmp_path, "train_cc_0", [5, 6, EOS, 7, 8, EOS], 6)
+    unpack_all([str(tmp_path)], tmp_path / "out")
+    write_packed(tmp_path, "train_cc_0", [5, 6, EOS, 7, 9, EOS], 6)
+    with pytest.raises(ValueError, match="the packed files are others"):
+        unpack_all([str(tmp_path)], tmp_path / "out")
+
+
 def test_the_token_type_stays(tmp_path: Path) -> None:
     write_packed(tmp_path, "train_cc_0", [70000, EOS], 2, code=4)
     unpack_all([str(tmp_path)], tmp_path / "out")

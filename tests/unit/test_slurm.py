@@ -587,6 +587,7 @@ def test_names_and_values_of_secrets() -> None:
         ("setup", "module load x; HF_TOKEN='abc' huggingface-cli login"),
         ("setup", "wandb login 0123456789abcdef0123"),
         ("setup", "git clone https://me:pw@host/x"),
+        ("setup", "env A=1,WANDB_API_KEY=abc true"),
         ("flags", "--hf-token abc"),
         ("flags", "--api-key=abc"),
     ],
@@ -610,6 +611,13 @@ def test_secrets_that_would_be_written_down_are_refused(
 )
 def test_what_spells_out_no_secret_is_taken(tmp_path: Path, key: str, text: str) -> None:
     assert from_file(example_with(tmp_path, "", **{key: text}), {}, [])
+
+
+def test_options_of_sbatch_spell_out_no_secret_either(tmp_path: Path) -> None:
+    text = "[run]\nfolder = /x\n[slurm]\nexport = ALL,WANDB_API_KEY=abc\n"
+    with pytest.raises(ValueError, match=r"export in \[slurm\] spells out .*WANDB_API_KEY"):
+        read(tmp_path, text)
+    read(tmp_path, text.replace("=abc", ""))
 
 
 def test_masking() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_skyladder.slurm import gate
+from megatron_skyladder.slurm import gate, node
 from megatron_skyladder.slurm.attempts import RunFolder, failure_reason
 from megatron_skyladder.slurm.checkpoints import TRACKER
 from megatron_skyladder.slurm.settings import Environment, Settings
@@ -84,6 +85,28 @@ def test_a_run_to_its_end(run: Run) -> None:
     assert (first.start_iteration, first.end_iteration) == (0, 500)
     assert (second.start_iteration, second.end_iteration) == (500, 1000)
     assert (first.job, first.hosts, first.restarts) == ("77", "node[0-1]", 0)
+
+
+def test_a_run_that_begins_from_another_ones_checkpoint(run: Run) -> None:
+    """Its flags' --load counts until it has a checkpoint of its own."""
+    settings = replace(run.settings, flags=("--load", "/stock", "--lr", "1"))
+    (run.folder.path / "settings.json").write_text(settings.to_json())
+    environment = {"MASTER_ADDR": "alpha", "MASTER_PORT": "7"}
+
+    def loads_from() -> str:
+        words = node.command(run.folder, settings, environment)
+        return words[len(words) - words[::-1].index("--load")]
+
+    for _ in range(2):
+        assert run.begin() == TRAIN
+        assert run.headline.endswith("from /stock") and loads_from() == "/stock"
+        run.end(exit_code=1)
+    run.begin()
+    run.save(1_000_010)
+    run.end(signal="time limit")
+    run.begin()
+    assert run.headline.endswith("from iteration 1,000,010")
+    assert loads_from() == str(run.folder.checkpoints)
 
 
 def test_finished_counts_even_where_the_step_failed_afterwards(run: Run) -> None:

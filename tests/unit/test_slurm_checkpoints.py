@@ -255,10 +255,14 @@ def test_a_torch_dist_checkpoint_without_its_mark_is_not_taken_for_another_forma
 
 
 def test_where_the_files_do_not_tell_the_runs_format_does(tmp_path: Path) -> None:
-    save_dcp(tmp_path / "iter_0000010")
-    assert find(tmp_path).newest == 10  # nothing tells: not touched
-    assert find(tmp_path, "fsdp_dtensor").newest == 10
+    for iteration in (10, 20):
+        save_dcp(tmp_path / f"iter_{iteration:07}", iteration=iteration)
+    assert find(tmp_path).newest == 20  # nothing tells: not touched
+    assert find(tmp_path, "fsdp_dtensor").newest == 20
     assert find(tmp_path, "torch_dist").incomplete[0].reason.startswith("it has no metadata.json")
+    (tmp_path / "iter_0000010" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    assert find(tmp_path).newest == 10  # written alike, the newer one lacks its last file
+    assert find(tmp_path, "torch_dcp").newest == 20  # or the run has another format by now
 
 
 def test_an_index_of_another_torch_is_believed(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_what_the_user_can_mend_is_reported_as_such(ranks: Ranks) -> None:
     pytest.importorskip("torch")
     ranks.environment["SKYLADDER_DEVICE"] = "tpu"
     assert ranks.rank("", entry="megatron_skyladder.pretrain_gpt") == 1
-    assert ranks.error() == "ValueError: SKYLADDER_DEVICE=tpu is unknown. Set it to cpu or cuda."
+    assert ranks.error() == "UsageError: SKYLADDER_DEVICE=tpu is unknown. Set it to cpu or cuda."
 
 
 def test_a_script_finds_its_neighbours(ranks: Ranks) -> None:
