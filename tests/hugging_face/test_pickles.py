@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import zipfile
 import sys
 import types
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
