@@ -22,7 +22,7 @@ from megatron_skyladder.cli.prepare import ProgressDisplay, progress_line
 from megatron_skyladder.data import output, prepare, sources, tool_flags
 from megatron_skyladder.data.indexed import IndexedReader, IndexedWriter
 from megatron_skyladder.data.progress import Progress
-from megatron_skyladder.megatron_lm import vocabulary
+from megatron_skyladder.megatron_lm import flag_names
 
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]
 
@@ -318,7 +318,7 @@ def test_every_tokenizer_flag_of_megatron_is_known() -> None:
     )
     (subparsers,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     known = set(subparsers.choices["prepare"]._option_string_actions)
-    names = (Path(vocabulary.__file__).parent / "flag_names.txt").read_text().split()
+    names = flag_names.TABLE.read_text().split()
     tokenizers = {
         name
         for name in names
