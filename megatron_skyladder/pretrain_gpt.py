@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 from megatron_skyladder.cpu import engine as cpu_engine
-from megatron_skyladder.ladder.flags import config_from_args
 from megatron_skyladder.megatron_lm import releases
 from megatron_skyladder.runtime.console import log_to_console
 from megatron_skyladder.runtime.ending import explained
@@ -154,17 +153,18 @@ def _print_help() -> None:
 
 
 def _launch() -> None:
-    from megatron_skyladder.megatron_lm import flag_rules, hooks, launch, patch_calls
+    from megatron_skyladder.megatron_lm import flag_rules, hooks, launch, patch_calls, resume
 
     def on_arguments(options: Any) -> None:
         flag_rules.check_arrival(options, sys.argv[1:])
         flag_rules.check_entry_point(options)
-        config = config_from_args(options)
+        config = resume.config_of_run(options)
         if config is not None:
             hooks.install(config, options)
         else:
             _warn_of_unequal_parts(options)
 
+    hooks.install_guards()
     launch.launch(
         datasets_provider,
         forward_step,

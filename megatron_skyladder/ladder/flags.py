@@ -33,6 +33,8 @@ from megatron_skyladder.ladder.schedules import (
 from megatron_skyladder.ladder.settings import SettingError
 
 PREFIX = "skyladder_"  # of our names in Megatron's arguments
+FINGERPRINT = "skyladder_fingerprint"  # among them, noted by us: checkpoints carry it
+END_LADDER = "--skyladder-end-ladder"
 _MEGATRONS = {
     "seq_length": "--seq-length",
     "step_samples": "--global-batch-size",
@@ -153,6 +155,13 @@ def _add_checks(group: argparse._ArgumentGroup) -> None:
         help="resume from a checkpoint that was trained under another schedule.",
     )
     group.add_argument(
+        END_LADDER,
+        action="store_const",
+        const=True,
+        help="end the ladder of the checkpoint here: the run goes on at the full window, as stock "
+        "Megatron. The one flag that does not switch SkyLadder on; it stands alone.",
+    )
+    group.add_argument(
         "--skyladder-require-documents",
         action="store_const",
         const=True,
@@ -183,8 +192,24 @@ def _checked(read: Callable[[str], Any]) -> Callable[[str], str | int]:
 
 
 def is_requested(args: Any) -> bool:
-    """Return whether any ``--skyladder-*`` flag was given."""
-    return any(value is not None for name, value in vars(args).items() if name.startswith(PREFIX))
+    """Return whether any ``--skyladder-*`` flag was given that switches SkyLadder on."""
+    return bool(_given_flags(args))
+
+
+def _given_flags(args: Any) -> list[str]:
+    given = [name for name, value in vars(args).items() if value is not None]
+    off = {PREFIX + "end_ladder", FINGERPRINT}
+    return [name for name in given if name.startswith(PREFIX) and name not in off]
+
+
+def _check_end_ladder(args: Any) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in _given_flags(args)]
+    if given and getattr(args, PREFIX + "end_ladder", None):
+        raise UsageError(
+            f"{END_LADDER} goes on without SkyLadder, so it cannot stand beside "
+            f"{', '.join(given)}. Drop the others; or, to keep documents masked at the full window,"
+            " give --skyladder-schedule constant with --skyladder-allow-schedule-change instead."
+        )
 
 
 def config_from_args(args: Any) -> SkyLadderConfig | None:
@@ -201,6 +226,7 @@ def config_from_args(args: Any) -> SkyLadderConfig | None:
     Raises:
         UsageError: a flag is wrong; the message says which and what to do.
     """
+    _check_end_ladder(args)
     if not is_requested(args):
         return None
     sizes = batch_sizes(args)

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
-from megatron_skyladder.ladder.flags import add_arguments, config_from_args, is_requested
+from megatron_skyladder.ladder.flags import add_arguments, is_requested
 from megatron_skyladder.runtime.console import log_to_console
 
 logger = logging.getLogger(__name__)
@@ -100,18 +100,20 @@ def switch_on(options: Any) -> None:
     Raises:
         UsageError: a setting is wrong, or asks for documents to be masked.
     """
-    from megatron_skyladder.megatron_lm import hooks
+    from megatron_skyladder.megatron_lm import hooks, resume
 
     if hasattr(options, hooks.FINGERPRINT):
         return
     log_to_console()
     given = flags(os.environ)
-    if not is_requested(given):
+    if not (is_requested(given) or given.skyladder_end_ladder):
         given.skyladder_schedule = DEFAULT_SCHEDULE  # naming the spec asks for it
     for name, value in vars(given).items():
         setattr(options, name, value)
-    config = config_from_args(options)
-    assert config is not None
+    config = resume.config_of_run(options)
+    if config is None:  # SKYLADDER_END_LADDER
+        hooks.install_guards()
+        return
     if config.intra_document:
         raise UsageError(
             "SKYLADDER_INTRA_DOCUMENT: documents cannot be masked through --spec alone, because "

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_skyladder.attention.layer_spec import with_skyladder
-from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.config import SkyLadderConfig
-from megatron_skyladder.megatron_lm import compat, data_check, flag_rules
+from megatron_skyladder.ladder.flags import FINGERPRINT
+from megatron_skyladder.megatron_lm import compat, data_check, flag_rules, resume
 from megatron_skyladder.megatron_lm.adapter import MegatronLM
 from megatron_skyladder.megatron_lm.training_log import counting_windows, logging_metrics
 from megatron_skyladder.runtime import trainer
@@ -25,7 +25,6 @@ from megatron_skyladder.runtime.weights import draw_as_reference
 
 logger = logging.getLogger(__name__)
 
-FINGERPRINT = "skyladder_fingerprint"  # an attribute of the arguments that checkpoints carry
 _OWNER = "__skyladder_hook__"
 
 
@@ -51,6 +50,7 @@ def install(config: SkyLadderConfig, options: Any) -> None:
         UsageError: a Megatron flag that cannot be combined with SkyLadder.
     """
     check_options(config, options)
+    resume.accept_old_checkpoints()
     if getattr(options, "create_attention_mask_in_dataloader", False):
         logger.info(
             "the data loader makes no dense attention masks: create_attention_mask_in_dataloader "
@@ -59,9 +59,22 @@ def install(config: SkyLadderConfig, options: Any) -> None:
         options.create_attention_mask_in_dataloader = False
     setattr(options, FINGERPRINT, config.fingerprint)
     trainer.install(config, MegatronLM())
-    for hook in HOOKS:
+    for hook in (*HOOKS, *GUARDS):
         _wrap(hook)
     logger.info("%s", config.fingerprint)
+
+
+def install_guards() -> None:
+    """Watch over resuming in a run without our flags; everything else stays Megatron's own.
+
+    Before the arguments are parsed, where possible: ``--use-checkpoint-args`` reads a checkpoint.
+    """
+    resume.accept_old_checkpoints()
+    for hook in GUARDS:
+        try:
+            _wrap(hook)
+        except compat.MegatronMismatchError as error:  # nothing of ours was asked for
+            logger.warning("%s", error)
 
 
 def check_options(config: SkyLadderConfig, options: Any) -> None:
@@ -140,42 +153,6 @@ def _evaluate_by_length(original: Callable[..., Any]) -> Callable[..., Any]:
     return with_lengths(original) if clock.current().config.eval_lengths else original
 
 
-def _check_schedule_of_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
-        compare_fingerprints(
-            getattr(checkpoint_args, FINGERPRINT, None),
-            clock.current().config.fingerprint,
-            allow_change=bool(getattr(compat.args(), "skyladder_allow_schedule_change", None)),
-        )
-        return original(checkpoint_args, *args, **kwargs)
-
-    return check_checkpoint_args
-
-
-def compare_fingerprints(saved: str | None, wanted: str, *, allow_change: bool) -> None:
-    """Make sure that a resumed run goes on under the schedule it began with.
-
-    Raises:
-        UsageError: the checkpoint was trained under another schedule.
-    """
-    if saved == wanted:
-        return
-    if saved is None:
-        logger.warning(
-            "the checkpoint was trained without SkyLadder; from here on: %s. The schedule counts "
-            "from sample 0 unless --skyladder-begin-samples says otherwise.",
-            wanted,
-        )
-        return
-    if not allow_change:
-        raise UsageError(
-            f"the checkpoint was trained under another schedule.\n  checkpoint: {saved}\n"
-            f"  this run:   {wanted}\nUse the checkpoint's flags, or add "
-            "--skyladder-allow-schedule-change to go on under the new schedule."
-        )
-    logger.warning("schedule changed on resume, as allowed.\n  was: %s\n  now: %s", saved, wanted)
-
-
 HOOKS = (
     Hook(
         "megatron.core.models.gpt.gpt_model",
@@ -214,10 +191,24 @@ HOOKS = (
         _evaluate_by_length,
         "to report validation losses by context length",
     ),
+)
+GUARDS = (  # installed without any flag of ours, too: they look for what is missing
     Hook(
         "megatron.training.checkpointing",
         "check_checkpoint_args",
-        _check_schedule_of_checkpoint,
-        "to refuse a resume under another schedule",
+        resume.checking_the_schedule,
+        "to refuse a resume under another schedule, or without one",
+    ),
+    Hook(
+        "megatron.training.checkpointing",
+        "_load_base_checkpoint",
+        resume.leaving_with_an_error,
+        "to leave with an error where a checkpoint cannot be read",
+    ),
+    Hook(
+        "megatron.training.training",
+        "load_checkpoint",
+        resume.leaving_with_an_error,
+        "to leave with an error where what was read cannot be used",
     ),
 )

@@ -14,23 +14,35 @@ from megatron_skyladder.runtime.console import log_to_console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """In ``add_megatron_arguments``: add our flags, once."""
+    """In ``add_megatron_arguments``: add our flags, once.
+
+    What comes next may read a checkpoint already (``--use-checkpoint-args``).
+    """
+    from megatron_skyladder.megatron_lm import resume
+
+    resume.accept_old_checkpoints()
     if "--skyladder-preset" in parser._option_string_actions:
         return parser
     return flags.add_arguments(parser)
 
 
 def switch_on() -> None:
-    """In ``pretrain``, after Megatron is initialized: install the hooks where a flag was given."""
-    from megatron_skyladder.megatron_lm import compat, flag_rules, hooks
+    """In ``pretrain``, after Megatron is initialized: install the hooks where a flag was given.
+
+    The guards of a resume are installed without a flag too.
+    """
+    from megatron_skyladder.megatron_lm import compat, flag_rules, hooks, resume
 
     options = compat.args()
     flag_rules.check_arrival(options, sys.argv[1:])
-    configuration = flags.config_from_args(options)
-    if configuration is None or hasattr(options, hooks.FINGERPRINT):
+    configuration = resume.config_of_run(options)
+    if hasattr(options, hooks.FINGERPRINT):
         return
     log_to_console()
-    hooks.install(configuration, options)
+    if configuration is None:
+        hooks.install_guards()
+    else:
+        hooks.install(configuration, options)
 
 
 def dataset_is_built_on_rank() -> bool | None:

@@ -71,8 +71,8 @@ def _fork_checkpoint_helpers() -> None:
     """Let each rank that saves fork the process that holds its queue; a new one imports torch."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    original = filesystem_async.get_write_results_queue
-    if "mp_mode" in inspect.signature(original).parameters:
+    original = getattr(filesystem_async, "get_write_results_queue", None)  # since 0.17
+    if original is not None and "mp_mode" in inspect.signature(original).parameters:
         filesystem_async.get_write_results_queue = functools.partial(original, mp_mode="fork")
 
 

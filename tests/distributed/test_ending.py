@@ -35,4 +35,4 @@ def test_an_error_of_one_rank_in_mid_training_is_found_in_its_log(trainer: Train
     )
     assert failed.exit_codes == [-9, 1]
     assert "rank 1 failed with ValueError: step=-1: steps count from 0." in failed.log(1)
-    assert 'schedules.py", line' in failed.log(1)  # the traceback
+    assert "in window_at" in failed.log(1)  # the traceback

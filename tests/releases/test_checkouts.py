@@ -48,6 +48,7 @@ OWN_TESTS = (  # of the files that the patch touches; older releases have fewer
 # weights too: scripts make the model's configuration before they switch SkyLadder on
 DRAWN = ["--skyladder-init", "reference", "--init-method-std", "0.02"]
 SPEC = ["--spec", "megatron_skyladder.layer_specs", "skyladder"]
+IGNORED = shutil.ignore_patterns(".git", "__pycache__", "functional_tests", "docs", "examples")
 TAGS = [release.checkout.split()[0] for release in releases.RELEASES.values()]
 
 pytestmark = requires_megatron
@@ -63,9 +64,8 @@ def checkouts(request, tmp_path_factory):
     source = require(VARIABLE, request.param, "a folder with Megatron-LM checkouts by tag")
     pytest.importorskip("pybind11", reason="Megatron builds its dataset helpers with pybind11")
     parent = tmp_path_factory.mktemp(request.param)
-    ignored = shutil.ignore_patterns(".git", "__pycache__", "functional_tests", "docs", "examples")
     for name in ("stock", "patched"):
-        shutil.copytree(source, parent / name, ignore=ignored, symlinks=True)
+        shutil.copytree(source, parent / name, ignore=IGNORED, symlinks=True)
     assert skyladder(["patch", "apply", str(parent / "patched")]) == 0
     return parent
 

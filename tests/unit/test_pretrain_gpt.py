@@ -56,7 +56,7 @@ def test_what_we_refuse_is_said_without_a_traceback(launch, caplog):
     with pytest.raises(SystemExit) as leaving:
         launch(refuse)
     assert leaving.value.code == 2
-    assert "error: --skyladder-start-window=9 is above" in caplog.text
+    assert "error: start_window=9 is above" in caplog.text
 
 
 def test_a_refusal_of_one_rank_alone_is_said_by_it_in_time(launch, caplog, monkeypatch):
@@ -66,7 +66,7 @@ def test_a_refusal_of_one_rank_alone_is_said_by_it_in_time(launch, caplog, monke
         launch(refuse, "3")
     assert leaving.value.code == 2
     assert waited == [ending.GRACE_SECONDS]  # in which the launcher ends it, if rank 0 refused too
-    assert "error on rank 3: --skyladder-start-window=9 is above" in caplog.text
+    assert "error on rank 3: start_window=9 is above" in caplog.text
 
 
 def test_the_traceback_on_request(launch, monkeypatch):
