@@ -1,4 +1,4 @@
-"""What the processes of test_examples.py and test_initialization.py run, inside Megatron."""
+"""What the processes of test_examples.py and test_weights.py run, inside Megatron."""
 
 from __future__ import annotations
 

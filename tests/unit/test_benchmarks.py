@@ -33,7 +33,7 @@ def test_overhead():
 
 
 @pytest.mark.parametrize("mask", ["local", "sliding"])
-def test_context_parallel(mask):
+def test_key_exchange(mask):
     flags = ["--seq-length", "4096", "--document-length", "300", "--skyladder-mask", mask]
     out = run("context_parallel.py", *flags, "--windows", "32,1000,4096")
     assert "all-gather" in out and len(out.splitlines()) == 5
