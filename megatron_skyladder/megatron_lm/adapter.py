@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +40,15 @@ class MegatronLM:
     @property
     def consumed_samples(self) -> int:
         return compat.args().consumed_train_samples
+
+    @contextlib.contextmanager
+    def at_samples(self, samples: int) -> Iterator[None]:
+        options = compat.args()
+        before, options.consumed_train_samples = options.consumed_train_samples, samples
+        try:
+            yield
+        finally:
+            options.consumed_train_samples = before
 
     @property
     def total_samples(self) -> int:

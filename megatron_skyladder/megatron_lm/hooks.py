@@ -123,13 +123,23 @@ def _built_with_skyladder(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
-    def train(forward_step_func: Any, model: list[Any], *args: Any, **kwargs: Any) -> Any:
-        active = clock.current()
-        if active.config.probe:
-            from megatron_skyladder.runtime.probe import probe_mask
+    signature = inspect.signature(original)
 
-            probe_mask(model, active)
-        return original(forward_step_func, model, *args, **kwargs)
+    def train(*args: Any, **kwargs: Any) -> Any:
+        active = clock.current()
+        if not active.config.probe:
+            return original(*args, **kwargs)
+        from megatron_skyladder.runtime.probe import probe_mask
+
+        given = signature.bind(*args, **kwargs)
+        train_with = given.arguments
+        train_with["train_data_iterator"] = probe_mask(
+            train_with["model"],
+            active,
+            train_with["forward_step_func"],
+            train_with["train_data_iterator"],
+        )
+        return original(*given.args, **given.kwargs)
 
     return train
 

@@ -22,7 +22,7 @@ ranks add up what they counted.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -80,6 +80,14 @@ class Meter:
         pairs = visible_pairs(cu_seqlens, window_len=window_len if sliding else None)
         grid = grid_pairs(self.config)(window_len) * num_rows
         self._counted.add(Work(num_rows, pairs, grid, len(cu_seqlens) - 1, rows_with_end))
+
+    def snapshot(self) -> tuple[Work, ...]:
+        """Return what was counted, for `restore`."""
+        return tuple(replace(work) for work in (self.interval, self.latest, self._counted))
+
+    def restore(self, works: tuple[Work, ...]) -> None:
+        """Forget what was counted since a `snapshot`."""
+        self.interval, self.latest, self._counted = works
 
     def step(self) -> Work:
         """Return the work of the step under way, or of one row where the window alone decides."""

@@ -7,6 +7,7 @@ one owner, and `uninstall` resets them all.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +66,9 @@ class Trainer(Protocol):
     @property
     def consumed_samples(self) -> int:
         """Training sequences consumed before the global batch under way."""
+
+    def at_samples(self, samples: int) -> AbstractContextManager[None]:
+        """Within, let ``consumed_samples`` be this, for all who ask the trainer itself too."""
 
     @property
     def total_samples(self) -> int:

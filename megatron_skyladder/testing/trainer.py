@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,15 @@ class PlainTrainer:
     iteration: int = 1
     groups: Groups = field(default_factory=lambda: Groups(None, None, None, None, None))
     logged: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def at_samples(self, samples: int) -> Iterator[None]:
+        """Set ``consumed_samples`` for a while."""
+        before, self.consumed_samples = self.consumed_samples, samples
+        try:
+            yield
+        finally:
+            self.consumed_samples = before
 
     def cut_for_context_parallel(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the batch: one rank holds whole sequences."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
+import torch
 
 
 def look_up_documents() -> None:
@@ -77,3 +81,260 @@ def fail_between_steps() -> None:
         return result
 
     training.train_step = failing
+
+
+def window_one_shorter() -> None:
+    """See W - 1 tokens."""
+    from megatron_skyladder.ladder import clock
+
+    window = clock.Clock.window
+
+    def shorter(self: Any, *, training: bool) -> int:
+        found = window(self, training=training)
+        return max(1, found - 1) if training else found
+
+    clock.Clock.window = shorter
+
+
+def schedule_one_shorter() -> None:
+    """The same, one layer below: in the schedule that everything else asks."""
+    from megatron_skyladder.ladder import schedules
+
+    window_at = schedules.WindowSchedule.window_at
+    schedules.WindowSchedule.window_at = lambda self, step: max(1, window_at(self, step) - 1)
+
+
+def window_one_step_late() -> None:
+    """Train each step with the window of the one before."""
+    from megatron_skyladder.ladder import config
+
+    window_at = config.SkyLadderConfig.window_at_samples
+    config.SkyLadderConfig.window_at_samples = lambda self, samples: window_at(
+        self, max(0, samples - self.step_samples)
+    )
+
+
+def window_stays() -> None:
+    """Keep the window of the first look-up."""
+    from megatron_skyladder.ladder import clock
+
+    window = clock.Clock.window
+
+    def kept(self: Any, *, training: bool) -> int:
+        if not training:
+            return window(self, training=False)
+        if not hasattr(self, "kept"):
+            self.kept = window(self, training=True)
+        return self.kept
+
+    clock.Clock.window = kept
+
+
+def window_one_shorter_in_attention() -> None:
+    """Cut the sequences one token earlier than the clock says: where the windows alone cut."""
+    from megatron_skyladder.attention import core_attention
+
+    grid_segments = core_attention.grid_segments
+    core_attention.grid_segments = lambda rows: grid_segments(
+        replace(rows, window_len=max(1, rows.window_len - 1))
+    )
+
+
+def sliding_window_one_longer() -> None:
+    """Take W for the keys before a query rather than for all that it sees."""
+    from megatron_skyladder.attention import sdpa
+
+    band_mask = sdpa._band_mask
+    sdpa._band_mask = lambda queries, keys, window, device: band_mask(
+        queries, keys, None if window is None else window + 1, device
+    )
+
+
+def not_causal() -> None:
+    """Let queries see what comes after them."""
+    from megatron_skyladder.attention import sdpa
+
+    attention = sdpa.scaled_dot_product_attention
+
+    def seeing_all(*args: Any, **kwargs: Any) -> Any:
+        return attention(*args, **{**kwargs, "is_causal": False})
+
+    sdpa.scaled_dot_product_attention = seeing_all
+
+
+def evaluate_under_the_window() -> None:
+    """Evaluate as training goes on, not on whole sequences."""
+    from megatron_skyladder.ladder import clock
+
+    window = clock.Clock.window
+    clock.Clock.window = lambda self, *, training: window(self, training=True)
+
+
+def evaluate_in_documents() -> None:
+    """Mask documents in evaluation too."""
+    from megatron_skyladder.megatron_lm import batches
+
+    get_batch = batches.get_batch
+    batches.get_batch = lambda iterator, *, training, **kwargs: get_batch(
+        iterator, training=True, **kwargs
+    )
+
+
+def documents_never_found() -> None:
+    """Take each sequence for one document."""
+    from megatron_skyladder.ladder import fragments
+
+    fragments.document_ends = lambda tokens, eod: np.array([len(tokens)], dtype=np.int32)
+
+
+def documents_of_the_first_sequence() -> None:
+    """Cut all sequences of a micro-batch where the first one's documents end."""
+    from megatron_skyladder.runtime import document_mask
+
+    offsets = document_mask._fragment_offsets
+
+    def of_the_first(batch: Any, *args: Any) -> Any:
+        tokens = batch["tokens"]
+        return offsets({**batch, "tokens": tokens[:1].expand(tokens.shape)}, *args)
+
+    document_mask._fragment_offsets = of_the_first
+
+
+def documents_of_another_batch() -> None:
+    """Mask each micro-batch with the documents of the sequences before it, shifted by one."""
+    from megatron_skyladder.runtime import document_mask
+
+    offsets = document_mask._fragment_offsets
+
+    def of_another(batch: Any, *args: Any) -> Any:
+        return offsets({**batch, "tokens": batch["tokens"].roll(1, dims=0)}, *args)
+
+    document_mask._fragment_offsets = of_another
+
+
+def sequences_run_together() -> None:
+    """Let attention cross from one sequence of a micro-batch into the next."""
+    from megatron_skyladder.ladder import fragments
+    from megatron_skyladder.runtime import document_mask
+
+    def joined(rows: Any) -> Any:
+        ends = fragments_of(rows)
+        return ends[(ends % rows[0][-1] != 0) | (ends == 0) | (ends == ends[-1])]
+
+    fragments_of = fragments.rows_cu_seqlens
+    document_mask.fragments.rows_cu_seqlens = joined
+
+
+def mask_left_behind() -> None:
+    """Make the document mask and hand the model none."""
+    from megatron_skyladder.megatron_lm import batches
+
+    get_batch = batches.get_batch
+    batches.get_batch = lambda *args, **kwargs: (get_batch(*args, **kwargs)[0], None)
+
+
+def other_tokens_than_masked() -> None:
+    """Mask the documents of one micro-batch and train on another one."""
+    from megatron_skyladder.megatron_lm import batches
+
+    get_batch = batches.get_batch
+
+    def shifted(*args: Any, **kwargs: Any) -> Any:
+        batch, mask = get_batch(*args, **kwargs)
+        if batch["tokens"] is not None:
+            batch["tokens"] = batch["tokens"].roll(1, dims=1)
+        return batch, mask
+
+    batches.get_batch = shifted
+
+
+def keys_sent_one_off() -> None:
+    """Send other context-parallel ranks the keys one token before those that they need."""
+    from megatron_skyladder.ladder import key_exchange
+
+    sends = key_exchange._Holding.sends
+
+    def one_off(self: Any, tails: Any) -> Any:
+        return tuple(
+            (max(0, start - 1), stop - min(1, start)) for start, stop in sends(self, tails)
+        )
+
+    key_exchange._Holding.sends = one_off
+
+
+def first_fetched_key_wrong() -> None:
+    """Spoil the first key that comes from another rank, and not its value."""
+    from megatron_skyladder.attention import context_parallel
+
+    wait = context_parallel._Exchange.wait
+
+    def spoiling(self: Any) -> Any:
+        incoming = wait(self)
+        if not torch.is_grad_enabled():  # forward, or a forward pass without gradients
+            incoming[:1, 0] = 0
+        return incoming
+
+    context_parallel._Exchange.wait = spoiling
+
+
+def gradients_of_keys_dropped() -> None:
+    """Leave out what other ranks' queries say about this rank's keys."""
+    from megatron_skyladder.attention import context_parallel
+
+    backward = context_parallel._Start.backward
+
+    def dropping(ctx: Any, *grads: Any) -> Any:
+        _, key, value = backward(ctx, *grads)
+        return None, key * 0, value * 0
+
+    context_parallel._Start.backward = staticmethod(dropping)
+
+
+def gradients_of_keys_alone_dropped() -> None:
+    """The same for the keys, while their values get theirs."""
+    from megatron_skyladder.attention import context_parallel
+
+    backward = context_parallel._Start.backward
+
+    def dropping(ctx: Any, *grads: Any) -> Any:
+        _, key, value = backward(ctx, *grads)
+        return None, key * 0, value
+
+    context_parallel._Start.backward = staticmethod(dropping)
+
+
+def gradients_one_off() -> None:
+    """Add what comes back to the key before the one that was sent."""
+    from megatron_skyladder.attention import context_parallel
+
+    backward = context_parallel._Start.backward
+
+    def shifted(ctx: Any, *grads: Any) -> Any:
+        _, key, value = backward(ctx, *grads)
+        return None, key.roll(-1, dims=0), value.roll(-1, dims=0)
+
+    context_parallel._Start.backward = staticmethod(shifted)
+
+
+def attention_of_megatron() -> None:
+    """Leave the core attention in the layer spec as it is."""
+    from megatron_skyladder.megatron_lm import hooks
+
+    hooks.with_skyladder = lambda spec: spec
+
+
+def weights_not_finite() -> None:
+    """Let the first layer's first weight be NaN, as in a damaged checkpoint."""
+    from megatron.training import training
+
+    setup = training.setup_model_and_optimizer
+
+    def damaging(*args: Any, **kwargs: Any) -> Any:
+        model, *others = setup(*args, **kwargs)
+        with torch.no_grad():
+            for name, parameter in model[0].named_parameters():
+                if "layers.0." in name:
+                    parameter.view(-1)[0] = float("nan")
+        return model, *others
+
+    training.setup_model_and_optimizer = damaging

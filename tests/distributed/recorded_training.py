@@ -51,6 +51,7 @@ def train(
     """
     recorder = _Recorder(Path(folder), _Killer(**kill) if kill else None)
     recorder.wrap_train_step(gradients)
+    _note_probe()
     recorder.wrap_replays()
     recorder.wrap_checkpoints()
     if broken is not None:
@@ -73,6 +74,29 @@ def train(
         _hand_over_dense_masks(**dense)
     recorder.wrap_forward()
     pretrain_gpt.main()
+
+
+_probing = False
+
+
+def probing() -> bool:
+    """Return whether the probe at start-up runs: what it does is no part of training."""
+    return _probing
+
+
+def _note_probe() -> None:
+    from megatron_skyladder.runtime import probe
+
+    original = probe.probe_mask
+
+    def probe_mask(*args: Any) -> Any:
+        global _probing
+        _probing = True
+        result = original(*args)
+        _probing = False
+        return result
+
+    probe.probe_mask = probe_mask
 
 
 class _Killer:
@@ -121,11 +145,13 @@ class _Recorder:
         self.losses = 0
 
     def write(self, event: str, **values: Any) -> None:
+        if probing():
+            return
         self.file.write(json.dumps({"event": event, "samples": _consumed_samples(), **values}))
         self.file.write("\n")
 
     def reached(self, when: str, micro_batch: int = 0) -> None:
-        if self.killer is not None:
+        if self.killer is not None and not probing():
             self.killer.reached(_consumed_samples(), when, micro_batch)
 
     def wrap_train_step(self, gradients: bool) -> None:

@@ -208,6 +208,7 @@ class Trainer:
         exit_codes: tuple[int, ...] = (0,),
         environment: dict[str, str] | None = None,
         data: str | None = None,
+        body: str = "recorded_training:train",
         **options: Any,
     ) -> Run:
         """Train and return the record.
@@ -222,7 +223,8 @@ class Trainer:
             environment: set in every rank.
             data: the flags that name it; None: `documents`, all for training unless the flags say
                 otherwise.
-            options: of `recorded_training.train`.
+            body: what each rank calls with the folder, the flags and the options.
+            options: of `recorded_training.train`, or of another body.
         """
         start = ""
         if load:
@@ -234,7 +236,7 @@ class Trainer:
         words = f"{BASE_FLAGS} {ARCHITECTURES[architecture]} {data} {start} {flags}".split()
         run = Run(self.new_folder("run"))
         run.exit_codes = self.pool.run(
-            "recorded_training:train",
+            body,
             num_processes=num_processes,
             folder=run.folder,
             arguments={"folder": str(run.folder), "flags": words, **options},

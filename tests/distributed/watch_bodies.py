@@ -60,6 +60,8 @@ def _count_densely(file: Any) -> None:
 
     def counting_get_batch(data_iterator: Any, *, training: bool, **kwargs: Any) -> Any:
         batch, mask = get_batch(data_iterator, training=training, **kwargs)
+        if recorded_training.probing():
+            return batch, mask
         if training and batch["tokens"] is not None:
             config = clock.current().config
             hidden = megatron_dense_mask(

@@ -1,0 +1,147 @@
+"""The moments of a run that are asked about: what is read in them, and who may see whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_skyladder.ladder.clock import Clock
+from megatron_skyladder.runtime.probe import sequences, statement
+from megatron_skyladder.runtime.probe.sequences import HostBatch
+from megatron_skyladder.runtime.probe.sight import Sight, held_positions, run_starts, sight
+from megatron_skyladder.runtime.trainer import Trainer
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """A moment of the run.
+
+    Args:
+        name: for messages, as in "in <name>".
+        samples: consumed by training before it.
+        window_len: tokens, by `statement`.
+        training: False in evaluation.
+        sight: who may see whom.
+        batch: the sequences, on the host; None on ranks that read nothing.
+    """
+
+    name: str
+    samples: int
+    window_len: int
+    training: bool
+    sight: Sight
+    batch: HostBatch | None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """All that are asked about.
+
+    Args:
+        begins: training as it begins.
+        later: training at the first step whose window is another; None: there is none.
+        evaluates: evaluation as it begins.
+    """
+
+    begins: Moment
+    later: Moment | None
+    evaluates: Moment
+
+
+def moments(clock: Clock, trainer: Trainer, batch: HostBatch | None) -> Moments:
+    """Return what to ask about; all ranks have to call this.
+
+    Args:
+        clock: the process's clock.
+        trainer: whoever trains.
+        batch: the first micro-batch; None on ranks that read nothing.
+    """
+    config, now = clock.config, trainer.consumed_samples
+    change = statement.next_change(config, now)
+
+    def training(name: str, samples: int, number: int) -> Moment:
+        window_len = statement.window(config, samples)
+        with trainer.at_samples(samples):
+            held = held_positions(trainer)
+        asked = batch
+        if config.intra_document and batch is not None:
+            places = sequences.marks(trainer.seq_length, window_len, run_starts(held))
+            asked = sequences.planted(batch, trainer.end_of_document, places, number)
+        seen = sight(trainer, config, held, window_len, asked, documents=config.intra_document)
+        name = f"{name} after {samples} samples, with a window of {window_len} tokens"
+        return Moment(name, samples, window_len, True, seen, asked)
+
+    length = trainer.seq_length
+    whole = sight(trainer, config, held_positions(trainer), length, batch, documents=False)
+    return Moments(
+        begins=training("training", now, 0),
+        later=None if change is None else training("training", change, 1),
+        evaluates=Moment(
+            "evaluation, which sees whole sequences", now, length, False, whole, batch
+        ),
+    )
+
+
+def clock_faults(clock: Clock, trainer: Trainer, times: Moments) -> list[str]:
+    """Return what the clock says otherwise than `statement`, at and between the moments."""
+    config, now = clock.config, times.begins.samples
+    samples = {now, now + config.step_samples}
+    if times.later is not None:
+        change = times.later.samples
+        samples |= {change - 1, change, change + config.step_samples}
+    faults = []
+    for at in sorted(samples):
+        with trainer.at_samples(at):
+            found = clock.window(training=True), clock.window(training=False)
+        stated = statement.window(config, at), config.seq_length
+        if found != stated:
+            faults.append(
+                f"after {at} samples the clock says a window of {found[0]} tokens in training and "
+                f"of {found[1]} in evaluation, but by the schedule ({config.schedule.describe()}) "
+                f"they are {stated[0]} and {stated[1]}"
+            )
+    return faults
+
+
+def sequence_faults(
+    trainer: Trainer, batches: list[HostBatch | None], *, documents: bool
+) -> list[str]:
+    """Return where ranks that train on the same sequences read different ones.
+
+    All ranks have to call this. Only where documents are masked: elsewhere the sequences decide
+    nothing.
+
+    Args:
+        trainer: whoever trains.
+        batches: what each of this rank's model chunks reads first; None where it reads nothing.
+        documents: whether documents are masked.
+    """
+    if not documents:
+        return []
+    seen = {_signature(batch["tokens"]) for batch in batches if batch is not None}
+    if len(seen) > 1:
+        return ["the model chunks of this rank read different sequences first"]
+    faults = []
+    groups: dict[str, Any] = {"pipeline stages": trainer.groups.pp}
+    groups["context-parallel ranks"] = trainer.groups.cp
+    for name, group in groups.items():
+        if group is None or group.size() == 1:
+            continue
+        smallest = torch.tensor(min(seen, default=_NOTHING), device="cuda")
+        largest = torch.tensor(max(seen, default=-1), device="cuda")
+        torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN, group=group)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+        if smallest < largest:
+            faults.append(f"the {name} of one model read different sequences first")
+    return faults
+
+
+_NOTHING = 1 << 62
+
+
+def _signature(tokens: torch.Tensor) -> int:
+    """Return a number that depends on each token and its place."""
+    places = torch.arange(1, tokens.numel() + 1).view(tokens.shape)
+    return int(((tokens.long() + 1) * (places * 2654435761 % (1 << 31))).sum()) % _NOTHING

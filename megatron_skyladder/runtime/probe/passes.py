@@ -1,0 +1,269 @@
+"""Through the real model: two micro-batches, in which every attention is asked instead of run.
+
+The trainer's own forward step reads the batch, makes the mask and calls the model, which hands it
+down to each core attention; there the questions are put, to the very module and with the very mask.
+What the layers around compute does not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_skyladder.attention.core_attention import SkyLadderAttention
+from megatron_skyladder.ladder.clock import Clock
+from megatron_skyladder.runtime import document_mask
+from megatron_skyladder.runtime.probe import gradients, questions, words
+from megatron_skyladder.runtime.probe.gradients import Attend
+from megatron_skyladder.runtime.probe.moments import Moment, Moments
+from megatron_skyladder.runtime.probe.sequences import Replay
+from megatron_skyladder.runtime.trainer import Trainer
+
+
+@dataclass
+class Findings:
+    """What this rank found.
+
+    Args:
+        faults: of the mask, each a sentence.
+        lost: of gradients, the same.
+        not_finite: the first layer whose own queries, keys or values are not finite, if any.
+        num_layers: attention layers that were asked.
+        num_answers: what they were asked, over all queries.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    not_finite: str | None = None
+    num_layers: int = 0
+    num_answers: int = 0
+
+
+class Passes:
+    """Asks all attention layers of a model.
+
+    Args:
+        model: this rank's model chunks, as the trainer wraps them.
+        trainer: whoever trains.
+        clock: the process's clock.
+        forward_step: the trainer's own, ``(data_iterator, model) -> (output, loss function)``.
+        times: what is asked about.
+        reads: for each chunk, whether this rank reads its sequences.
+    """
+
+    def __init__(
+        self,
+        model: list[Any],
+        trainer: Trainer,
+        clock: Clock,
+        forward_step: Callable[..., Any],
+        times: Moments,
+        reads: list[bool],
+    ) -> None:
+        self.findings = Findings()
+        self._model = model
+        self._trainer = trainer
+        self._clock = clock
+        self._forward_step = forward_step
+        self._times = times
+        self._reads = reads
+        self._now = times.begins
+        self._asked: Counter[str] = Counter()
+        self._masks: dict[str, Any] = {}  # of training, by layer
+        self._attentions: list[dict[str, SkyLadderAttention]] = []
+        for index, chunk in enumerate(model):
+            self._attentions.append(self._find(chunk, f" of chunk {index}" * (len(model) > 1)))
+
+    def _find(self, chunk: Any, where: str) -> dict[str, SkyLadderAttention]:
+        found = {}
+        for module in chunk.modules():
+            attention = getattr(module, "core_attention", None)
+            if attention is None:
+                continue
+            name = f"layer {getattr(module, 'layer_number', '?')}{where}"
+            if isinstance(attention, SkyLadderAttention):
+                found[name] = attention
+            else:
+                kind = type(attention)
+                self.findings.faults.append(
+                    f"the core attention of {name} is {kind.__module__}.{kind.__name__}, which "
+                    "knows nothing of windows"
+                )
+        return found
+
+    def run(self) -> Findings:
+        """Ask; all ranks have to call this.
+
+        Every attention answers in the place of what it computes; see `traces` for the rest.
+        """
+        moments = [self._times.begins, self._times.evaluates]
+        # interleaved schedules want a multiple of the pipeline's length
+        moments += moments[-1:] * (-len(moments) % self._trainer.groups.pp.size())
+        chunks = range(len(self._model))
+        iterators = [iter([(chunk, moment) for moment in moments]) for chunk in chunks]
+        with self._asking(), torch.no_grad():
+            get_forward_backward_func()(
+                forward_step_func=self._step,
+                data_iterator=iterators if len(self._model) > 1 else iterators[0],
+                model=self._model if len(self._model) > 1 else self._model[0],
+                num_microbatches=len(moments),
+                seq_length=self._trainer.seq_length,
+                micro_batch_size=self._trainer.micro_batch_size,
+                decoder_seq_length=self._trainer.seq_length,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        for attentions in self._attentions:
+            for name in attentions:
+                if not self._asked[name]:
+                    self.findings.faults.append(f"the core attention of {name} is never called")
+        self.findings.num_layers = sum(map(len, self._attentions))
+        return self.findings
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Let every attention put the questions to itself when it is called."""
+        with contextlib.ExitStack() as undo:
+            for attentions in self._attentions:
+                for index, (name, attention) in enumerate(attentions.items()):
+                    before = vars(attention).get("forward")
+                    undo.callback(_set_or_delete, attention, "forward", before)
+                    attention.forward = partial(  # type: ignore[method-assign]
+                        self._answer, name, attention, attention.forward, index == 0
+                    )
+            yield
+
+    def _step(self, iterator: Any, chunk: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """Run the trainer's forward step at a moment; Megatron's ``forward_step_func``."""
+        index, moment = next(iterator)
+        self._now = moment
+        attentions = self._attentions[index]
+        chunk.training = moment.training  # of the outermost module alone: the step asks for it
+        for attention in attentions.values():
+            attention.train(moment.training)
+        batch = Replay(moment.batch) if moment.batch is not None and self._reads[index] else None
+        handle = chunk.register_forward_pre_hook(self._check_tokens, with_kwargs=True)
+        with self._trainer.at_samples(moment.samples):
+            output, _ = self._forward_step(batch, chunk)
+        handle.remove()
+        chunk.training = False
+        return output, lambda *_, **__: None
+
+    def _check_tokens(self, chunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See that the model trains on the sequences whose documents are masked."""
+        batch, own = self._now.batch, self._now.sight.own[:, 0]
+        tokens = args[0] if args else kwargs.get("input_ids")
+        sequences = None if batch is None else batch.get("tokens")
+        if sequences is None or not isinstance(tokens, torch.Tensor):
+            return
+        expected = sequences.to(tokens.device)[:, own]
+        if not torch.equal(tokens, expected):
+            self.findings.faults.append(
+                f"in {self._now.name} the model gets other tokens than those of the sequences that "
+                "were read, or not those at the positions that this context-parallel rank holds"
+            )
+
+    def _answer(
+        self,
+        name: str,
+        attention: SkyLadderAttention,
+        forward: Callable[..., torch.Tensor],
+        thorough: bool,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Stand for an attention's forward: put the questions to it, and return an output of them.
+
+        Args:
+            name: of the layer.
+            attention: the module.
+            forward: its own.
+            thorough: whether backward passes and other moments are asked for too.
+            query: as the layer made it; so key and value. Their numbers are not used.
+            mask: as it came along.
+        """
+        if not all(tensor.isfinite().all() for tensor in (query, key, value)):
+            self.findings.not_finite = self.findings.not_finite or name
+        self._asked[name] += 1
+        moment = self._now
+        ask = partial(self._ask, name, attention.softmax_scale, (query, key, value))
+
+        def attend_with(mask: torch.Tensor | None) -> Attend:
+            return lambda q, k, v: forward(q, k, v, mask, *args, **kwargs)
+
+        out = ask(moment, attend_with(mask), backward=thorough and moment.training)
+        if not thorough:
+            return out
+        if moment is self._times.begins:
+            self._masks[name] = mask
+            if self._times.later is not None:
+                with self._trainer.at_samples(self._times.later.samples):
+                    ask(
+                        self._times.later,
+                        attend_with(self._mask_of(self._times.later)),
+                        backward=True,
+                    )
+        elif self._asked[name] == 2:
+            attention.train()
+            with self._trainer.at_samples(self._times.begins.samples):
+                ask(
+                    self._times.begins,
+                    attend_with(self._masks[name]),
+                    again=" once more, after another micro-batch, as recomputation does",
+                )
+            attention.eval()
+        return out
+
+    def _mask_of(self, moment: Moment) -> torch.Tensor | None:
+        if not self._clock.config.intra_document:
+            return None
+        return document_mask.training_mask(moment.batch)
+
+    def _ask(
+        self,
+        name: str,
+        scale: float,
+        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        moment: Moment,
+        attend: Attend,
+        *,
+        backward: bool = False,
+        again: str = "",
+    ) -> torch.Tensor:
+        """Put all questions; returns the output of the first call."""
+        outputs = []
+        where = f"{name}, in {moment.name}{again}"
+        for call in questions.calls(moment.sight, *tensors, scale):
+            if backward:
+                with torch.enable_grad():
+                    out, lost = gradients.wrong_values(moment.sight, call, attend)
+                self.findings.lost += [words.of_gradient(where, moment.sight, it) for it in lost]
+            else:
+                out = attend(call.query, call.key, call.value)
+            wrong = questions.wrong_answers(moment.sight, call, out)
+            self.findings.faults += [words.of_answer(where, moment.sight, it) for it in wrong]
+            self.findings.num_answers += call.query.shape[:3].numel()
+            outputs.append(out)
+        if backward:
+            with torch.enable_grad():
+                lost = gradients.wrong_softmax(moment.sight, *tensors, scale, attend)
+            self.findings.lost += [words.of_gradient(where, moment.sight, it) for it in lost]
+        return outputs[0]
+
+
+def _set_or_delete(owner: Any, name: str, value: Any) -> None:
+    if value is None:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, value)

@@ -1,0 +1,205 @@
+"""The probe at start-up finds what is broken on purpose, passes what is right, leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+import pytest
+from runs import Trainer
+from test_parity import CONSTANT, DOCUMENTS, LINEAR, SLIDING
+
+from megatron_skyladder.testing import requires_megatron
+
+pytestmark = requires_megatron
+
+NOT_APPLIED = "the attention mask is not applied as the schedule says"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch in which many things are broken, one after the other.
+
+    Args:
+        num_processes: ranks.
+        flags: beyond those of the small model.
+        broken: functions of `breakages`, and what the probe has to say about each.
+    """
+
+    num_processes: int
+    flags: str
+    broken: dict[str, str]
+
+
+WINDOW = {
+    "window_one_longer": "by the schedule",
+    "window_one_shorter": "by the schedule",
+    "schedule_one_shorter": "by the schedule",
+    "window_one_step_late": "by the schedule",
+    "window_stays": "by the schedule",
+    "evaluate_under_the_window": "in evaluation",
+    "window_one_shorter_in_attention": "in training after 0 samples, with a window of 8 tokens: "
+    "the query at position 7 of sequence 0 does not see the key at 0",
+    "not_causal": "sees the key at 1, the one after itself",
+}
+IN_DOCUMENTS = {
+    "documents_never_found": "the last before those that it may see",
+    "documents_of_the_first_sequence": "of sequence 1",
+    "documents_of_another_batch": "sees the key",
+    "documents_end_before_eod": "does not see the key",
+    "sequences_run_together": "of sequence 1",
+    "mask_left_behind": "sees the key",
+    "look_up_documents": "sees the key",
+    "evaluate_in_documents": "in evaluation",
+    "other_tokens_than_masked": "other tokens than",
+}
+EXCHANGED = {
+    "keys_sent_one_off": "does not see the key",
+    "first_fetched_key_wrong": "does not see the key",
+    "gradients_of_keys_dropped": "another gradient to the value",
+    "gradients_of_keys_alone_dropped": "another gradient to the key",
+    "gradients_one_off": "another gradient to the value",
+}
+LAUNCHES = {
+    "window": Launch(1, f"--micro-batch-size 2 {LINEAR}", WINDOW),
+    "documents": Launch(
+        1, f"--micro-batch-size 2 {LINEAR} {DOCUMENTS}", IN_DOCUMENTS | {"not_causal": "sees"}
+    ),
+    "sliding": Launch(
+        1, f"--micro-batch-size 1 {LINEAR} {SLIDING}", {"sliding_window_one_longer": "sees the key"}
+    ),
+    "cp2, window": Launch(
+        2,
+        f"--micro-batch-size 2 {LINEAR} --skyladder-start-window 24 --context-parallel-size 2",
+        EXCHANGED,
+    ),
+    "cp2, documents": Launch(
+        2,
+        f"--micro-batch-size 2 {LINEAR} {DOCUMENTS} {SLIDING} --context-parallel-size 2",
+        EXCHANGED | {"documents_of_the_first_sequence": "of sequence 1"},
+    ),
+    "tp2-pp2": Launch(
+        4,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --micro-batch-size 2 "
+        f"{LINEAR} {DOCUMENTS}",
+        {
+            "window_one_step_late": "by the schedule",
+            "documents_never_found": "sees the key",
+            "documents_of_the_first_sequence": "of sequence 1",
+            "look_up_documents": "sees the key",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_breakages_are_found(trainer: Trainer, name: str) -> None:
+    launch = LAUNCHES[name]
+    run = trainer.train(
+        f"--train-samples 80 {launch.flags}",
+        num_processes=launch.num_processes,
+        load=False,
+        body="probe_bodies:probe_broken",
+        names=list(launch.broken),
+    )
+    complaints = [json.loads(p.read_text()) for p in sorted(run.folder.glob("complaints.*.json"))]
+    assert len(complaints) == launch.num_processes
+    assert all(other == complaints[0] for other in complaints[1:])
+    assert complaints[0].pop("nothing") is None
+    assert complaints[0].keys() == launch.broken.keys()
+    for broken, said in launch.broken.items():
+        assert complaints[0][broken] is not None, broken
+        assert NOT_APPLIED in complaints[0][broken]
+        assert said in complaints[0][broken], broken
+
+
+def test_a_wrong_mask_ends_the_run(trainer: Trainer) -> None:
+    """A mask that is looked up is right until activations are recomputed: it is asked once more."""
+    run = trainer.train(
+        f"--train-samples 16 --micro-batch-size 2 {CONSTANT} {DOCUMENTS}",
+        load=False,
+        broken="look_up_documents",
+        exit_codes=(1,),
+    )
+    assert (
+        f"MaskProbeError: {NOT_APPLIED}. rank 0: layer 1, in training after 0 samples" in run.log()
+    )
+    assert "once more, after another micro-batch, as recomputation does" in run.log()
+    assert not run.of("step")
+
+
+def test_attention_of_megatron_is_named(trainer: Trainer) -> None:
+    run = trainer.train(
+        f"--train-samples 16 --micro-batch-size 2 {LINEAR}",
+        load=False,
+        broken="attention_of_megatron",
+        exit_codes=(1,),
+    )
+    assert NOT_APPLIED in run.log()
+    assert (
+        "the core attention of layer 1 is megatron.core.transformer.dot_product_attention."
+        "DotProductAttention, which knows nothing of windows"
+    ) in run.log()
+
+
+def test_weights_that_are_not_finite_are_no_fault_of_the_mask(trainer: Trainer) -> None:
+    """Megatron's own check, switched off here, would end the run at the first loss."""
+    run = trainer.train(
+        f"--train-samples 8 --micro-batch-size 2 {LINEAR} --no-check-for-nan-in-loss-and-grad",
+        load=False,
+        broken="weights_not_finite",
+    )
+    assert "the model's numbers are not finite" in run.log()
+    assert "layer 1 makes of the first micro-batch hold NaN" in run.log()
+    assert "mask probe passed" in run.log()
+
+
+MOE = (
+    "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0.01 "
+    "--moe-expert-capacity-factor 1.0 --moe-input-jitter-eps 0.1"
+)
+OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+RIGHT = {
+    "moe, dropout": (1, f"{MOE} --hidden-dropout 0.1 --micro-batch-size 2 {LINEAR} {DOCUMENTS}"),
+    "moe, tp2": (
+        2,
+        f"{MOE} --tensor-model-parallel-size 2 --sequence-parallel --micro-batch-size 2 {LINEAR}",
+    ),
+    "overlap": (2, f"{OVERLAP} --hidden-dropout 0.1 --micro-batch-size 2 {LINEAR} {DOCUMENTS}"),
+    "cp2, bf16": (
+        2,
+        f"--context-parallel-size 2 --bf16 --micro-batch-size 2 {LINEAR} {DOCUMENTS} {SLIDING}",
+    ),
+    "pp2 vpp2": (
+        2,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+        f"--micro-batch-size 2 {LINEAR} {DOCUMENTS} "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_nothing_is_left_behind(trainer: Trainer, name: str) -> None:
+    """What is right passes, and training is bit-identical to training without the probe.
+
+    Dropout and jitter draw from the random states that a probe would have moved; the aggregated
+    figures would count its sequences; the data would be one micro-batch further on.
+    """
+    num_processes, flags = RIGHT[name]
+    flags = f"--train-samples 24 {flags}"
+    probed, plain = (
+        trainer.train(f"{flags} {more}", num_processes=num_processes, load=False)
+        for more in ("", "--skyladder-no-probe")
+    )
+    assert "mask probe passed" in probed.log() and "mask probe passed" not in plain.log()
+    assert probed.tokens == plain.tokens
+    assert probed.losses == plain.losses
+    assert probed.steps("grad_norm") == plain.steps("grad_norm")
+    last = num_processes - 1
+    figures = [re.findall(FIGURES, run.log(last)) for run in (probed, plain)]
+    assert figures[0] == figures[1] != []
+
+
+FIGURES = r"(?:window|fraction|context|fragments_per_row): [0-9.E+-]+|(?:loss|norm): [0-9.E+-]+"
