@@ -168,9 +168,10 @@ def test_without_our_flags_no_bit_changes(checkouts, data, tmp_path):
     ):
         saved = tmp_path / str(len(results))
         save = ["--save", str(saved), "--save-interval", "100", "--ckpt-format", "torch_dist"]
+        masks = ["--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"]
         log, _ = launch(
             data,
-            *(*save, *LAYOUTS["pp2"]),
+            *(*save, *masks, *LAYOUTS["pp2"]),
             megatron=checkouts / name,
             script=script,
             num_processes=2,
