@@ -7,8 +7,10 @@ A Megatron is a folder that comes first on the path: a checkout, or a wheel unpa
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,26 @@ def require(variable: str, name: str, how: str) -> Path:
     if releases.megatron_in(parent / name) is None:
         pytest.skip(f"there is no Megatron in {parent / name}; {how}")
     return parent / name
+
+
+def copy_checkout(source: Path, target: Path) -> Path:
+    """Copy a Megatron-LM checkout and build its dataset helpers for this Python.
+
+    Megatron builds them by itself, for the python3 and the python3-config that are first on the
+    path; those are not always this one's.
+    """
+    pybind11 = pytest.importorskip("pybind11", reason="Megatron builds its helpers with pybind11")
+    ignored = shutil.ignore_patterns(".git", "__pycache__", "functional_tests", "docs", "examples")
+    shutil.copytree(source, target, ignore=ignored, symlinks=True)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    datasets = target / "megatron" / "core" / "datasets"
+    includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
+    subprocess.run(
+        ["make", "-C", str(datasets), f"LIBEXT={suffix}", f"CPPFLAGS={includes}"],
+        check=True,
+        capture_output=True,
+    )
+    return target
 
 
 @dataclass

@@ -21,6 +21,7 @@ from launches import (
     DOCUMENTS_MASKED,
     LADDER,
     REPOSITORY,
+    copy_checkout,
     every_figure,
     figures,
     launch,
@@ -48,7 +49,6 @@ OWN_TESTS = (  # of the files that the patch touches; older releases have fewer
 # weights too: scripts make the model's configuration before they switch SkyLadder on
 DRAWN = ["--skyladder-init", "reference", "--init-method-std", "0.02"]
 SPEC = ["--spec", "megatron_skyladder.layer_specs", "skyladder"]
-IGNORED = shutil.ignore_patterns(".git", "__pycache__", "functional_tests", "docs", "examples")
 TAGS = [release.checkout.split()[0] for release in releases.RELEASES.values()]
 
 pytestmark = requires_megatron
@@ -62,10 +62,9 @@ def num_processes(layout):
 def checkouts(request, tmp_path_factory):
     """A stock and a patched copy of one checkout."""
     source = require(VARIABLE, request.param, "a folder with Megatron-LM checkouts by tag")
-    pytest.importorskip("pybind11", reason="Megatron builds its dataset helpers with pybind11")
     parent = tmp_path_factory.mktemp(request.param)
     for name in ("stock", "patched"):
-        shutil.copytree(source, parent / name, ignore=IGNORED, symlinks=True)
+        copy_checkout(source, parent / name)
     assert skyladder(["patch", "apply", str(parent / "patched")]) == 0
     return parent
 

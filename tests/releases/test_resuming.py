@@ -7,14 +7,13 @@ each integration.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
 import test_checkouts
 import test_wheels
-from launches import Data, require
+from launches import Data, copy_checkout, require
 from resuming import COMBINATIONS, FORMATS, ITERATIONS, SETTINGS, STOP_AT, Resuming, pool_for
 from unpack_wheels import OLDER
 
@@ -53,9 +52,7 @@ def resuming(
     megatron = None
     if name in test_checkouts.TAGS:
         source = require(test_checkouts.VARIABLE, name, "a folder with checkouts by tag")
-        pytest.importorskip("pybind11", reason="Megatron builds its dataset helpers with pybind11")
-        megatron = folder / name
-        shutil.copytree(source, megatron, ignore=test_checkouts.IGNORED, symlinks=True)
+        megatron = copy_checkout(source, folder / name)
         if integration == "patch":
             assert skyladder(["patch", "apply", str(megatron)]) == 0
     elif name != "installed":
