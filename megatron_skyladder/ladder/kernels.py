@@ -34,18 +34,13 @@ class Kernel:
         name: as ``--skyladder-attention-backend`` takes it.
         runs: what runs.
         needs: what to install, for messages; None where torch alone will do.
-        dtypes: of the parameters it takes, by torch's names.
         capability: lowest compute capability that trains, (major, minor).
-        plans_by_count: whether it plans, and caches, by the number of segments, so that a changing
-            number would cost a plan per micro-batch.
     """
 
     name: str
     runs: str
     needs: str | None = None
-    dtypes: tuple[str, ...] = ("float16", "bfloat16")
     capability: tuple[int, int] = (0, 0)
-    plans_by_count: bool = False
 
 
 KERNELS = {
@@ -56,7 +51,6 @@ KERNELS = {
             "Megatron's TEDotProductAttention; Transformer Engine picks cuDNN or FlashAttention",
             needs="transformer-engine",
             capability=(8, 0),
-            plans_by_count=True,
         ),
         Kernel(
             "fa4",
@@ -85,7 +79,6 @@ KERNELS = {
         Kernel(
             "sdpa",
             "torch scaled_dot_product_attention, windows as the batch",
-            dtypes=("float16", "bfloat16", "float32"),
         ),
     )
 }
