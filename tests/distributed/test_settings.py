@@ -52,6 +52,7 @@ INSTEAD = {  # of the flags without the last one, where those are refused
 }
 TESTED_ELSEWHERE = {
     "--skyladder-allow-schedule-change": "distributed/test_clock.py",
+    "--skyladder-end-ladder": "distributed/test_resume.py",
 }
 
 

@@ -50,7 +50,7 @@ def test_the_layers_hold(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "line", "complaint"),
     [
-        ("runtime/probe.py", "import megatron_skyladder.megatron_lm.compat", "Layers BROKEN"),
+        ("runtime/metrics.py", "import megatron_skyladder.megatron_lm.compat", "Layers BROKEN"),
         ("ladder/clock.py", "import megatron_skyladder.attention.sdpa", "Layers BROKEN"),
         ("attention/sdpa.py", "def f(): import megatron_skyladder.runtime.metrics", "Layers"),
         ("ladder/schedules/base.py", "import megatron_skyladder.ladder.config", "circles BROKEN"),

@@ -226,11 +226,12 @@ def test_python_callers_read_fields_in_the_log(caplog: pytest.LogCaptureFixture)
 
 
 def test_every_flag_sets_something() -> None:
-    """What is no setting is read where it is used: resuming under another schedule."""
+    """What is no setting is read where it is used: how a run may be resumed."""
     flags = {action.dest for action in add_arguments(argparse.ArgumentParser())._actions}
     settings = {name_of(name) for name in setting_names()}
     assert settings < flags
-    assert flags - settings == {"help", "skyladder_allow_schedule_change"}
+    on_resume = {"skyladder_allow_schedule_change", "skyladder_end_ladder"}
+    assert flags - settings == {"help"} | on_resume
     from_the_run = {"schedule", "seq_length", "step_samples"}
     assert {each.name for each in fields(SkyLadderConfig)} - from_the_run <= set(setting_names())
 
