@@ -113,17 +113,61 @@ def stub_flash_attn_kernels() -> None:
             target.copy_(value)
         return dq, dk, dv, torch.empty_like(lse)
 
+    def fwd(
+        q: Any, k: Any, v: Any, out: Any, alibi_slopes: Any, dropout: float, scale: float,
+        causal: bool, left: int, right: int, softcap: float, *_: Any,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        """The same on [B, S, H, D]: every sequence is a segment."""
+        CALLS["flash_forward"] += 1
+        require(dropout == 0.0 and softcap == 0.0 and alibi_slopes is None, "not in the stand-in")
+        packed = (x.flatten(0, 1) for x in (q, k, v))
+        offsets = _equal_offsets(q), _equal_offsets(k)
+        lengths = q.shape[1], k.shape[1]
+        window = _window(causal, (left, right))
+        out, lse = attention_forward(*packed, *offsets, *lengths, scale, window)
+        lse = lse.unflatten(1, (q.shape[0], -1)).transpose(0, 1).contiguous()
+        rng_state = torch.zeros(2, dtype=torch.int64)
+        return out.view(q.shape), lse, torch.empty(0, dtype=q.dtype), rng_state
+
+    def bwd(
+        grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+        alibi_slopes: Any, dropout: float, scale: float, causal: bool, left: int, right: int,
+        *_: Any,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        CALLS["flash_backward"] += 1
+        packed = (x.flatten(0, 1) for x in (grad, q, k, v, out))
+        offsets = _equal_offsets(q), _equal_offsets(k)
+        lengths = q.shape[1], k.shape[1]
+        window = _window(causal, (left, right))
+        joined = lse.transpose(0, 1).flatten(1)
+        grads = attention_backward(*packed, joined, *offsets, *lengths, scale, window)
+        for target, value in zip((dq, dk, dv), grads, strict=True):
+            target.copy_(value.view(target.shape))
+        return dq, dk, dv, torch.empty_like(lse)
+
     module: Any = types.ModuleType("flash_attn_2_cuda")
     module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, loader=None)
     module.varlen_fwd, module.varlen_bwd = varlen_fwd, varlen_bwd
+    module.fwd, module.bwd = fwd, bwd
     sys.modules[module.__name__] = module
+
+
+def _equal_offsets(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, S, ...] -> int32 [B + 1]: where the sequences begin, one after the other."""
+    batch, length = tensor.shape[:2]
+    return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32)
 
 
 def register_flash_attn() -> None:
     """Let flash-attn's custom ops, made for CUDA, run their own Python on the CPU too."""
     from flash_attn import flash_attn_interface as interface
 
-    for op in (interface._flash_attn_varlen_forward, interface._flash_attn_varlen_backward):
+    for op in (
+        interface._flash_attn_forward,
+        interface._flash_attn_backward,
+        interface._flash_attn_varlen_forward,
+        interface._flash_attn_varlen_backward,
+    ):
         op.register_kernel("cpu", op._init_fn)
 
 
