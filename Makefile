@@ -8,10 +8,12 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 EXTRAS := training,data,plot,dev
 TRANSFORMERS4 := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
+# unit tests that train, or start many processes
+SLOW := examples engine slurm_node benchmarks weights spec flag_rules costs
 SLURM_TOOLS := munged slurmctld slurmd sbatch shellcheck ip
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client shellcheck iproute2
 
-.PHONY: help install demo test test-releases test-te test-slurm test-evaluate bench check format lint types clean
+.PHONY: help install demo test test-quick test-releases test-te test-slurm test-evaluate bench check format lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +32,9 @@ demo: $(READY)  ## pretrain a small model twice, constant window and SkyLadder; 
 
 test: $(READY)  ## the whole suite
 	$(PYTEST)
+
+test-quick: $(READY)  ## arithmetic, parsers, commands: what starts no training (under 90 s)
+	$(PYTEST) tests/unit $(foreach name,$(SLOW),--ignore tests/unit/test_$(name).py)
 
 test-releases: $(READY)  ## our entry point on older wheels; checkouts from SKYLADDER_MEGATRON_CHECKOUTS
 	$(BIN)/python tests/releases/unpack_wheels.py .venv-releases
