@@ -79,6 +79,7 @@ lint: $(READY)  ## formatting, lint, and the layers that imports have to keep
 
 types: $(READY)  ## mypy
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini tests/unit tests/distributed
 
 clean:  ## remove the environment and what the demo wrote
 	rm -rf $(VENV) .venv-te .venv-releases .venv-transformers4 demo build *.egg-info

@@ -170,9 +170,9 @@ def _context_parallel_group(config: TransformerConfig, pg_collection: Any) -> An
     if config.context_parallel_size == 1:
         return None
     if pg_collection is None:
-        from megatron.core import mpu
+        from megatron.core.process_groups_config import ProcessGroupCollection
 
-        return mpu.get_context_parallel_group()
+        return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"]).cp
     return pg_collection.cp
 
 

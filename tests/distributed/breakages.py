@@ -285,7 +285,7 @@ def gradients_of_keys_dropped() -> None:
 
     def dropping(ctx: Any, *grads: Any) -> Any:
         _, key, value = backward(ctx, *grads)
-        return None, key * 0, value * 0
+        return None, key * 0, value * 0  # type: ignore[operator]
 
     context_parallel._Start.backward = staticmethod(dropping)
 
@@ -298,7 +298,7 @@ def gradients_of_keys_alone_dropped() -> None:
 
     def dropping(ctx: Any, *grads: Any) -> Any:
         _, key, value = backward(ctx, *grads)
-        return None, key * 0, value
+        return None, key * 0, value  # type: ignore[operator]
 
     context_parallel._Start.backward = staticmethod(dropping)
 

@@ -159,7 +159,7 @@ def own_part(rows: torch.Tensor, group: Any) -> torch.Tensor:
 def compare(case: Case, group: Any, seed: int) -> None:
     """Compare a rank's outputs and gradients with those of whole rows, to rounding of float64."""
     *qkv, direction = case.tensors(seed, torch.float64)
-    expected = with_gradients(lambda *x: attend_densely(*x, case.dense()), qkv, direction)
+    expected = with_gradients(lambda *x: attend_densely(*x, case.dense()), qkv, direction)  # type: ignore[call-arg]
     mask = None if case.ends is None else torch.from_numpy(case.cu_seqlens())
     own = [own_part(x, group) for x in (*qkv, direction)]
     with attention_module(case, group) as attention:
@@ -200,7 +200,7 @@ def random_rows(num_cases: int) -> None:
     with gloo():
         rank = torch.distributed.get_rank()
         for layout in layouts:
-            groups = {ranks: torch.distributed.new_group(ranks) for ranks in layout}
+            groups = {ranks: torch.distributed.new_group(ranks) for ranks in layout}  # type: ignore[attr-defined]
             for ranks, group in groups.items():
                 if rank in ranks:
                     generator = np.random.default_rng(ranks)  # each group its own rows
@@ -221,7 +221,7 @@ class _Recorder:
             self.calls.append("send")
             self.received.append(output.shape[0])
             work = original(output, *args, **kwargs)
-            return SimpleNamespace(wait=lambda: (self.calls.append("wait"), work.wait()))
+            return SimpleNamespace(wait=lambda: (self.calls.append("wait"), work.wait()))  # type: ignore[func-returns-value]
 
         torch.distributed.all_to_all_single = all_to_all_single
 
@@ -284,13 +284,15 @@ def bfloat16(num_cases: int) -> None:
     """The error against float64 is at most twice that of bfloat16 on whole rows."""
     with gloo():
         group = torch.distributed.group.WORLD
-        errors = {"whole": [], "parts": []}
+        errors = {"whole": [], "parts": []}  # type: ignore[var-annotated]
         case = Case(64, 64, None, heads=(4, 2))
         dense = case.dense()
         for seed in range(num_cases):
             *qkv, direction = case.tensors(seed, torch.bfloat16)
             exact = with_gradients(
-                lambda *x: attend_densely(*x, dense), [x.double() for x in qkv], direction.double()
+                lambda *x: attend_densely(*x, dense),  # type: ignore[call-arg]
+                [x.double() for x in qkv],
+                direction.double(),  # type: ignore[call-arg]
             )
             with attention_module(case, group) as attention:
                 parts = with_gradients(

@@ -190,7 +190,7 @@ def config(**changes: Any) -> types.SimpleNamespace:
     return types.SimpleNamespace(**values)
 
 
-def build(name: str, **changes: Any) -> torch.nn.Module:
+def build(name: str, **changes: Any) -> torch.nn.Module:  # type: ignore[name-defined]
     return make_backend(name, config=config(**changes), scale=SCALE, layer_number=2)
 
 
@@ -297,14 +297,14 @@ def test_windows_join_sequences_to_heads(
     grid = grid_segments(Rows(64, num_sequences, window, False, CPU))
     out = build("flash").attend_windows(query, key, value, grid)
     assert pointers == [query.data_ptr()]
-    packed = sdpa.attend_segments(*(to_thd(x) for x in (query, key, value)), grid, SCALE)
+    packed = sdpa.attend_segments(*(to_thd(x) for x in (query, key, value)), grid, SCALE)  # type: ignore[call-arg]
     torch.testing.assert_close(out, from_thd(packed, num_sequences))
 
 
 # --- Transformer Engine: what is built, and which of its modules gets which call ------------------
 
 
-class Recorder(torch.nn.Module):
+class Recorder(torch.nn.Module):  # type: ignore[name-defined]
     """In the place of TEDotProductAttention: notes how it was built and called."""
 
     def __init__(self, **built: Any) -> None:
@@ -320,7 +320,7 @@ class Recorder(torch.nn.Module):
 
 
 @pytest.fixture
-def te() -> tuple[torch.nn.Module, list[Recorder]]:
+def te() -> tuple[torch.nn.Module, list[Recorder]]:  # type: ignore[name-defined]
     from megatron_skyladder.attention.backends.te import TransformerEngineBackend
 
     modules: list[Recorder] = []

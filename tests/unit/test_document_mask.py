@@ -31,7 +31,7 @@ def installed() -> Iterator[None]:
     trainer.uninstall()
 
 
-def sequences(*ends: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def sequences(*ends: tuple[int, ...]) -> dict[str, torch.Tensor]:  # type: ignore[name-defined]
     """Return sequences in which documents end after the given numbers of tokens."""
     tokens = torch.ones(len(ends), LENGTH, dtype=torch.int64)
     for row, of_row in enumerate(ends):
@@ -40,7 +40,7 @@ def sequences(*ends: tuple[int, ...]) -> dict[str, torch.Tensor]:
     return {"tokens": tokens}
 
 
-def offsets(batch: dict[str, torch.Tensor], mask: str, window: int) -> list[int]:
+def offsets(batch: dict[str, torch.Tensor], mask: str, window: int) -> list[int]:  # type: ignore[name-defined]
     return document_mask._fragment_offsets(batch, config(mask), window)[0].tolist()
 
 

@@ -178,7 +178,7 @@ def test_every_rank_sees_what_the_dense_mask_says_and_fetches_no_more(
     for rank, plan in enumerate(plans):
         # what arrives is what the others send, in the order of the ranks
         messages = [
-            np.concatenate([own[other][slice(*span)] for span in plans[other].sends[rank]] or [[]])
+            np.concatenate([own[other][slice(*span)] for span in plans[other].sends[rank]] or [[]])  # type: ignore[list-item]
             for other in range(cp_size)
         ]
         assert tuple(len(message) for message in messages) == plan.receives

@@ -184,7 +184,7 @@ def test_a_batch_that_grows(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["steps"] == 8 and "fraction 0.64 of 8 steps; step of 4 samples" in plan["schedule"]
     assert plan["tokens"] == 32 * 2000
     even = [*flags, "--train-samples", "32", "--step-batch-size-schedule", "0:4"]
-    even.remove("--train-iters"), even.remove("10")
+    even.remove("--train-iters"), even.remove("10")  # type: ignore[func-returns-value]
     assert main(["plan", "--json", "--tflops", "100", "--gpus", "1", *even]) == 0
     assert json.loads(capsys.readouterr().out)["time"]["ladder"] == plan["time"]["ladder"]
 

@@ -178,7 +178,7 @@ def test_a_line_whose_figures_are_not_finite(value: str) -> None:
     """Whatever of it: a record that can be used, or none where its place is not known."""
     whole = line(1, 4.5, extra=" throughput per GPU (TFLOP/s/GPU): 12.3 |")
     for number in re.findall(r": +([\d.E+-]+) \|", whole):
-        (record,) = parse(whole.replace(f" {number} |", f" {value} |", 1)).iterations or [None]
+        (record,) = parse(whole.replace(f" {number} |", f" {value} |", 1)).iterations or [None]  # type: ignore[list-item]
         if number == "4":  # consumed samples
             assert record is None
         else:

@@ -112,7 +112,7 @@ def test_nobody_asks_for_a_schedules_name() -> None:
                 sides = node.args if node.func.attr in ("startswith", "endswith") else []
             texts = [each for side in sides for each in ast.walk(side)]
             if any(isinstance(each, ast.Constant) and each.value in names for each in texts):
-                found.append(f"{path.relative_to(package)}:{node.lineno}")
+                found.append(f"{path.relative_to(package)}:{node.lineno}")  # type: ignore[attr-defined]
     assert found == []
 
 

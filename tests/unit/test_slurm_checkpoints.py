@@ -72,7 +72,7 @@ class Runs:
 
 
 def replace_index(content: object) -> Callable[[Path], None]:
-    return lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(content)) and None
+    return lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(content)) and None  # type: ignore[return-value]
 
 
 BREAKAGES = {
