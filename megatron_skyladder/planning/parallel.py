@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,8 +16,33 @@ from megatron_skyladder.ladder.exchange_costs import (
 )
 from megatron_skyladder.ladder.fragments import fragment_cu_seqlens
 
-if TYPE_CHECKING:
-    from megatron_skyladder.planning.estimate import Plan
+
+class PlannedRun(Protocol):
+    """What is asked of a plan here; see `estimate.Plan`."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def shape(self) -> Any: ...
+
+    @property
+    def context_parallel_size(self) -> int: ...
+
+    @property
+    def tensor_parallel_size(self) -> int: ...
+
+    @property
+    def total_steps(self) -> int: ...
+
+    @property
+    def counts_documents(self) -> bool: ...
+
+    @property
+    def documents(self) -> Any: ...
+
+    def window(self, step: int, /) -> int: ...
+
 
 SAMPLE_TOKENS = 1 << 19  # of measured documents; counting looks at every token
 SAMPLE_STEPS = 48  # for the mean over a run
@@ -47,7 +72,7 @@ class ParallelCosts:
         return max(self.work) * len(self.work) / sum(self.work)
 
 
-def parallel_costs(plan: Plan, window: int) -> ParallelCosts:
+def parallel_costs(plan: PlannedRun, window: int) -> ParallelCosts:
     """Return the costs of a window under the plan's layout and masks."""
     cu_seqlens = _offsets(plan, window)
     length, cp_size = plan.config.seq_length, plan.context_parallel_size
@@ -71,7 +96,7 @@ def parallel_costs(plan: Plan, window: int) -> ParallelCosts:
     )
 
 
-def mean_max_over_mean(plan: Plan) -> float:
+def mean_max_over_mean(plan: PlannedRun) -> float:
     """Return the busiest rank's attention work over the mean rank's, of the whole run."""
     steps = np.unique(np.linspace(0, plan.total_steps - 1, SAMPLE_STEPS).round().astype(int))
     windows, counts = np.unique([plan.window(int(step)) for step in steps], return_counts=True)
@@ -81,7 +106,7 @@ def mean_max_over_mean(plan: Plan) -> float:
     return float(busiest / mean)
 
 
-def _offsets(plan: Plan, window: int) -> np.ndarray:
+def _offsets(plan: PlannedRun, window: int) -> np.ndarray:
     """Return cu_seqlens over one row, or over a sample of the measured ones."""
     length = plan.config.seq_length
     cut = length if plan.config.mask == "sliding" else window

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from megatron_skyladder.ladder.schedules.base import WindowSchedule
+
+class Stepwise(Protocol):
+    """What is asked of a schedule here; see `base.WindowSchedule`."""
+
+    @property
+    def round_to(self) -> int | None: ...
+
+    def turns(self) -> Iterable[Fraction]: ...
+
+    def window_at(self, step: int, /) -> int: ...
+
+    def on_arrays(self, end_step: int, /) -> bool: ...
+
+    def windows(self, start: int, end: int, /) -> np.ndarray: ...
+
 
 # Up to so many steps for each window, trying every step is faster than bisection for the edges:
 # on arrays, and one by one.
@@ -19,7 +33,7 @@ _STEPS_PER_WINDOW = 4
 _CHUNK = 1 << 20  # steps that are tried at once: 8 MB for each array
 
 
-def equal_runs(schedule: WindowSchedule, total_steps: int) -> list[tuple[int, int, int]]:
+def equal_runs(schedule: Stepwise, total_steps: int) -> list[tuple[int, int, int]]:
     """Return ``(first_step, end_step, window)``, see `WindowSchedule.segments`."""
     if total_steps <= 0:
         return []
@@ -30,13 +44,13 @@ def equal_runs(schedule: WindowSchedule, total_steps: int) -> list[tuple[int, in
     return list(zip(firsts, [*firsts[1:], total_steps], windows[new].tolist(), strict=True))
 
 
-def _monotone_stretches(schedule: WindowSchedule, total_steps: int) -> Iterator[tuple[int, int]]:
+def _monotone_stretches(schedule: Stepwise, total_steps: int) -> Iterator[tuple[int, int]]:
     """Split 0..total_steps where the window may turn round or jump."""
     turns = {min(total_steps, math.ceil(turn)) for turn in schedule.turns()}
     return itertools.pairwise(sorted(turns | {0, total_steps}))
 
 
-def _edges(schedule: WindowSchedule, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+def _edges(schedule: Stepwise, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps of a monotone stretch at which a window begins, and those windows."""
     distance = abs(schedule.window_at(end - 1) - schedule.window_at(first))
     num_windows = distance // (schedule.round_to or 1) + 1
@@ -53,7 +67,7 @@ def _edges(schedule: WindowSchedule, first: int, end: int) -> tuple[np.ndarray, 
     return np.concatenate(starts), np.concatenate(values)
 
 
-def _bisected(schedule: WindowSchedule, first: int, end: int) -> Iterator[int]:
+def _bisected(schedule: Stepwise, first: int, end: int) -> Iterator[int]:
     """Yield the steps of a monotone stretch at which a window begins."""
     step = first
     while step < end:
