@@ -1,4 +1,4 @@
-"""What each rank of the runs in test_probe does: start up, and probe once per breakage."""
+"""What each rank of the runs in test_probe_runs does: start up, and probe once per breakage."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ INSTEAD = {  # of the flags without the last one, where those are refused
     "--skyladder-points": "--skyladder-schedule points --skyladder-points 0:32 0.5:final",
 }
 TESTED_ELSEWHERE = {
-    "--skyladder-allow-schedule-change": "distributed/test_clock.py",
+    "--skyladder-allow-schedule-change": "distributed/test_clock_runs.py",
     "--skyladder-end-ladder": "distributed/test_resume.py",
 }
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,9 @@ def test_the_commands_that_read_it(installed: Path, tmp_path: Path) -> None:
     shown = run(*skyladder, "slurm", str(example), "--run-dir", str(tmp_path / "run"))
     assert "#SBATCH --nodes=1" in shown and "scontrol requeue" in shown
     assert "apply" in run(*skyladder, "patch", "--help")
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports them by their bare name: two of one name stop a run of the whole suite."""
+    names = Counter(path.name for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
