@@ -20,7 +20,6 @@ from megatron_skyladder.ladder.continuation import Checkpoint, Flags, flags_that
 from megatron_skyladder.ladder.flags import config_from_args
 from megatron_skyladder.megatron_lm import compat
 
-UNREADABLE = 1  # exit code where Megatron leaves because of a checkpoint
 SPEC_MODULE = "megatron_skyladder.layer_specs"
 
 logger = logging.getLogger(__name__)
@@ -94,14 +93,11 @@ def leaving_with_an_error(original: Callable[..., Any]) -> Callable[..., Any]:
         except SystemExit as leaving:
             if leaving.code:
                 raise
-            logger.error(
-                "rank %s: Megatron could not read the checkpoint (it says why above) and left with "
-                "exit code %s; it is made %d.",
-                os.environ.get("RANK", "0"),
-                leaving.code or 0,
-                UNREADABLE,
+            rank, code = os.environ.get("RANK", "0"), leaving.code or 0
+            sys.exit(  # a text: exit code 1, and a job's status has the reason
+                f"rank {rank}: Megatron could not read the checkpoint (it says why above) and left "
+                f"with exit code {code}; it is made 1."
             )
-            sys.exit(UNREADABLE)
 
     return load
 

@@ -38,7 +38,8 @@ def main(words: list[str]) -> None:
             runpy.run_module(entry, run_name="__main__", alter_sys=True)
     except SystemExit as leaving:  # also Megatron's way to leave before the end
         if leaving.code not in (0, None):
-            _report_error(attempt, rank, f"exit code {leaving.code}")
+            said = leaving.code if isinstance(leaving.code, str) else f"exit code {leaving.code}"
+            _report_error(attempt, rank, said.removeprefix(f"rank {rank}: "))
         raise
     except BaseException as error:
         _report_error(attempt, rank, f"{type(error).__name__}: {error}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, wait_until
-from conftest import HERE, Jobs, iterations, outcomes
+from conftest import HERE, Jobs, headline, iterations, outcomes
 
 from megatron_skyladder.report.runlog import read_run
 from megatron_skyladder.slurm.attempts import RunFolder
@@ -126,6 +126,27 @@ def test_a_run_that_everything_happens_to(
     log = (run.path / f"slurm-{job}.out").read_text()
     assert f"skipped an incomplete checkpoint, iter_{NODE_DOWN + 1:07}" in log
     assert (run.checkpoints / f"incomplete_iter_{NODE_DOWN + 1:07}.1").is_dir()
+
+
+def test_a_checkpoint_that_cannot_be_read_is_no_finished_run(jobs: Jobs, tmp_path: Path) -> None:
+    """Megatron leaves with exit code 0 there, which Slurm would take for the end of training."""
+    elsewhere = tmp_path / "elsewhere"
+    for rank in range(2):
+        folder = elsewhere / f"iter_0000004/mp_rank_{rank:02}"
+        folder.mkdir(parents=True)
+        (folder / "model_optim_rng.pt").write_bytes(b"not a checkpoint")
+    (elsewhere / "latest_checkpointed_iteration.txt").write_text("4")
+    run, (job,) = jobs.submit(
+        "unreadable",
+        entry="megatron_skyladder.pretrain_gpt",
+        flags=f"{FLAGS} --ckpt-format torch --load {elsewhere}",
+        example=EXAMPLE,
+        survival="max-tries = 1",
+    )
+    jobs.cluster.wait_for(job, "FAILED")
+    assert outcomes(run) == ["crashed"] and not run.is_finished
+    assert "Megatron could not read the checkpoint (it says why above)" in headline(run)
+    assert headline(run).startswith("gave up: rank ")
 
 
 def wait_until_held(run: RunFolder, attempt: int) -> None:

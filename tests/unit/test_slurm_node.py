@@ -144,6 +144,11 @@ def test_exit_codes_are_reported(ranks: Ranks) -> None:
     assert ranks.error() == "exit code 3"
 
 
+def test_what_a_rank_leaves_with_is_reported(ranks: Ranks) -> None:
+    assert ranks.rank("import sys; sys.exit('rank 0: the checkpoint is unreadable')") == 1
+    assert ranks.error() == "the checkpoint is unreadable"
+
+
 def test_what_the_user_can_mend_is_reported_as_such(ranks: Ranks) -> None:
     """`pretrain_gpt` exits with 2 and a message on the log; a rank needs the message."""
     pytest.importorskip("torch")
