@@ -5,6 +5,8 @@ A process pool per Megatron: the dozens of short runs of one release import it o
 
 from __future__ import annotations
 
+import io
+import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,10 +107,35 @@ class Resuming:
         return path
 
     def leave_in_arguments(self, values: dict[str, object]) -> None:
-        """Put values into the arguments of a checkpoint in the torch format."""
-        content = torch.load(self.state, weights_only=False)
+        """Put values into the arguments of a checkpoint, whatever its format."""
+        (folder,) = (self.folder / "checkpoints").glob("iter_*")
+        if (folder / ".metadata").exists() and not (folder / "common.pt").exists():
+            _leave_in_common_state(folder, values)
+            return
+        path = folder / "common.pt"
+        path = path if path.exists() else self.state
+        content = torch.load(path, weights_only=False)
         vars(content["args"]).update(values)
-        torch.save(content, self.state)
+        torch.save(content, path)
+
+
+def _leave_in_common_state(folder: Path, values: dict[str, object]) -> None:
+    """Do so where Megatron >= 0.19 keeps the arguments: among the shards, as one object."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    ((index, place),) = (
+        item for item in metadata.storage_data.items() if item[0].fqn.startswith("common_state/")
+    )
+    with (folder / place.relative_path).open("rb") as shard:
+        shard.seek(place.offset)
+        content = torch.load(io.BytesIO(shard.read(place.length)), weights_only=False)
+    (state,) = content if isinstance(content, list) else (content,)
+    vars(state["args"]).update(values)
+    torch.save(content, folder / "__9_0.distcp")
+    length = (folder / "__9_0.distcp").stat().st_size
+    metadata.storage_data[index] = replace(
+        place, relative_path="__9_0.distcp", offset=0, length=length
+    )
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def _variables(flags: list[str]) -> dict[str, str]:

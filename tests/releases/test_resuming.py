@@ -75,13 +75,17 @@ def test_a_run_goes_on_where_it_was(resuming: Resuming, saved_as: str, setting: 
     assert logged == list(zip(range(1, ITERATIONS + 1), windows, strict=True))
 
 
-@pytest.mark.parametrize("setting", EARLIER)
-def test_a_checkpoint_of_an_earlier_version_goes_on_too(resuming: Resuming, setting: str) -> None:
+@pytest.mark.parametrize(
+    ("saved_as", "setting"), [("torch", "rate"), ("torch", "stages"), ("torch_dist", "stages")]
+)
+def test_a_checkpoint_of_an_earlier_version_goes_on_too(
+    resuming: Resuming, saved_as: str, setting: str
+) -> None:
     settings, windows = SETTINGS[setting]
-    run = resuming.fresh(f"earlier-{setting}")
-    run.train(settings, f"{FORMATS['torch']} --exit-interval {STOP_AT}")
+    run = resuming.fresh(f"earlier-{saved_as}-{setting}")
+    run.train(settings, f"{FORMATS[saved_as]} --exit-interval {STOP_AT}")
     run.leave_in_arguments(EARLIER[setting])
-    after, _ = run.train(settings, FORMATS["torch"])
+    after, _ = run.train(settings, FORMATS[saved_as])
     assert [record.window for record in after.iterations] == windows[STOP_AT:]
 
 
