@@ -42,6 +42,24 @@ def with_skyladder(spec: Any) -> Any:
     return replaced
 
 
+def core_attentions(node: Any) -> list[Any]:
+    """Return every ``core_attention`` in a layer or block spec, as it stands there."""
+    if isinstance(node, (list, tuple)):
+        parts = [(None, part) for part in node]
+    elif isinstance(node, dict):
+        parts = list(node.items())
+    elif isinstance(node, functools.partial):
+        parts = list(node.keywords.items())
+    elif dataclasses.is_dataclass(node) and not isinstance(node, type):
+        parts = [(field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]
+    else:
+        return []
+    found = []
+    for name, part in parts:
+        found += [part] if name == "core_attention" else core_attentions(part)
+    return found
+
+
 def _replace(node: Any) -> tuple[Any, int]:
     """Return a copy of ``node`` with core attentions replaced, and how many there were."""
     if isinstance(node, (list, tuple)):

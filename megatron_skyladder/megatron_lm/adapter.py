@@ -69,6 +69,10 @@ class MegatronLM:
             dp_cp=mpu.get_data_parallel_group(with_context_parallel=True),
         )
 
+    @property
+    def every_rank_reads(self) -> bool:
+        return False
+
     def cut_for_context_parallel(self, batch: dict[str, Any]) -> dict[str, Any]:
         return compat.cp_batch(batch)
 

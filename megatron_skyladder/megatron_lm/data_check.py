@@ -1,29 +1,16 @@
-"""At start-up, whether the documents of a run's data can be told apart, and whose fault it is.
-
-The files say more than sequences do: which token was meant, and how to look. Sequences are looked
-at too, once training has begun (`runtime.found_documents`), whatever dataset they come from.
-"""
+"""At start-up, whether the documents of a run's data can be told apart; see `data_files`."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-from megatron_skyladder.data import document_ends
-from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.megatron_lm import compat
-from megatron_skyladder.runtime.console import is_first_rank
-from megatron_skyladder.runtime.found_documents import REFUSE
-
-logger = logging.getLogger(__name__)
+from megatron_skyladder.runtime import data_files
 
 
 def check(config: SkyLadderConfig, options: Any) -> None:
     """Say where documents are to be masked and their ends are not in the data.
-
-    The first rank reads and warns; where the run is to be refused, every rank comes to the same
-    conclusion.
 
     Args:
         config: the checked configuration.
@@ -32,40 +19,11 @@ def check(config: SkyLadderConfig, options: Any) -> None:
     Raises:
         UsageError: it is so, and --skyladder-require-documents was given.
     """
-    if not config.intra_document or not (config.require_documents or is_first_rank()):
+    if not data_files.is_due(config):
         return
-    message = _overwritten(options) or _not_in_the_data(options)
-    if message is None:
-        return
-    if config.require_documents:
-        raise UsageError(f"--skyladder-require-documents: {message}")
-    logger.warning("%s %s", message, REFUSE)
-
-
-def _overwritten(options: Any) -> str | None:
-    """Return what is wrong where the dataset takes end-of-document tokens for padding."""
     eod = compat.eod_token()
-    if not getattr(options, "allow_ambiguous_pad_tokens", False) or compat.pad_token() != eod:
-        return None
-    return (
-        f"the tokenizer's padding token is its end-of-document token ({eod}), and with "
-        "--allow-ambiguous-pad-tokens Megatron's dataset overwrites it, so no document can be "
-        "masked. Leave that flag out, or give the tokenizer a padding token of its own."
+    pads = getattr(options, "allow_ambiguous_pad_tokens", False) and compat.pad_token() == eod
+    data = data_files.TrainingData(
+        compat.training_data(options), eod, options.tokenizer_type, overwritten=pads
     )
-
-
-def _not_in_the_data(options: Any) -> str | None:
-    """Return what is wrong with the data, one line for each of the first few pairs."""
-    eod = compat.eod_token()
-    found = document_ends.complaints(compat.training_data(options), eod)
-    if not found:
-        return None
-    lines = [f"\n  {prefix}: {text}" for prefix, text in found[: document_ends.NAMED]]
-    if len(found) > len(lines):
-        lines.append(f"\n  and {len(found) - len(lines)} more")
-    return (
-        f"the documents of the training data do not end in the tokenizer's end-of-document token "
-        f"({options.tokenizer_type}: {eod}), so they cannot be told apart and are not masked:"
-        f"{''.join(lines)}\nGive the tokenizer that the data were made with, or prepare the data "
-        f"again. To look: skyladder inspect {found[0][0]} --eod-id {eod}"
-    )
+    data_files.check(config, data)

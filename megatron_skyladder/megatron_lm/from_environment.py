@@ -33,6 +33,7 @@ CONFIG_VARIABLE = "SKYLADDER_CONFIG"
 OTHER_VARIABLES = (  # read elsewhere: by the engine, the entry point, job scripts and tests
     *("DEVICE", "TRACEBACK", "ALLOW_UNTESTED_MEGATRON", "RUN_DIR", "ATTEMPT_DIR"),
     *("MEGATRON_CHECKOUT", "MEGATRON_CHECKOUTS", "MEGATRON_WHEELS"),
+    *("FINGERPRINT", "SETTINGS"),  # Bridge's environment, from what its checkpoints carry
 )
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 

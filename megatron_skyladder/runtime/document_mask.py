@@ -3,7 +3,7 @@
 Megatron lets only the first and last pipeline stage read data. With documents masked every stage
 needs their ends, so every stage's tensor-parallel rank 0 reads the row; the other ranks of its
 group get the offsets over a host group, because only the host can know their number without
-waiting for the device.
+waiting for the device. Where every rank reads (Megatron Bridge), each makes its own.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def document_mask(
     """Return the mask of a micro-batch and what it is made of, on every TP rank.
 
     Args:
-        row_batch: the dataset's batch on the host, on tensor-parallel rank 0; elsewhere unused.
+        row_batch: the dataset's batch on the host, on tensor-parallel rank 0; elsewhere unused,
+            unless the trainer's every rank reads.
         config: the checked configuration.
         window_len: tokens.
 
@@ -73,13 +74,14 @@ def document_mask(
         cu_seqlens of the fragments over all rows, int32 [N + 1] on the host; and the number of rows
         in which a document's end was found.
     """
-    group = trainer.current().groups.tp
+    group, reads = trainer.current().groups.tp, trainer.current().every_rank_reads
     message = None
-    if group.rank() == 0:
+    if reads or group.rank() == 0:
         assert row_batch is not None
         offsets, rows_with_end = _fragment_offsets(row_batch, config, window_len)
         message = np.append(np.int32(rows_with_end), offsets)
-    received = _broadcast_host(message, group) if group.size() > 1 else torch.from_numpy(message)
+    alone = reads or group.size() == 1
+    received = torch.from_numpy(message) if alone else _broadcast_host(message, group)
     return received[1:], int(received[0])
 
 

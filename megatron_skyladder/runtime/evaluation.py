@@ -120,13 +120,17 @@ class _Recorder:
 
     def __next__(self) -> dict[str, Any]:
         batch = next(self._iterator)
+        self.keep(batch)
+        return batch
+
+    def keep(self, batch: dict[str, Any]) -> None:
+        """Count a micro-batch, and keep it while there are too few."""
         num_sequences = len(batch["tokens"])
         self.num_reads += 1
         self.num_seen += num_sequences
         if num_sequences and self.num_kept < self._num_kept:
             self.kept.append({key: batch[key] for key in BATCH_KEYS})
             self.num_kept += num_sequences
-        return batch
 
 
 class Taps:
@@ -157,6 +161,10 @@ class Taps:
     ) -> tuple[Any, Any]:
         """Run a step; where it ends in losses per token, keep them."""
         output, loss_func = self._forward_step(data_iterator, model, *args, **kwargs)
+        return output, self.keeping_losses(loss_func)
+
+    def keeping_losses(self, loss_func: Any) -> Any:
+        """Return a loss function that keeps the losses it is called with."""
 
         def keep_losses(losses: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if len(losses) and self._num_losses < self._num_kept:
@@ -164,7 +172,13 @@ class Taps:
                 self._num_losses += len(losses)
             return loss_func(losses, *args, **kwargs)
 
-        return output, keep_losses
+        return keep_losses
+
+    def keep_batch(self, chunk: int, batch: dict[str, Any]) -> None:
+        """Keep what a model chunk has read, where the trainer hands iterators out one by one."""
+        recorder = self._recorders[chunk]
+        assert recorder is not None
+        recorder.keep(batch)
 
     def agree(self, sample: Sample, num_passes: int) -> Sample | None:
         """Return the part of a sample that every rank can run; all ranks have to ask.
@@ -264,6 +278,7 @@ def run(
         iter([(window, chunk_rows[index] if chunk_rows else None) for window, index in padded])
         for chunk_rows in rows
     ]
+    modes = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
     config = get_attr_wrapped_model(model[0], "config")
@@ -281,8 +296,8 @@ def run(
             collect_non_loss_data=True,
         )
     config.timers = timers
-    for chunk in model:
-        chunk.train()
+    for chunk, mode in zip(model, modes, strict=True):
+        chunk.train(mode)
     return pieces[: len(items)]
 
 

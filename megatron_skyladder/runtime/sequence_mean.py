@@ -49,9 +49,18 @@ class SequenceMean:
         @functools.wraps(forward_step)
         def with_sequence_mean(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
             output, loss_func = forward_step(*args, **kwargs)
-            return output, functools.partial(self._loss, loss_func)
+            return output, self.of(loss_func)
 
         return with_sequence_mean
+
+    def of(self, loss_func: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a loss function that counts the tokens of whole sequences.
+
+        Where there is no context parallelism it is returned as it is.
+        """
+        if trainer.current().groups.cp.size() == 1:
+            return loss_func
+        return functools.partial(self._loss, loss_func)
 
     def _loss(self, loss_func: Callable[..., Any], losses: torch.Tensor, **kwargs: Any) -> Any:
         """Call the loss function and return its values, summed loss and count corrected.

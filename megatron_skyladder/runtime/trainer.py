@@ -82,6 +82,10 @@ class Trainer(Protocol):
     def groups(self) -> Groups:
         """The process groups of this rank."""
 
+    @property
+    def every_rank_reads(self) -> bool:
+        """Whether all tensor-parallel ranks read the sequences, and not the first alone."""
+
     def cut_for_context_parallel(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return this context-parallel rank's part of ``[b, s]`` tensors; None stays None."""
 

@@ -25,6 +25,7 @@ class PlainTrainer:
     consumed_samples: int = 0
     total_samples: int = 1
     iteration: int = 1
+    every_rank_reads: bool = False
     groups: Groups = field(default_factory=lambda: Groups(None, None, None, None, None))
     logged: dict[int, dict[str, float]] = field(default_factory=dict)
 

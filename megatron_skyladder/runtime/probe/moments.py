@@ -126,6 +126,7 @@ def sequence_faults(
     faults = []
     groups: dict[str, Any] = {"pipeline stages": trainer.groups.pp}
     groups["context-parallel ranks"] = trainer.groups.cp
+    groups["tensor-parallel ranks"] = trainer.groups.tp  # the first alone reads, or all do
     for name, group in groups.items():
         if group is None or group.size() == 1:
             continue
