@@ -13,7 +13,7 @@ SLOW := examples engine slurm_node benchmarks weights spec flag_rules costs
 SLURM_TOOLS := munged slurmctld slurmd sbatch shellcheck ip
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client shellcheck iproute2
 
-.PHONY: help install demo test test-quick test-releases test-te test-slurm test-evaluate bench check format lint types clean
+.PHONY: help install demo test test-quick test-releases test-te test-slurm test-bridge test-evaluate bench check format lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ test-releases: $(READY)  ## our entry point on older wheels; checkouts from SKYL
 test-te: $(READY)  ## Transformer Engine, flash-attn and varlen with CPU stand-ins (builds TE once)
 	$(BIN)/python tests/te/build_te.py --python $(BIN)/python --venv .venv-te
 	PYTHONPATH=. .venv-te/bin/python -m pytest tests/te
+
+test-bridge: $(READY)  ## Megatron Bridge from the index, on the CPU, beside the entry point
+	$(BIN)/python tests/bridge/build_bridge.py --python $(BIN)/python --venv .venv-bridge
+	PYTHONPATH=. .venv-bridge/bin/python -m pytest tests/bridge
 
 $(VENV)/.evaluate: $(READY) setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -82,4 +86,4 @@ types: $(READY)  ## mypy
 	$(BIN)/mypy --config-file tests/mypy.ini tests/unit tests/distributed
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) .venv-te .venv-releases .venv-transformers4 demo build *.egg-info
+	rm -rf $(VENV) .venv-te .venv-bridge .venv-releases .venv-transformers4 demo build *.egg-info

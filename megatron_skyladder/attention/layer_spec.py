@@ -44,6 +44,7 @@ def with_skyladder(spec: Any) -> Any:
 
 def core_attentions(node: Any) -> list[Any]:
     """Return every ``core_attention`` in a layer or block spec, as it stands there."""
+    parts: list[tuple[Any, Any]]
     if isinstance(node, (list, tuple)):
         parts = [(None, part) for part in node]
     elif isinstance(node, dict):

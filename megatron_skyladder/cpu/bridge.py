@@ -22,7 +22,7 @@ Modules = dict[str, types.ModuleType]
 def _module(name: str, **members: object) -> types.ModuleType:
     module = types.ModuleType(name)
     module.__dict__.update(members)
-    module.__path__ = []  # type: ignore[attr-defined]  # a package
+    module.__path__ = []  # a package
     return module
 
 

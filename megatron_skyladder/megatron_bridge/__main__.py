@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import Any
 
 from megatron_skyladder.cpu import bridge as cpu_bridge
@@ -79,4 +78,4 @@ def _train(arguments: argparse.Namespace, given: dict[str, Any], others: list[st
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -49,10 +49,12 @@ class ProcessPool:
     Args:
         python_path: folders that come first on the processes' path, such as a Megatron-LM checkout
             in the place of the installed one.
+        preload: modules to import before the first job, such as another trainer's.
     """
 
-    def __init__(self, python_path: Sequence[Path] = ()) -> None:
+    def __init__(self, python_path: Sequence[Path] = (), preload: Sequence[str] = ()) -> None:
         self._python_path = [str(folder) for folder in python_path]
+        self._preload = list(preload)
         self._server: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> ProcessPool:
@@ -126,7 +128,7 @@ class ProcessPool:
         if self._server is None:
             package = str(Path(__file__).resolve().parents[2])
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "megatron_skyladder.testing.worker"],
+                [sys.executable, "-m", "megatron_skyladder.testing.worker", *self._preload],
                 cwd=package,  # so that -m finds the package where it is not installed
                 env=self._environment(),
                 stdin=subprocess.PIPE,

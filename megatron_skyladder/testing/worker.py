@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import importlib
 import inspect
 import json
@@ -33,15 +32,15 @@ def main() -> None:
     """Serve jobs until the standard input is closed."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print must not look like an answer
-    _prepare()
+    _prepare(sys.argv[1:])
     for line in sys.stdin:
         job = json.loads(line)
         answers.write(json.dumps({"exit_codes": _run(job, answers)}) + "\n")
         answers.flush()
 
 
-def _prepare() -> None:
-    """Import what every job needs; no thread may start before the forks."""
+def _prepare(preload: list[str]) -> None:
+    """Import what every job needs, and more modules by name; no thread may start before forks."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["SKYLADDER_DEVICE"] = "cpu"
     os.environ["OMP_NUM_THREADS"] = "1"  # bit-identical sums, and the cores are few
@@ -49,6 +48,7 @@ def _prepare() -> None:
 
     cpu_engine.install()
     for name in (
+        *preload,
         "megatron.training.training",
         "megatron.training.checkpointing",
         "megatron.training.models.gpt",
@@ -73,7 +73,7 @@ def _fork_checkpoint_helpers() -> None:
 
     original = getattr(filesystem_async, "get_write_results_queue", None)  # since 0.17
     if original is not None and "mp_mode" in inspect.signature(original).parameters:
-        filesystem_async.get_write_results_queue = functools.partial(original, mp_mode="fork")
+        filesystem_async.get_write_results_queue = lambda mp_mode="fork": original(mp_mode="fork")
 
 
 def _run(job: dict[str, Any], answers: IO[str]) -> list[int]:

@@ -1,0 +1,33 @@
+"""Bridge trains as the entry point does, in every layout; `parity.py` prints the whole table."""
+
+from __future__ import annotations
+
+import pytest
+from bridge_runs import BridgeRuns
+from parity import LAYOUTS, LOSS_TOLERANCE, NORM_TOLERANCE, Case, measure
+
+CASES = (
+    Case("TP2 + SP + recompute", "local, documents"),
+    Case("PP4", "local, documents"),  # middle stages read sequences
+    Case("PP2 x VPP2", "sliding, documents"),
+    Case("CP2 x TP2 + SP", "local, documents"),
+    Case("DP2, distributed optimizer", "local, documents"),
+    Case("CP2", "sliding"),
+    Case("PP2", "local"),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parity(case: Case, runs: BridgeRuns) -> None:
+    loss, norm = measure(runs, case)
+    assert loss <= LOSS_TOLERANCE
+    assert norm <= NORM_TOLERANCE
+
+
+@pytest.mark.parametrize("mask", ["local, documents", "local", "sliding"])
+def test_one_process_is_bit_identical(mask: str, runs: BridgeRuns) -> None:
+    assert measure(runs, Case("1 process", mask)) == (0, 0)
+
+
+def test_all_layouts_of_the_table_are_named() -> None:
+    assert {case.layout for case in CASES} <= set(LAYOUTS)
