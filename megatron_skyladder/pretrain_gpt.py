@@ -137,7 +137,7 @@ def main() -> None:
     """Train."""
     log_to_console()
     with explained():
-        releases.release_of(releases.installed())
+        releases.check_for_our_start(releases.installed())
         if {"-h", "--help"} & set(sys.argv[1:]):
             cpu_engine.install_where_no_gpu()
             _print_help()

@@ -16,6 +16,11 @@ from pathlib import Path
 
 from megatron_skyladder.megatron_lm import flag_names, releases
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+WITHOUT_A_GPU = """
+from megatron_skyladder.cpu import engine
+engine.install_where_no_gpu()
+"""
 HEADER = """\
 # Names of Megatron's flags and the releases that have each. Written by
 # tools/list_megatron_flags.py from the releases' own parsers; not edited by hand.
@@ -29,8 +34,8 @@ def flags_of(checkout: Path) -> list[str]:
     if found is None:
         sys.exit(f"there is no Megatron in {checkout}: give a folder that holds megatron/core.")
     done = subprocess.run(
-        [sys.executable, "-c", flag_names.PRINT_FLAGS],
-        env={**os.environ, "PYTHONPATH": str(checkout)},
+        [sys.executable, "-c", WITHOUT_A_GPU + flag_names.PRINT_FLAGS],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout), str(REPOSITORY)])},
         cwd=checkout,
         capture_output=True,
         text=True,

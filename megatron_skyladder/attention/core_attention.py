@@ -170,8 +170,12 @@ def _context_parallel_group(config: TransformerConfig, pg_collection: Any) -> An
     if config.context_parallel_size == 1:
         return None
     if pg_collection is None:
-        from megatron.core.process_groups_config import ProcessGroupCollection
+        try:
+            from megatron.core.process_groups_config import ProcessGroupCollection
+        except ImportError:  # up to 0.14
+            from megatron.core import parallel_state
 
+            return parallel_state.get_context_parallel_group()
         return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"]).cp
     return pg_collection.cp
 

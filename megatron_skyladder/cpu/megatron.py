@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from megatron_skyladder.cpu import older_megatron
+
 # Megatron's defaults that need a GPU, by argparse destination. A flag given still wins.
 CPU_DEFAULTS = {
     "distributed_backend": "gloo",
@@ -32,6 +34,7 @@ def prepare() -> None:
     _allow_norms_under_sequence_parallel()
     _resume_distributed_optimizer()
     _move_splits_to_numpy()
+    older_megatron.prepare()
 
 
 def set_argument_defaults(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +46,9 @@ def set_argument_defaults(parser: argparse.ArgumentParser) -> None:
 def _set_flag_defaults() -> None:
     from megatron.training import arguments
 
+    if not hasattr(arguments, "add_megatron_arguments"):
+        older_megatron.set_flag_defaults(set_argument_defaults)
+        return
     original = arguments.add_megatron_arguments
 
     def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -131,7 +137,9 @@ def _move_splits_to_numpy() -> None:
     """
     from megatron.core.transformer.moe import token_dispatcher
 
-    move = token_dispatcher.maybe_move_tensor_to_cpu
+    move = getattr(token_dispatcher, "maybe_move_tensor_to_cpu", None)
+    if move is None:  # 0.11
+        return
 
     def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
         if as_numpy and torch.is_tensor(tensor):

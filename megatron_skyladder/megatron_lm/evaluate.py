@@ -53,6 +53,20 @@ def with_lengths(original: Callable[..., Any]) -> Callable[..., Any]:
     return evaluate
 
 
+def warn_where_nothing_is_validated(options: Any) -> None:
+    """Say so where losses by context length were asked for and Megatron will never evaluate.
+
+    Args:
+        options: Megatron's arguments, once the data is there; some forks build no validation data.
+    """
+    if clock.current().config.eval_lengths and not getattr(options, "do_valid", True):
+        logger.warning(
+            "no losses by length will come, although --skyladder-eval-lengths asks for them: this "
+            "Megatron has built no validation data (--eval-iters %s, --split, or the fork).",
+            getattr(options, "eval_iters", None),
+        )
+
+
 def _sample(iterations: int, num_passes: int) -> Sample:
     options = compat.args()
     batch_size = getattr(options, "eval_global_batch_size", options.global_batch_size)

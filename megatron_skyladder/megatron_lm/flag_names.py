@@ -28,10 +28,15 @@ _CLOSE = 0.75  # of difflib's ratio: --hiden-size is 0.97 of --hidden-size
 _OURS = "--skyladder-"
 # prints the flags that a Megatron's parser has; run with that Megatron first on the path
 PRINT_FLAGS = """
-import argparse, json
-from megatron.training.arguments import add_megatron_arguments
-parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-print(json.dumps([flag for flag in parser._option_string_actions if flag.startswith("--")]))
+import argparse, json, sys
+from megatron.training import arguments
+def show(parser):
+    print(json.dumps([flag for flag in parser._option_string_actions if flag.startswith("--")]))
+    sys.exit()
+if not hasattr(arguments, "add_megatron_arguments"):  # 0.11 makes its parser in parse_args
+    sys.argv[1:] = []
+    arguments.parse_args(show)
+show(arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
 """
 
 

@@ -17,7 +17,7 @@ from megatron_skyladder.attention.layer_spec import with_skyladder
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.flags import FINGERPRINT
-from megatron_skyladder.megatron_lm import compat, data_check, flag_rules, resume
+from megatron_skyladder.megatron_lm import compat, data_check, flag_rules, releases, resume
 from megatron_skyladder.megatron_lm.adapter import MegatronLM
 from megatron_skyladder.megatron_lm.training_log import counting_windows, logging_metrics
 from megatron_skyladder.runtime import trainer
@@ -30,12 +30,17 @@ _OWNER = "__skyladder_hook__"
 
 @dataclass(frozen=True)
 class Hook:
-    """One wrapped function (or ``Class.method``): where it is looked up, what wraps it, and why."""
+    """One wrapped function (or ``Class.method``): where it is looked up, what wraps it, and why.
+
+    Args:
+        only_in: the release lines that need it; empty: all.
+    """
 
     module: str
     name: str
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
     reason: str
+    only_in: tuple[str, ...] = ()
 
 
 def install(config: SkyLadderConfig, options: Any) -> None:
@@ -59,8 +64,10 @@ def install(config: SkyLadderConfig, options: Any) -> None:
         options.create_attention_mask_in_dataloader = False
     setattr(options, FINGERPRINT, config.fingerprint)
     trainer.install(config, MegatronLM())
+    line = releases.installed().line
     for hook in (*HOOKS, *GUARDS):
-        _wrap(hook)
+        if not hook.only_in or line in hook.only_in:
+            _wrap(hook)
     logger.info("%s", config.fingerprint)
 
 
@@ -126,7 +133,10 @@ def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def train(*args: Any, **kwargs: Any) -> Any:
+        from megatron_skyladder.megatron_lm.evaluate import warn_where_nothing_is_validated
+
         active = clock.current()
+        warn_where_nothing_is_validated(compat.args())
         if not active.config.probe:
             return original(*args, **kwargs)
         from megatron_skyladder.runtime.probe import probe_mask
@@ -161,6 +171,13 @@ def _evaluate_by_length(original: Callable[..., Any]) -> Callable[..., Any]:
     from megatron_skyladder.megatron_lm.evaluate import with_lengths
 
     return with_lengths(original) if clock.current().config.eval_lengths else original
+
+
+def _with_input_in_one_piece(original: Callable[..., Any]) -> Callable[..., Any]:
+    def prepare(gradient: Any, layer_input: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(gradient, layer_input.contiguous(), *args, **kwargs)
+
+    return prepare
 
 
 HOOKS = (
@@ -200,6 +217,13 @@ HOOKS = (
         "evaluate",
         _evaluate_by_length,
         "to report validation losses by context length",
+    ),
+    Hook(
+        "megatron.core.tensor_parallel.layers",
+        "prepare_input_tensors_for_wgrad_compute",
+        _with_input_in_one_piece,
+        "to take the attention's output as it lies in memory; later releases do",
+        only_in=("0.11",),
     ),
 )
 GUARDS = (  # installed without any flag of ours, too: they look for what is missing

@@ -31,6 +31,7 @@ class MegatronMismatchError(UsageError):
 class Trainer(Enum):
     """How ``megatron.training.pretrain`` wants to be called."""
 
+    ITS_OWN_SCRIPT = "only its own script starts it"
     PARSES_ARGUMENTS = "it parses the arguments itself and takes a model provider"
     TAKES_PROVIDER = "it takes parsed arguments as a configuration, and a model provider"
     TAKES_MODEL_CONFIG = "it takes parsed arguments and the model as configurations"
@@ -56,6 +57,11 @@ class Release:
 RELEASES = {
     release.line: release
     for release in (
+        Release("0.11", Trainer.ITS_OWN_SCRIPT, None, "core_v0.11.0"),
+        Release("0.12", Trainer.ITS_OWN_SCRIPT, None, "core_v0.12.3"),
+        Release("0.13", Trainer.ITS_OWN_SCRIPT, None, "core_v0.13.1"),
+        Release("0.14", Trainer.ITS_OWN_SCRIPT, None, "core_v0.14.0"),
+        Release("0.15", Trainer.ITS_OWN_SCRIPT, None, "core_v0.15.3"),
         Release("0.16", Trainer.PARSES_ARGUMENTS, None, "core_v0.16.1"),
         Release("0.17", Trainer.PARSES_ARGUMENTS, "0.17.1", "core_v0.17.1"),
         Release("0.18", Trainer.TAKES_PROVIDER, "0.18.2", "core_v0.18.2"),
@@ -157,6 +163,24 @@ def release_of(found: Megatron) -> Release:
         f"one of {', '.join(RELEASES)}. Use one of them, or set {ALLOW_VARIABLE}=1 to try it the "
         f"way {nearest.line} works; the start-up probe still tells whether the mask is applied."
     )
+
+
+def check_for_our_start(found: Megatron) -> None:
+    """Make sure that SkyLadder's entry point, or ``--spec``, can start training.
+
+    Raises:
+        MegatronMismatchError: it is too old for that, or not known.
+    """
+    if release_of(found).trainer is Trainer.ITS_OWN_SCRIPT:
+        first = next(
+            line for line, each in RELEASES.items() if each.trainer is not Trainer.ITS_OWN_SCRIPT
+        )
+        raise MegatronMismatchError(
+            f"Megatron {found.version} (in {found.folder}) is started by its own pretrain_gpt.py "
+            f"only: SkyLadder's entry point and --spec need {first} or later. Patch the checkout, "
+            f"skyladder patch apply {found.folder}, and start its pretrain_gpt.py with the same "
+            "--skyladder-* flags."
+        )
 
 
 def _version(package_info: Path) -> str:

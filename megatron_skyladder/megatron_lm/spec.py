@@ -61,8 +61,9 @@ def spec_from_environment() -> Any:
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from megatron_skyladder.megatron_lm import from_environment
+    from megatron_skyladder.megatron_lm import from_environment, releases
 
+    releases.check_for_our_start(releases.installed())
     options = get_args()
     if options.num_experts:  # Megatron wants one stage's block here, and does not say which
         raise UsageError(

@@ -1,7 +1,9 @@
 """Megatron-LM's log line and FLOPs, with what windows do to them.
 
 Two hooks: ``num_floating_point_operations`` counts the attention that windows leave, in all of
-Megatron's rates, and ``training_log`` logs the runtime's metrics as if they were losses.
+Megatron's rates, and ``training_log`` puts the runtime's metrics on its line, beside the losses.
+They are not among the losses themselves, of which forks compute what only losses have, such as a
+perplexity.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def counting_windows(original: Callable[..., float]) -> Callable[..., float]:
 
 
 def logging_metrics(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Megatron's ``training_log``: our metrics are logged as if they were losses."""
+    """Wrap Megatron's ``training_log``: our metrics are logged beside its losses."""
     signature = inspect.signature(original)
     outlooks: list[Outlook] = []
 
@@ -69,9 +71,11 @@ def logging_metrics(original: Callable[..., Any]) -> Callable[..., Any]:
         values = metrics.values(outlooks[0], _rate(log["total_loss_dict"], options))
         values |= metrics.attention_values(active.config, log["iteration"])
         if log["loss_dict"]:  # only the last pipeline stage has losses, and logs them
-            log["loss_dict"] = _with_metrics(
+            put_on_line(
                 log["loss_dict"], log["total_loss_dict"], values, skipped=bool(log["skipped_iter"])
             )
+            if log["iteration"] % options.tensorboard_log_interval == 0:
+                trainer.current().log_scalars(values, log["iteration"])
         result = original(*given.args, **given.kwargs)
         active.in_log = False
         if not is_first:  # after its first line Megatron does not start its sums anew either
@@ -100,24 +104,28 @@ def _rate(total_loss_dict: dict[str, Any], options: Any) -> Rate:
     )
 
 
-def _with_metrics(
+def put_on_line(
     loss_dict: dict[str, Any],
     total_loss_dict: dict[str, Any],
     metrics: dict[str, float],
     *,
     skipped: bool,
-) -> dict[str, Any]:
-    """Return the losses and the metrics, which stay on the host (tensors without dimensions).
+) -> None:
+    """Have Megatron print the metrics, on its line and after its losses.
 
-    Megatron prints means over the log interval. A mean window would be one that no step had, so
-    the running total is set to make the mean come out at the latest value.
+    It prints the mean over the log interval of every running total. A mean window would be one that
+    no step had, so the total is set to make the mean come out at the latest value.
+
+    Args:
+        loss_dict: the losses of the step, which Megatron is about to add to the totals.
+        total_loss_dict: the running totals; gets the metrics, as host tensors.
+        metrics: the latest values.
+        skipped: whether the step will not be counted.
     """
     for name in [name for name in total_loss_dict if name.startswith("skyladder/")]:
         del total_loss_dict[name]  # some are measured less often; Megatron would print a 0
     for name, loss in loss_dict.items():  # before ours: telemetry takes the first to be the loss
         total_loss_dict.setdefault(name, torch.zeros_like(loss))
-    steps_before = total_loss_dict.get("advanced iterations", 0)
-    values = {name: torch.tensor(float(value)) for name, value in metrics.items()}
-    for name, value in values.items():
-        total_loss_dict[name] = value * (max(1, steps_before) if skipped else steps_before)
-    return {**loss_dict, **values}
+    steps = total_loss_dict.get("advanced iterations", 0) + (0 if skipped else 1)
+    for name, value in metrics.items():
+        total_loss_dict[name] = torch.tensor(float(value) * max(1, steps))

@@ -182,6 +182,10 @@ def _ways(report: Report, found: Megatron) -> None:
         f"torchrun ... {script} <flags> --spec megatron_skyladder.layer_specs skyladder; windows "
         "only, from SKYLADDER_* variables"
     )
+    try:
+        releases.check_for_our_start(found)
+    except releases.MegatronMismatchError:  # what is left, the patch, is said below
+        report.ways["entry point"] = report.ways["spec"] = "not on a Megatron this old: patch it"
     from megatron_skyladder.megatron_lm.patching import checkout, definitions
 
     apply = f"skyladder patch apply {found.folder}"

@@ -5,9 +5,9 @@ colours, the prefixes of torchrun and srun (``[default3]:``, ``7: ``), lines of 
 several attempts of a requeued run one after the other: where an attempt starts again at an earlier
 iteration, what the one before had logged from there on was lost work and is left out.
 
-Megatron (0.16 to 0.19) prints a line after the first iteration of every attempt without resetting
-its sums, so the next line's mean loss and time contain that iteration again. Both are corrected
-here: each record covers the iterations since the record before.
+Megatron from 0.16 on prints a line after the first iteration of every attempt without resetting its
+sums, so the next line's mean loss and time contain that iteration again. Both are corrected here:
+each record covers the iterations since the record before. Up to 0.15 there is no such line.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from megatron_skyladder.report import log_files
 
+UNTIL_015 = "retro_add_retriever"  # an argument that releases up to 0.15 have, and print
 RATES = ("skyladder/tflops_per_gpu", "throughput per GPU (TFLOP/s/GPU)")  # the best known first
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -201,7 +202,10 @@ def parse(text: str) -> RunLog:
             run.total_iterations = int(match[3])
             _drop_from(run, record.iteration)
             if attempt_began or record.iteration == 1:
-                first = record  # one iteration, whatever the log interval
+                if UNTIL_015 in run.settings:
+                    record = replace(record, num_iterations=_log_interval(run))
+                else:
+                    first = record  # one iteration, whatever the log interval
             elif run.iterations:
                 covered = record.iteration - run.iterations[-1].iteration
                 record = replace(record, num_iterations=covered)
@@ -214,6 +218,12 @@ def parse(text: str) -> RunLog:
         else:
             _note_setting(run, line)
     return run
+
+
+def _log_interval(run: RunLog) -> int:
+    """Return how many iterations a line covers, as Megatron's arguments say."""
+    text = run.settings.get("log_interval", "")
+    return int(text) if text.isdigit() and int(text) else 1
 
 
 def _iteration(match: re.Match[str]) -> Iteration | None:

@@ -166,6 +166,11 @@ RIGHT = {
         2,
         f"{MOE} --tensor-model-parallel-size 2 --sequence-parallel --micro-batch-size 2 {LINEAR}",
     ),
+    "moe, ep2": (
+        2,
+        f"{MOE} --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall "
+        f"--micro-batch-size 2 {LINEAR} {DOCUMENTS}",
+    ),
     "overlap": (2, f"{OVERLAP} --hidden-dropout 0.1 --micro-batch-size 2 {LINEAR} {DOCUMENTS}"),
     "cp2, bf16": (
         2,

@@ -92,8 +92,8 @@ class Data:
     def flags(self, megatron: Path | None) -> list[str]:
         """Return the flags that name the data, and make ``EOD`` what the tokenizer says it is."""
         line = (releases.megatron_in(megatron) if megatron else releases.installed()).line
-        eod_follows_vocabulary = line in ("0.16", "0.17")  # later it is the vocabulary's last
-        vocab_size = EOD if eod_follows_vocabulary else EOD + 1
+        # the NullTokenizer's end of document: the vocabulary's last, up to 0.17 the one after it
+        vocab_size = EOD + (tuple(map(int, line.split("."))) >= (0, 18))
         cache = self.folder / f"cache-{line}"
         return (
             f"--data-path {self.prefix} --data-cache-path {cache} --vocab-size {vocab_size}".split()

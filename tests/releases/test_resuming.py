@@ -23,13 +23,11 @@ from megatron_skyladder.testing import requires_megatron
 
 pytestmark = requires_megatron
 
-MEGATRONS = [
-    *("installed", *OLDER),
-    *test_checkouts.TAGS,
-]
+BOTH = [tag for tag in test_checkouts.TAGS if tag not in test_checkouts.ONLY_PATCHED]
 INTEGRATIONS = [
-    *((name, "entry point") for name in MEGATRONS),
-    *((name, way) for name in test_checkouts.TAGS for way in ("patch", "spec")),
+    *((name, "entry point") for name in ("installed", *OLDER, *BOTH)),
+    *((name, "spec") for name in BOTH),
+    *((name, "patch") for name in test_checkouts.TAGS),
 ]
 EARLIER = {  # what versions up to November 2026 left in Megatron's arguments
     "rate": {"skyladder_alpha": Fraction(15)},

@@ -46,6 +46,7 @@ def write_megatron(folder, version="0.19.2", parts=("core", "training"), script=
 
 def test_the_table():
     assert [(line, entry.trainer, entry.wheel) for line, entry in RELEASES.items()] == [
+        *((f"0.{minor}", Trainer.ITS_OWN_SCRIPT, None) for minor in range(11, 16)),
         ("0.16", Trainer.PARSES_ARGUMENTS, None),
         ("0.17", Trainer.PARSES_ARGUMENTS, "0.17.1"),
         ("0.18", Trainer.TAKES_PROVIDER, "0.18.2"),
@@ -122,8 +123,16 @@ def test_a_known_release(tmp_path):
     assert release_of(Megatron("0.18.9", tmp_path)) is RELEASES["0.18"]
 
 
+def test_what_only_its_own_script_can_start(tmp_path):
+    with pytest.raises(MegatronMismatchError) as refusal:
+        releases.check_for_our_start(Megatron("0.14.0", tmp_path))
+    assert "SkyLadder's entry point and --spec need 0.16 or later" in str(refusal.value)
+    assert f"skyladder patch apply {tmp_path}" in str(refusal.value)
+    releases.check_for_our_start(Megatron("0.16.1", tmp_path))
+
+
 @pytest.mark.parametrize(
-    ("version", "nearest"), [("0.15.3", "0.16"), ("0.23.0", "0.20"), ("?.?.?", "0.16")]
+    ("version", "nearest"), [("0.10.0", "0.11"), ("0.23.0", "0.20"), ("?.?.?", "0.11")]
 )
 def test_an_unknown_release_is_refused_unless_you_are_brave(
     tmp_path, monkeypatch, caplog, version, nearest
@@ -134,7 +143,7 @@ def test_an_unknown_release_is_refused_unless_you_are_brave(
         release_of(found)
     message = str(refusal.value)
     assert f"Megatron {version} (in {tmp_path})" in message
-    assert "one of 0.16, 0.17, 0.18, 0.19, 0.20" in message
+    assert "one of 0.11, 0.12, 0.13" in message and "0.19, 0.20." in message
     assert f"{ALLOW_VARIABLE}=1" in message and f"way {nearest} works" in message
     monkeypatch.setenv(ALLOW_VARIABLE, "1")
     assert release_of(found) is RELEASES[nearest]

@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,3 +193,22 @@ def test_what_is_no_list_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         lengths_of("512;1024")
     assert "is not a list of lengths such as 512,4096,8192" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lengths", "validates", "warns"),
+    [((16,), False, True), ((16,), True, False), ((), False, False)],
+)
+def test_losses_that_cannot_come_are_announced(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    lengths: tuple[int, ...],
+    validates: bool,
+    warns: bool,
+) -> None:
+    from megatron_skyladder.megatron_lm import evaluate
+
+    config = SimpleNamespace(eval_lengths=lengths)
+    monkeypatch.setattr(evaluate.clock, "current", lambda: SimpleNamespace(config=config))
+    evaluate.warn_where_nothing_is_validated(SimpleNamespace(do_valid=validates, eval_iters=0))
+    assert ("no losses by length will come" in caplog.text) == warns

@@ -39,7 +39,7 @@ def launch(monkeypatch):
     """Return a function that runs ``main`` with something in the place of the trainer."""
     monkeypatch.delenv("SKYLADDER_TRACEBACK", raising=False)
     monkeypatch.setattr(releases, "installed", lambda: None)
-    monkeypatch.setattr(releases, "release_of", lambda _: None)
+    monkeypatch.setattr(releases, "check_for_our_start", lambda _: None)
     monkeypatch.setattr(pretrain_gpt.cpu_engine, "install_or_check_device", lambda: None)
     monkeypatch.setattr(pretrain_gpt, "log_to_console", lambda: None)
     monkeypatch.setattr(logging.getLogger("megatron_skyladder"), "propagate", True)

@@ -81,6 +81,16 @@ def test_the_rate_of_the_line_after_the_first_keeps_its_work() -> None:
     assert record.tflops_per_gpu == pytest.approx(80.0)
 
 
+def test_up_to_015_no_line_contains_another_one_again() -> None:
+    old = ARGUMENTS + "  retro_add_retriever ............................. False\n"
+    text = "\n".join([line(1, 5.0, 300.0), line(2, 4.5, 200.0), line(3, 3.0)])
+    assert [record.loss for record in parse(old + text).iterations] == [5.0, 4.5, 3.0]
+    old += "  log_interval .................................... 10\n"
+    run = parse(old + "\n".join([line(10, 5.0, 190.0), line(20, 3.0)]))  # none after the first
+    assert [record.num_iterations for record in run.iterations] == [10, 10]
+    assert run.elapsed_seconds() == pytest.approx([1.9, 2.9])
+
+
 def test_interval_means_cover_the_iterations_since_the_line_before() -> None:
     # log interval 10: the second line is the mean of iterations 1..10, of which 1 took 1,000 ms
     text = "\n".join([line(1, 9.0, 1000.0), line(10, 4.5, 190.0), line(20, 3.0)])
