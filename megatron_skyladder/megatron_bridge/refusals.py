@@ -6,6 +6,7 @@ in the table of Megatron-LM's flags, and is asked of the model's provider as wel
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,7 @@ def _foreign_model(cfg: Any) -> str | None:
 
 
 def _spec_object(cfg: Any) -> bool:
-    return not callable(getattr(cfg.model, "transformer_layer_spec", None))
+    return dataclasses.is_dataclass(getattr(cfg.model, "transformer_layer_spec", None))
 
 
 def _local_attention(cfg: Any) -> bool:
@@ -98,11 +99,16 @@ def _local_attention(cfg: Any) -> bool:
     return getattr(backend, "name", backend) == "local"
 
 
+_OTHER_DATASETS = (  # by name: some import packages that need not be there
+    *("GPTSFTDatasetConfig", "DirectHFSFTDatasetConfig", "EnergonDatasetConfig"),
+    *("MockVLMSFTDatasetConfig", "GPTFIMDatasetConfig"),
+)
+
+
 def _other_dataset(cfg: Any) -> str | None:
     kind = type(cfg.dataset)
     names = [each.__name__ for each in kind.__mro__]
-    finetunes = ("GPTSFTDatasetConfig", "DirectHFSFTDatasetConfig", "EnergonDatasetConfig")
-    return kind.__name__ if {*finetunes, "MockVLMSFTDatasetConfig"} & {*names} else None
+    return kind.__name__ if {*_OTHER_DATASETS} & {*names} else None
 
 
 def _short_pipeline(cfg: Any) -> Any:
@@ -160,7 +166,7 @@ REFUSALS = (
     Refusal(
         "dataset={value}",
         _other_dataset,
-        "it is for finetuning and lays out sequences and masks itself",
+        "it lays out sequences, masks or the order of tokens itself",
         _PRETRAINING,
     ),
     Refusal(

@@ -15,8 +15,13 @@ EOD, VOCAB, SEQ, LAYERS, SAMPLES, ROWS = 127, 128, 128, 4, 8, 2
 ITERATIONS = 8
 
 
-def make_data(prefix: Path) -> Path:
-    """Write a dataset of 1,500 documents of 2 to 60 tokens and return its prefix."""
+def make_data(prefix: Path, eod: int = EOD) -> Path:
+    """Write a dataset of 1,500 documents of 2 to 60 tokens and return its prefix.
+
+    Args:
+        prefix: where.
+        eod: the token that ends each document.
+    """
     from megatron_skyladder.data.indexed import IndexedWriter
 
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -24,8 +29,8 @@ def make_data(prefix: Path) -> Path:
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
         for length in generator.integers(2, 60, 1500):
             first, step = generator.integers(0, 60, 2)
-            tokens = (first + step * np.arange(length)) % EOD
-            writer.add_document(np.append(tokens, EOD).astype(np.uint16))
+            tokens = (first + step * np.arange(length)) % 60
+            writer.add_document(np.append(tokens, eod).astype(np.uint16))
     return prefix
 
 
@@ -227,6 +232,7 @@ def train_megatron_lm(
     iterations: int = ITERATIONS,
     exit_interval: int | None = None,
     save_interval: int = 1,
+    eval_iterations: int = 1,
 ) -> None:
     """Train with the Megatron-LM entry point, on one process."""
     import sys
@@ -243,7 +249,8 @@ def train_megatron_lm(
         --lr 1e-3 --min-lr 0 --weight-decay 0.01 --adam-beta1 0.9 --adam-beta2 0.95
         --adam-eps 1e-8 --clip-grad 1.0 --use-distributed-optimizer --lr-decay-style constant
         --tokenizer-type NullTokenizer --vocab-size {VOCAB} --init-method-std 0.1 --split 8,1,1
-        --num-workers 0 --log-interval 1 --eval-interval 4 --eval-iters 1 --seed 1
+        --num-workers 0 --log-interval 1 --eval-interval 4
+        --eval-iters {eval_iterations} --seed 1
         --make-vocab-size-divisible-by 1 --data-path {data}
         --data-cache-path {Path(data).parent / "cache-megatron"}
     """

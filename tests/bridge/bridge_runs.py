@@ -73,16 +73,17 @@ class BridgeRuns:
         exit_codes: tuple[int, ...] = (0,),
         environment: dict[str, str] | None = None,
         timeout_seconds: float = 300,
+        body_module: str = "bridge_bodies",
         **arguments: Any,
     ) -> BridgeRun:
-        """Run a function of ``bridge_bodies`` on every rank."""
+        """Run a function of a module of this folder on every rank."""
         self._count += 1
         run = BridgeRun(self.folder / f"{self._count:03d}-{body}")
         run.exit_codes = self.pool.run(
-            f"bridge_bodies:{body}",
+            f"{body_module}:{body}",
             num_processes=num_processes,
             folder=run.folder,
-            arguments={"folder": str(run.folder), "data": str(self.data), **arguments},
+            arguments={"folder": str(run.folder), "data": str(self.data)} | arguments,
             environment={"SKYLADDER_TRACEBACK": "1", **(environment or {})},
             exit_codes=exit_codes,
             timeout_seconds=timeout_seconds,

@@ -1,0 +1,84 @@
+"""Bodies of runs that are to be refused, or that look at what a run writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bridge_changes
+from bridge_bodies import bridge_config, recorder, write_line
+
+
+def apply_each(folder: str, data: str, changes: list[str]) -> None:
+    """Apply SkyLadder to configurations with one change each, and note what it says."""
+    from megatron_skyladder import megatron_bridge as skyladder
+    from megatron_skyladder.errors import UsageError
+
+    messages: dict[str, str | None] = {}
+    for name in changes:
+        cfg = bridge_config(folder, data)
+        getattr(bridge_changes, name)(cfg)
+        try:
+            skyladder.apply(cfg, start_window=8, intra_document=True)
+            messages[name] = None
+        except UsageError as error:
+            messages[name] = str(error)
+    Path(folder, "facts.json").write_text(json.dumps(messages))
+
+
+def train_wrongly(
+    folder: str, data: str, wrong: str, ladder: dict[str, Any], **options: Any
+) -> None:
+    """Train after one of the mistakes that people make.
+
+    Args:
+        folder: of the run.
+        data: prefix.
+        wrong: ``step``: Bridge's own forward step; ``callbacks``: none of ours; ``later``: an
+            override after `apply`; ``twice``: `apply` called twice.
+        ladder: settings of `apply`.
+        options: of `bridge_config`.
+    """
+    from megatron.bridge.training import gpt_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    from megatron_skyladder import megatron_bridge as skyladder
+
+    cfg = bridge_config(folder, data, **options)
+    applied = skyladder.apply(cfg, **ladder)
+    step, callbacks = applied.forward_step, [*applied.callbacks]
+    if wrong == "step":
+        step = gpt_step.forward_step
+    if wrong == "callbacks":
+        callbacks = []
+    if wrong == "later":
+        cfg.train.train_iters *= 2
+    if wrong == "twice":
+        skyladder.apply(cfg, **ladder)
+    _note_optimizer_steps(folder)
+    pretrain(cfg, step, callbacks=[*callbacks, recorder(folder)])
+
+
+def _note_optimizer_steps(folder: str) -> None:
+    from megatron.core.optimizer import DistributedOptimizer, FP32Optimizer
+
+    for kind in (DistributedOptimizer, FP32Optimizer):
+        step = kind.step
+
+        def noted(self: Any, *args: Any, _step: Any = step, **kwargs: Any) -> Any:
+            write_line(folder, "optimizer.jsonl", {"stepped": True})
+            return _step(self, *args, **kwargs)
+
+        kind.step = noted
+
+
+def command(folder: str, data: str, words: list[str], **_: Any) -> None:
+    """Run ``python -m megatron_skyladder.megatron_bridge`` with these words."""
+    import os
+    import runpy
+    import sys
+
+    os.chdir(folder)
+    sys.argv = ["bridge", *words]
+    runpy.run_module("megatron_skyladder.megatron_bridge", run_name="__main__")
