@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -29,6 +30,11 @@ _NOT_OF_THE_MASK = {  # flags that leave every window and document as it is
     *("allow_unfinished", "allow_schedule_change", "end_ladder", "fingerprint"),
     "require_documents",
 }
+
+# Where a trainer keeps its configuration but no arguments (Megatron Bridge), two of its environment
+# variables carry what the arguments would: the fingerprint, and what it was made of, as JSON.
+FINGERPRINT_VARIABLE = "SKYLADDER_FINGERPRINT"
+SETTINGS_VARIABLE = "SKYLADDER_SETTINGS"
 
 Flags = dict[str, Any]  # by name without prefix; True is a flag without a value, None: leave it out
 
@@ -56,6 +62,27 @@ class Checkpoint:
             typed.get("consumed_train_samples") or 0,
             argparse.Namespace(**typed),
         )
+
+    @classmethod
+    def of_variables(cls, variables: Mapping[str, Any], consumed_samples: int) -> Checkpoint:
+        """Read it from the environment variables that a configuration carries.
+
+        Args:
+            variables: all of them; without ours it was trained without SkyLadder.
+            consumed_samples: training samples.
+        """
+        try:
+            options = json.loads(variables.get(SETTINGS_VARIABLE) or "{}")
+        except ValueError:  # the fingerprint still tells
+            options = {}
+        options["consumed_train_samples"] = consumed_samples
+        options[FINGERPRINT] = variables.get(FINGERPRINT_VARIABLE)
+        return cls.of(argparse.Namespace(**options))
+
+    def variables(self) -> dict[str, str]:
+        """Return what `of_variables` reads."""
+        given = {name: value for name, value in vars(self.arguments).items() if value is not None}
+        return {FINGERPRINT_VARIABLE: self.fingerprint or "", SETTINGS_VARIABLE: json.dumps(given)}
 
     def config(self) -> SkyLadderConfig | None:
         """Return the configuration it was trained under, or None where that is not sure.

@@ -21,7 +21,7 @@ from megatron_skyladder.megatron_bridge import (
 )
 from megatron_skyladder.megatron_bridge.adapter import MegatronBridge
 from megatron_skyladder.megatron_bridge.console import show_warnings
-from megatron_skyladder.megatron_bridge.spelling import in_bridges_words
+from megatron_skyladder.megatron_bridge.spelling import translated
 from megatron_skyladder.megatron_bridge.step import ForwardStep
 from megatron_skyladder.megatron_bridge.training_log import TrainingLog
 from megatron_skyladder.runtime import resuming
@@ -56,6 +56,7 @@ class LadderCallback(Callback):
         self._guards: list[Any] = []
         self._log: TrainingLog | None = None
 
+    @translated()
     def on_data_init_start(self, context: CallbackContext) -> None:
         """Check what could not be checked before: the finished configuration, the checkpoint."""
         show_warnings()
@@ -81,10 +82,7 @@ class LadderCallback(Callback):
         checkpoint = checkpoints.loaded(state)
         if checkpoint is None:
             return
-        try:
-            resuming.check(checkpoint, options)
-        except UsageError as error:
-            raise UsageError(in_bridges_words(str(error))) from None
+        resuming.check(checkpoint, options)
 
     def on_train_start(self, context: CallbackContext) -> None:
         """Try the mask on the real model; then watch the first step."""
@@ -110,6 +108,7 @@ class LadderCallback(Callback):
                 "pretrain(cfg, ladder.forward_step, callbacks=ladder.callbacks)."
             )
 
+    @translated()
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Count the step, and log it where that is due."""
         if self._guards:

@@ -10,8 +10,6 @@ import logging
 from typing import Any
 
 from megatron_skyladder.ladder.continuation import Checkpoint
-from megatron_skyladder.ladder.flags import FINGERPRINT as ARGUMENT
-from megatron_skyladder.megatron_bridge import settings
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +53,4 @@ def _read(state: Any, consumed: int) -> Checkpoint:
     path = get_checkpoint_run_config_filename(folder)
     if not file_exists(path):  # Megatron-LM's
         return Checkpoint.of(_load_args_from_checkpoint(folder))
-    variables = read_run_config(path).get("env_vars") or {}
-    options = settings.from_text(variables.get(settings.SETTINGS))
-    options.consumed_train_samples = consumed
-    setattr(options, ARGUMENT, variables.get(settings.FINGERPRINT))
-    return Checkpoint.of(options)
+    return Checkpoint.of_variables(read_run_config(path).get("env_vars") or {}, consumed)

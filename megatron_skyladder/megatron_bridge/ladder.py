@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_skyladder.ladder.config import SkyLadderConfig
+from megatron_skyladder.ladder.continuation import Checkpoint
 from megatron_skyladder.megatron_bridge import refusals, releases, settings
 from megatron_skyladder.megatron_bridge.adapter import MegatronBridge
 from megatron_skyladder.megatron_bridge.console import open_console
@@ -64,8 +65,8 @@ def apply(cfg: Any, **given: Any) -> Ladder:
     bridge = MegatronBridge(cfg)
     trainer.install(config, bridge)
     cfg.model.transformer_layer_spec = with_ladder(cfg.model.transformer_layer_spec)
-    cfg.env_vars[settings.FINGERPRINT] = config.fingerprint
-    cfg.env_vars[settings.SETTINGS] = settings.as_text(options)
+    # so that every checkpoint's run_config.yaml carries them
+    cfg.env_vars.update(Checkpoint(config.fingerprint, 0, options).variables())
     logger.info("%s", config.fingerprint)
     step = ForwardStep(bridge)
     return Ladder(config, step, [LadderCallback(config, flags, bridge, step)])

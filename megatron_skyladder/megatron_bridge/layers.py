@@ -10,6 +10,7 @@ from megatron_skyladder.attention.layer_spec import core_attentions, with_skylad
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.megatron_bridge.console import show_warnings
+from megatron_skyladder.megatron_bridge.spelling import translated
 from megatron_skyladder.runtime.weights import draw_as_reference
 
 _REPLACED = (  # by module and name: neither Transformer Engine nor its classes need be there
@@ -29,6 +30,7 @@ def with_ladder(spec: Callable[..., Any]) -> Callable[..., Any]:
         return functools.partial(with_ladder(spec.func), *spec.args, **spec.keywords)
 
     @functools.wraps(spec)
+    @translated()
     def layer_spec(config: Any, *args: Any, **kwargs: Any) -> Any:
         show_warnings()  # the first code of ours after Bridge has set up its logging
         if clock.current().config.init == "reference":

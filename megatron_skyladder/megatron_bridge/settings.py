@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from megatron_skyladder.errors import UsageError
@@ -17,10 +15,8 @@ from megatron_skyladder.ladder.flags import (
     config_from_args,
     is_requested,
 )
-from megatron_skyladder.megatron_bridge.spelling import in_bridges_words
+from megatron_skyladder.megatron_bridge.spelling import translated
 
-FINGERPRINT = "SKYLADDER_FINGERPRINT"  # in cfg.env_vars, and so in every run_config.yaml
-SETTINGS = "SKYLADDER_SETTINGS"  # beside it: what the fingerprint was made of, as JSON
 _END_LADDER = "end_ladder"
 
 
@@ -82,10 +78,8 @@ def read(settings: Mapping[str, Any]) -> argparse.Namespace:
         check_name(name)
         if value is not None:
             words += _words(name, actions[name], value)
-    try:
+    with translated():
         return _parser().parse_args(words)
-    except UsageError as error:
-        raise UsageError(in_bridges_words(str(error))) from None
 
 
 def _words(name: str, action: argparse.Action, value: Any) -> list[str]:
@@ -138,22 +132,7 @@ def config_of(options: argparse.Namespace) -> SkyLadderConfig:
     if not is_requested(options):
         options = argparse.Namespace(**vars(options))
         options.skyladder_schedule = DEFAULT_SCHEDULE  # calling apply asks for it
-    try:
+    with translated():
         config = config_from_args(options)
-    except UsageError as error:
-        raise UsageError(in_bridges_words(str(error))) from None
     assert config is not None
     return config
-
-
-def as_text(options: argparse.Namespace) -> str:
-    """Return what a checkpoint keeps, so that its windows can be made again: plain JSON."""
-    return json.dumps({name: value for name, value in vars(options).items() if value is not None})
-
-
-def from_text(text: str | None) -> SimpleNamespace:
-    """Return the options of a checkpoint; empty where it has none that can be read."""
-    try:
-        return SimpleNamespace(**json.loads(text or "{}"))
-    except (TypeError, ValueError):
-        return SimpleNamespace()

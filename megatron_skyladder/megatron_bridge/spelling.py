@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_skyladder.errors import UsageError
 
 _FIELDS = {
     "global-batch-size": "train.global_batch_size",
@@ -30,7 +34,7 @@ _WITHOUT_VALUE = (  # of our flags: true or left out
     *("require-documents", "no-probe"),
 )
 _FLAG = re.compile(r"--([a-z][a-z0-9-]*[a-z0-9])(?:([= ])(?=[\d'\"]|final\b))?")
-_COMMAND = re.compile(r"skyladder (?:inspect|plan|prepare|flags)\b[^\n]*")
+_COMMAND = re.compile(r"skyladder (?:inspect|plan|prepare|flags)\b[^\n(]*")
 
 
 def field_of(flag: str) -> str:
@@ -56,6 +60,15 @@ def in_bridges_words(text: str) -> str:
 
 def _translated(text: str) -> str:
     return _FLAG.sub(lambda found: field_of(found[1]) + ("=" if found[2] else ""), text)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Let what the block refuses be said in Bridge's words; a decorator, too."""
+    try:
+        yield
+    except UsageError as error:
+        raise type(error)(in_bridges_words(str(error))) from None
 
 
 class Translation(logging.Filter):

@@ -242,7 +242,8 @@ GUARDS = (  # installed without any flag of ours, too: they look for what is mis
     Hook(
         "megatron.training.training",
         "load_checkpoint",
-        resume.leaving_with_an_error,
-        "to leave with an error where what was read cannot be used",
+        resume.loading,
+        "to leave with an error where what was read cannot be used, and to compare the schedule of "
+        "a checkpoint of Megatron Bridge",
     ),
 )

@@ -20,6 +20,8 @@ from megatron_skyladder.ladder.flags import config_from_args
 from megatron_skyladder.megatron_lm import compat
 from megatron_skyladder.runtime.resuming import check, written
 
+BRIDGES_CONFIG = "run_config.yaml"  # which Megatron Bridge writes into each checkpoint
+
 logger = logging.getLogger(__name__)
 
 
@@ -98,3 +100,36 @@ def leaving_with_an_error(original: Callable[..., Any]) -> Callable[..., Any]:
             )
 
     return load
+
+
+def loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Megatron's ``load_checkpoint``: errors end the run, Bridge's checkpoints are compared.
+
+    Those have no arguments, so Megatron's own check of them is not called.
+    """
+    load = leaving_with_an_error(original)
+
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        result = load(*args, **kwargs)
+        options = compat.args()
+        checkpoint = _of_bridge(options, result[0])
+        if checkpoint is not None:
+            check(checkpoint, options)
+        return result
+
+    return load_checkpoint
+
+
+def _of_bridge(options: Any, iteration: int) -> Checkpoint | None:
+    """Return what the checkpoint says that was loaded, where it is one of Megatron Bridge's."""
+    if not iteration or getattr(options, "finetune", False) or not options.load:
+        return None
+    path = os.path.join(options.load, f"iter_{iteration:07d}", BRIDGES_CONFIG)
+    if not os.path.exists(path):
+        return None
+    import yaml
+
+    with open(path, encoding="utf-8") as file:
+        variables = (yaml.safe_load(file) or {}).get("env_vars") or {}
+    consumed = options.consumed_train_samples or iteration * options.global_batch_size
+    return Checkpoint.of_variables(variables, consumed)

@@ -1,4 +1,4 @@
-"""What a run of Bridge says: windows and FLOPs, losses by context length, warnings that are seen."""
+"""What a run of Bridge says: windows and FLOPs, losses by length, warnings that are seen."""
 
 from __future__ import annotations
 

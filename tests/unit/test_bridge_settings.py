@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder.continuation import Checkpoint
 from megatron_skyladder.ladder.flags import add_arguments, config_from_args
 from megatron_skyladder.megatron_bridge import overrides, releases, settings, spelling
 from megatron_skyladder.megatron_lm.releases import ALLOW_VARIABLE, MegatronMismatchError
@@ -81,11 +81,23 @@ def test_wrong_settings_are_refused_in_bridges_words(given: dict[str, Any], mess
 
 def test_what_a_checkpoint_keeps_is_plain_and_comes_back() -> None:
     given = options(start_window=32, stages=None, alpha="1/8", allow_unfinished=True)
-    kept = settings.as_text(given)
-    assert all(isinstance(value, (str, int)) for value in json.loads(kept).values())
-    restored = settings.from_text(kept)
-    assert config_from_args(restored) == settings.config_of(given)
-    assert vars(settings.from_text("{")) == vars(settings.from_text(None)) == {}
+    config = settings.config_of(given)
+    kept = Checkpoint(config.fingerprint, 0, given).variables()
+    assert all(isinstance(value, str) for value in kept.values())
+    restored = Checkpoint.of_variables(kept, 512)
+    assert restored.consumed_samples == 512
+    assert restored.config() == config
+    assert restored.flags() == {"start_window": 32, "alpha": "1/8"}
+
+
+def test_a_checkpoint_without_our_variables_was_trained_without_us() -> None:
+    assert Checkpoint.of_variables({"OTHER": 1}, 8).fingerprint is None
+
+
+def test_a_fingerprint_tells_where_the_settings_cannot_be_read() -> None:
+    kept = {"SKYLADDER_FINGERPRINT": "linear", "SKYLADDER_SETTINGS": "{"}
+    checkpoint = Checkpoint.of_variables(kept, 8)
+    assert (checkpoint.fingerprint, checkpoint.config()) == ("linear", None)
 
 
 def test_overrides_are_taken_out() -> None:
