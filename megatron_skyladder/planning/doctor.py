@@ -22,6 +22,7 @@ from typing import Any
 from megatron_skyladder import __version__
 from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
 from megatron_skyladder.ladder.flags import config_from_args, is_requested
+from megatron_skyladder.megatron_bridge import releases as bridge_releases
 from megatron_skyladder.megatron_lm import from_environment, releases
 from megatron_skyladder.megatron_lm.releases import Megatron, MegatronMismatchError
 from megatron_skyladder.planning import verdict
@@ -91,6 +92,7 @@ def examine(flags: argparse.Namespace, pasted: Pasted) -> Report:
     report.installed["megatron-skyladder"] = f"{__version__} ({Path(__file__).parents[1]})"
     _torch(report)
     report.try_to(lambda: _megatron(report), "Megatron")
+    report.try_to(lambda: _bridge(report), "Megatron Bridge")
     for module, distribution in _OPTIONAL.items():
         _optional(report, module, distribution)
     if has_torch(report):
@@ -170,6 +172,23 @@ def _dataset_helpers(report: Report, found: Megatron) -> None:
             f"Megatron's dataset helpers are not built in {folder}, and building them on the first "
             "run needs pybind11. Install it: pip install pybind11."
         )
+
+
+def _bridge(report: Report) -> None:
+    """Megatron Bridge is a way of its own; where it is not installed nothing is wrong."""
+    version = bridge_releases.installed()
+    report.installed[bridge_releases.DISTRIBUTION] = version or "not installed"
+    if version is None:
+        return
+    try:
+        bridge_releases.check(version)
+    except MegatronMismatchError as error:
+        report.ways["bridge"] = str(error)
+        return
+    report.ways["bridge"] = (
+        "torchrun ... -m megatron_skyladder.megatron_bridge --recipe NAME skyladder.start_window=32"
+        " ...; or skyladder.apply(cfg, ...) in a script (docs/bridge.md)"
+    )
 
 
 def _ways(report: Report, found: Megatron) -> None:

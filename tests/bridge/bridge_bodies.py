@@ -213,6 +213,7 @@ def recorder(folder: str) -> Any:
                 write_line(folder, "history.jsonl", values)
 
         def on_eval_end(self, context: Any) -> None:
+            assert not any(chunk.training for chunk in context.model)  # as Bridge has left them
             if context.total_loss_dict and is_last_rank():
                 losses = {name: float(value) for name, value in context.total_loss_dict.items()}
                 write_line(folder, "evaluations.jsonl", losses)

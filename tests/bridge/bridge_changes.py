@@ -122,3 +122,7 @@ def filling_in_the_middle(cfg: Any) -> None:
     from megatron.bridge.training.config import GPTFIMDatasetConfig
 
     cfg.dataset.__class__ = GPTFIMDatasetConfig
+
+
+def masked_losses(cfg: Any) -> None:
+    cfg.dataset.eod_mask_loss = True

@@ -82,3 +82,20 @@ def command(folder: str, data: str, words: list[str], **_: Any) -> None:
     os.chdir(folder)
     sys.argv = ["bridge", *words]
     runpy.run_module("megatron_skyladder.megatron_bridge", run_name="__main__")
+
+
+def describe_recipe(folder: str, data: str, recipe: str, settings: dict[str, Any]) -> None:
+    """Note what a recipe of the examples sets, and what the ladder makes of it."""
+    import own_recipe
+
+    from megatron_skyladder import megatron_bridge as skyladder
+
+    cfg = getattr(own_recipe, recipe)()
+    applied = skyladder.apply(cfg, **settings)
+    facts = {
+        "seq_length": cfg.model.seq_length,
+        "global_batch_size": cfg.train.global_batch_size,
+        "train_iters": cfg.train.train_iters,
+        "fingerprint": applied.config.fingerprint,
+    }
+    Path(folder, "facts.json").write_text(json.dumps(facts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from bridge_runs import BridgeRuns
+from bridge_runs import LADDER, BridgeRuns, differences
 from parity import LAYOUTS, LOSS_TOLERANCE, NORM_TOLERANCE, Case, measure
 
 CASES = (
@@ -27,6 +27,14 @@ def test_parity(case: Case, runs: BridgeRuns) -> None:
 @pytest.mark.parametrize("mask", ["local, documents", "local", "sliding"])
 def test_one_process_is_bit_identical(mask: str, runs: BridgeRuns) -> None:
     assert measure(runs, Case("1 process", mask)) == (0, 0)
+
+
+def test_losses_that_do_not_count_are_averaged_over_whole_sequences(runs: BridgeRuns) -> None:
+    """Context-parallel ranks hold unlike numbers of them, and Bridge would average the ranks."""
+    one, two = (runs.bridge(cp, cp=cp, ladder=LADDER, change="masked_losses") for cp in (1, 2))
+    losses, norms = differences(one, two)
+    assert losses <= LOSS_TOLERANCE
+    assert norms <= NORM_TOLERANCE
 
 
 def test_all_layouts_of_the_table_are_named() -> None:

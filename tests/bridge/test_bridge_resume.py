@@ -96,16 +96,19 @@ class _first(BridgeRun):
         return super().steps()[: self.count]
 
 
-def test_a_checkpoint_that_cannot_say_is_warned_about(halves: Halves) -> None:
-    """Bridge writes run_config.yaml last, so a run that was killed may have left none."""
+def test_a_checkpoint_without_its_configuration_is_refused(halves: Halves) -> None:
+    """Bridge writes run_config.yaml last, so a run that was killed may have left none.
+
+    Bridge itself takes it for a checkpoint of Megatron-LM then, and finds no arguments.
+    """
     import shutil
 
     half = halves.of_bridge
     copy = half.folder.parent / "without-config"
     shutil.copytree(half.checkpoint, copy / "checkpoint")
     (copy / "checkpoint" / "iter_0000004" / "run_config.yaml").unlink()
-    log = goes_on(halves, BridgeRun(copy), exit_codes=(0, 1)).log()
-    assert "WARNING: the schedule of the checkpoint in" in log or "args" in log
+    log = goes_on(halves, BridgeRun(copy), exit_codes=(1,)).log()
+    assert "missing 'args' field" in log
 
 
 def test_from_samples(runs: BridgeRuns) -> None:

@@ -101,6 +101,20 @@ def test_our_flags_for_a_script_that_is_not_patched(tmp_path, megatron, capsys):
     assert ask(capsys, *words, "--skyladder-start-window", "8")[0] == 0
 
 
+def test_bridge_is_a_way_of_its_own(tmp_path, megatron, capsys, monkeypatch):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    _, report = ask(capsys)
+    assert report["installed"]["megatron-bridge"] == "not installed"
+    assert "bridge" not in report["ways"]
+    monkeypatch.setattr(doctor.bridge_releases, "installed", lambda: "0.6.2")
+    code, report = ask(capsys)
+    assert code == 0 and "-m megatron_skyladder.megatron_bridge" in report["ways"]["bridge"]
+    monkeypatch.setattr(doctor.bridge_releases, "installed", lambda: "0.9.0")
+    code, report = ask(capsys)
+    assert code == 0 and "Bridge 0.9.0 is not among the tested" in report["ways"]["bridge"]
+    assert "SKYLADDER_ALLOW_UNTESTED_MEGATRON=1" in report["ways"]["bridge"]
+
+
 def test_an_untested_megatron(tmp_path, megatron, capsys):
     megatron(doctor.releases.megatron_in(write_megatron(tmp_path, "0.9.0")))
     code, report = ask(capsys)
