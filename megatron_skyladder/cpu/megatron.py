@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sysconfig
 from typing import Any
 
 import torch
@@ -60,12 +61,19 @@ def _set_flag_defaults() -> None:
 
 
 def _skip_building_helpers() -> None:
-    """The wheel has the compiled helpers but no Makefile, and make's failure ends the process."""
+    """The wheel has the compiled helpers but no Makefile, and make's failure ends the process.
+
+    Checkouts build them. Up to 0.16 for the Python whose python3-config comes first on the path: a
+    virtual environment has none, and what is built for another Python cannot be imported.
+    """
     from megatron.core.datasets import utils
 
     folder = os.path.dirname(utils.__file__)
     if not os.path.exists(os.path.join(folder, "Makefile")):
         utils.compile_helpers = lambda: None
+        return
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    os.environ["MAKEFLAGS"] = f"{os.environ.get('MAKEFLAGS', '')} LIBEXT={suffix}".strip()
 
 
 def _allow_norms_under_sequence_parallel() -> None:

@@ -60,8 +60,15 @@ def resuming(
         yield Resuming(pool, data, megatron, script, integration == "spec", folder)
 
 
+def skip_what_stock_cannot(resuming: Resuming, saved_as: str) -> None:
+    """Megatron 0.11 loads with torch's default, which takes no argparse.Namespace since 2.6."""
+    if saved_as == "torch" and resuming.megatron and resuming.megatron.name == "core_v0.11.0":
+        pytest.skip("with this torch, stock 0.11 does not load its own checkpoints of this format")
+
+
 @pytest.mark.parametrize(("saved_as", "setting"), COMBINATIONS)
 def test_a_run_goes_on_where_it_was(resuming: Resuming, saved_as: str, setting: str) -> None:
+    skip_what_stock_cannot(resuming, saved_as)
     settings, windows = SETTINGS[setting]
     run = resuming.fresh(f"{saved_as}-{setting}")
     before, _ = run.train(settings, f"{FORMATS[saved_as]} --exit-interval {STOP_AT}")
@@ -79,6 +86,7 @@ def test_a_run_goes_on_where_it_was(resuming: Resuming, saved_as: str, setting: 
 def test_a_checkpoint_of_an_earlier_version_goes_on_too(
     resuming: Resuming, saved_as: str, setting: str
 ) -> None:
+    skip_what_stock_cannot(resuming, saved_as)
     settings, windows = SETTINGS[setting]
     run = resuming.fresh(f"earlier-{saved_as}-{setting}")
     run.train(settings, f"{FORMATS[saved_as]} --exit-interval {STOP_AT}")
@@ -89,6 +97,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_too(
 
 def test_what_is_refused_and_what_cannot_be_read(resuming: Resuming) -> None:
     """In one run, as all of it needs a checkpoint."""
+    skip_what_stock_cannot(resuming, "torch")
     settings, _ = SETTINGS["rate"]
     run = resuming.fresh("refused")
     run.train(settings, f"{FORMATS['torch']} --exit-interval {STOP_AT}")
