@@ -42,7 +42,8 @@ test-releases: $(READY)  ## our entry point on older wheels; checkouts from SKYL
 
 test-te: $(READY)  ## Transformer Engine, flash-attn and varlen with CPU stand-ins (builds TE once)
 	$(BIN)/python tests/te/build_te.py --python $(BIN)/python --venv .venv-te
-	PYTHONPATH=. .venv-te/bin/python -m pytest tests/te
+	SKYLADDER_BRIDGE_PACKAGES=$(wildcard .venv-bridge/lib/python3.12/site-packages) \
+	  PYTHONPATH=. .venv-te/bin/python -m pytest tests/te
 
 test-bridge: $(READY)  ## Megatron Bridge from the index, on the CPU, beside the entry point
 	$(BIN)/python tests/bridge/build_bridge.py --python $(BIN)/python --venv .venv-bridge

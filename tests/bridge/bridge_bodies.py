@@ -54,11 +54,20 @@ def bridge_config(
     tensorboard: bool = False,
     log_interval: int = 1,
     eval_iterations: int = 1,
+    te: bool = False,
 ) -> Any:
-    """Return Bridge's configuration of the model, in fp32 and without a GPU."""
+    """Return Bridge's configuration of the model, in fp32 and without a GPU.
+
+    With ``te`` it has Bridge's own layers, of Transformer Engine.
+    """
     import torch
-    from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
+    from megatron.bridge.models.gpt_provider import (
+        GPTModelProvider,
+        default_layer_spec,
+        local_layer_spec,
+    )
     from megatron.bridge.recipes.common import _pretrain_common
+    from megatron.core.transformer.enums import AttnBackend
 
     cfg = _pretrain_common()
     cfg.model = GPTModelProvider(
@@ -80,8 +89,8 @@ def bridge_config(
         vocab_size=VOCAB,
         init_method_std=0.1,
         layernorm_epsilon=1e-5,
-        transformer_layer_spec=local_layer_spec,
-        transformer_impl="local",
+        transformer_layer_spec=default_layer_spec if te else local_layer_spec,
+        transformer_impl="transformer_engine" if te else "local",
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,
         tensor_model_parallel_size=tp,
@@ -93,6 +102,8 @@ def bridge_config(
         **dict.fromkeys(NO_FUSIONS, False),
     )
     model = cfg.model
+    if te:
+        model.attention_backend = AttnBackend.unfused  # TE's own attention in PyTorch
     if vpp:
         model.overlap_p2p_comm, model.batch_p2p_comm = True, False
     if recompute:
@@ -234,6 +245,7 @@ def train_megatron_lm(
     exit_interval: int | None = None,
     save_interval: int = 1,
     eval_iterations: int = 1,
+    te: bool = False,
 ) -> None:
     """Train with the Megatron-LM entry point, on one process."""
     import sys
@@ -255,6 +267,9 @@ def train_megatron_lm(
         --make-vocab-size-divisible-by 1 --data-path {data}
         --data-cache-path {Path(data).parent / "cache-megatron"}
     """
+    if te:
+        flags += " --transformer-impl transformer_engine --attention-backend unfused"
+        flags += " --no-gradient-accumulation-fusion"
     if weights:
         flags += f" --load {weights} --finetune"
     if load:

@@ -25,7 +25,8 @@ else:
     import stand_ins
     import torch
 
-    sys.path.append(str(HERE.parent / "distributed"))  # the harness of recorded training runs
+    # the harnesses of recorded training runs
+    sys.path += [str(HERE.parent / "distributed"), str(HERE.parent / "bridge")]
     stand_ins.install()
     torch.set_num_threads(1)  # tensors are small, and threads only wait for each other
 
@@ -36,8 +37,9 @@ class StandInPool(ProcessPool):
     def _running_server(self) -> subprocess.Popen[str]:
         if self._server is None:
             self._server = subprocess.Popen(
-                [sys.executable, str(HERE / "pool_worker.py")],
+                [sys.executable, str(HERE / "pool_worker.py"), *self._preload],
                 cwd=HERE.parents[1],
+                env=self._environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
