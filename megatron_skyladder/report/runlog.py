@@ -25,6 +25,7 @@ RATES = ("skyladder/tflops_per_gpu", "throughput per GPU (TFLOP/s/GPU)")  # the 
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _ITERATION = re.compile(r"(?:\[([\d:. -]{19,})\]\s*)?iteration\s+(\d+)/\s*(\d+) \|(.*)")
+_OURS = re.compile(r"SkyLadder: iteration (\d+)/(\d+) \| (.*)")  # a line of its own, in Bridge
 _VALIDATION = re.compile(r"validation(\S*) loss at iteration (\d+)(?: on (\w+) set)? \|(.*)")
 _VALUE = " value"  # as in "lm loss value: 4.1"; the other field is its perplexity
 _SETTING = re.compile(r"^(?:\S{0,24}:)? {1,3}(\w+) \.{2,} ?(.*)$")
@@ -188,6 +189,8 @@ def read_run(path: str | Path) -> RunLog:
 def parse(text: str) -> RunLog:
     """Return what the text of a log says; see `read_run`."""
     run = RunLog(path=Path())
+    is_bridges = _OURS.search(text) is not None
+    ours: dict[int, dict[str, float]] = {}  # by iteration, until the trainer's line comes
     first: Iteration | None = None  # the line whose iteration the next line contains again
     attempt_began = False  # what begins in the middle of a run is taken as it is
     for raw in text.splitlines():
@@ -195,13 +198,19 @@ def parse(text: str) -> RunLog:
         if _ATTEMPT.search(line):
             run.num_attempts += 1
             attempt_began = True
+        elif match := _OURS.search(line):
+            _add_ours(run, ours, int(match[1]), _numbers(match[3]))
         elif match := _ITERATION.search(line):
             record = _iteration(match)
             if record is None:  # damaged: there is no place for it
                 continue
             run.total_iterations = int(match[3])
             _drop_from(run, record.iteration)
-            if attempt_began or record.iteration == 1:
+            record.values.update(ours.pop(record.iteration, {}))
+            if is_bridges:
+                before = run.iterations[-1].iteration if run.iterations else 0
+                record = replace(record, num_iterations=record.iteration - before)
+            elif attempt_began or record.iteration == 1:
                 if UNTIL_015 in run.settings:
                     record = replace(record, num_iterations=_log_interval(run))
                 else:
@@ -218,6 +227,16 @@ def parse(text: str) -> RunLog:
         else:
             _note_setting(run, line)
     return run
+
+
+def _add_ours(
+    run: RunLog, ours: dict[int, dict[str, float]], iteration: int, values: dict[str, float]
+) -> None:
+    """Put SkyLadder's own line to the trainer's of the same iteration, before or after it."""
+    if run.iterations and run.iterations[-1].iteration == iteration:
+        run.iterations[-1].values.update(values)
+    else:
+        ours[iteration] = values
 
 
 def _log_interval(run: RunLog) -> int:

@@ -68,6 +68,23 @@ def test_the_console_prints_at_the_log_interval(runs: BridgeRuns) -> None:
     assert list(console(runs.bridge(ladder=LADDER, log_interval=4))) == [4, 8]
 
 
+@pytest.mark.parametrize("interval", [1, 4])
+def test_the_report_reads_the_log(interval: int, runs: BridgeRuns) -> None:
+    from megatron_skyladder.report.runlog import read_run
+
+    run = runs.bridge(ladder=LENGTHS, eval_iterations=3, log_interval=interval)
+    steps = [step for step in run.steps() if step["iteration"] % interval == 0]
+    found = read_run(run.folder / "log.0.txt")
+    assert [each.iteration for each in found.iterations] == [step["iteration"] for step in steps]
+    assert [each.window for each in found.iterations] == [step["window"] for step in steps]
+    assert all(each.num_iterations == interval for each in found.iterations)
+    if interval == 1:
+        losses = [step["loss"] for step in steps]
+        assert [each.loss for each in found.iterations] == pytest.approx(losses, rel=1e-6)
+    assert found.schedule is not None and found.schedule.startswith("linear 8 -> 128")
+    assert set(found.validations[-1].by_length) == {32, 64, 128}
+
+
 def losses_by_length(run: BridgeRun, rank: int) -> dict[str, float]:
     """Return what the last line about the test set says."""
     lines = [line for line in run.log(rank).splitlines() if "on test set" in line and "|" in line]
