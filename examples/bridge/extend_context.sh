@@ -10,15 +10,16 @@
 #
 #   GPUS_PER_NODE   processes (default 8)
 #   PYTHON          the interpreter (default python)
+#   RECIPES         another file with extend_to_32k and extend_to_128k
 set -euo pipefail
 
 if [ $# -lt 3 ]; then
-    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-checkpoint=$(realpath "$1") data=$(realpath -m "$2") output=$(realpath -m "$3")
+checkpoint=$1 data=$2 output=$3
 shift 3
-cd "$(dirname "$0")"
+recipes=${RECIPES:-$(dirname "$0")/recipes.py}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 
 extend() {  # STAGE START_WINDOW CHECKPOINT overrides
@@ -26,7 +27,7 @@ extend() {  # STAGE START_WINDOW CHECKPOINT overrides
     shift 3
     "${PYTHON:-python}" -m torch.distributed.run --standalone \
         --nproc-per-node "${GPUS_PER_NODE:-8}" -m megatron_skyladder.megatron_bridge \
-        --recipe "${RECIPES:-recipes}:extend_to_$stage" \
+        --recipe "$recipes:extend_to_$stage" \
         skyladder.preset=extend-context skyladder.start_window="$start" \
         skyladder.intra_document=true \
         checkpoint.pretrained_checkpoint="$from" \

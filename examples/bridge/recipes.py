@@ -1,8 +1,8 @@
-"""Recipes of Megatron Bridge for runs with SkyLadder; `docs/bridge.md` has their commands.
+r"""Recipes of Megatron Bridge for runs with SkyLadder; `docs/bridge.md` has their commands.
 
-    cd examples/bridge
     torchrun --nproc-per-node 8 -m megatron_skyladder.megatron_bridge \
-        --recipe recipes:pretrain_1b_8k skyladder.preset=1b-8k skyladder.intra_document=true \
+        --recipe examples/bridge/recipes.py:pretrain_1b_8k \
+        skyladder.preset=1b-8k skyladder.intra_document=true \
         dataset.data_path=/data/cc_text_document
 
 A recipe is Bridge's own with other numbers. All of them can be overridden on the command line.

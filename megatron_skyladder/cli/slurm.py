@@ -13,9 +13,10 @@ from typing import Any
 from megatron_skyladder.attention import limits
 from megatron_skyladder.cli import slurm_status
 from megatron_skyladder.ladder.flags import config_from_args
+from megatron_skyladder.megatron_bridge import command_line
 from megatron_skyladder.planning import pasted, run_flags
 from megatron_skyladder.slurm import script
-from megatron_skyladder.slurm.settings import DEFAULT_ENTRY, Settings, from_file
+from megatron_skyladder.slurm.settings import BRIDGE_ENTRY, DEFAULT_ENTRY, Settings, from_file
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,9 @@ def _check_flags(settings: Settings) -> None:
     Raises:
         ValueError: they do not fit.
     """
+    if settings.entry == BRIDGE_ENTRY:
+        command_line.read(settings.flags)
+        return
     if settings.entry != DEFAULT_ENTRY:
         return  # a script's own flags are not ours to know
     parser = argparse.ArgumentParser(prog="skyladder slurm", add_help=False)

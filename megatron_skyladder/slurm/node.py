@@ -23,7 +23,7 @@ from pathlib import Path
 
 from megatron_skyladder.slurm.attempts import RunFolder
 from megatron_skyladder.slurm.rank import ATTEMPT_VARIABLE, RUN_VARIABLE
-from megatron_skyladder.slurm.settings import Settings
+from megatron_skyladder.slurm.settings import BRIDGE_ENTRY, Settings
 
 POLL_SECONDS = 1.0
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -42,8 +42,19 @@ def command(run: RunFolder, settings: Settings, environment: dict[str, str]) -> 
         *("--max-restarts", "0"),  # the job script decides whether to try again
         *("-m", "megatron_skyladder.slurm.rank", settings.entry),
         *settings.flags,
-        *("--save", str(run.checkpoints), "--load", load),
-        *("--tensorboard-dir", str(run.path / "tensorboard")),
+        *_of_the_run(settings.entry, str(run.checkpoints), load, str(run.path / "tensorboard")),
+    ]
+
+
+def _of_the_run(entry: str, save: str, load: str, tensorboard: str) -> list[str]:
+    """Return what the run folder decides, as the entry takes it."""
+    if entry == BRIDGE_ENTRY:
+        return [
+            *(f"checkpoint.save={save}", f"checkpoint.load={load}"),
+            *(f"logger.tensorboard_dir={tensorboard}", "train.exit_signal_handler=true"),
+        ]
+    return [
+        *("--save", save, "--load", load, "--tensorboard-dir", tensorboard),
         "--exit-signal-handler",
     ]
 

@@ -19,6 +19,7 @@ from megatron_skyladder.slurm import masking
 
 FILE_NAME = "settings.json"
 DEFAULT_ENTRY = "megatron_skyladder.pretrain_gpt"
+BRIDGE_ENTRY = "megatron_skyladder.megatron_bridge"  # which takes overrides in the place of flags
 NO_VALUE = "\0"  # of a key without "=", which is not the same as an empty one
 KINDS = ("bare", "pyxis", "apptainer")
 # [section] -> the keys it knows; [slurm] takes every long option of sbatch beside these

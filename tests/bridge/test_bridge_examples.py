@@ -74,12 +74,21 @@ def test_recipes_say_what_they_say(
     assert facts["fingerprint"].startswith("linear")
 
 
-@pytest.mark.parametrize("script", ["extend_context.sh", "job.sbatch"])
-def test_scripts_are_clean_and_say_how_they_are_used(script: str) -> None:
-    path = EXAMPLES / script
+def test_the_job_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_skyladder.cli import main
+
+    monkeypatch.setenv("PATH", "")  # an sbatch without a cluster refuses everything
+    assert main(["slurm", str(EXAMPLES / "1b-8k.ini")]) == 0
+    assert "#SBATCH --nodes=2" in capsys.readouterr().out
+    assert main(["slurm", str(EXAMPLES / "1b-8k.ini"), "--", "skyladder.start_windw=8"]) != 0
+    assert "Did you mean skyladder.start_window?" in capsys.readouterr().err
+
+
+def test_the_script_is_clean_and_says_how_it_is_used() -> None:
+    path = EXAMPLES / "extend_context.sh"
     subprocess.run(["bash", "-n", str(path)], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", str(path)], check=True)
     answer = subprocess.run(["bash", str(path)], capture_output=True, text=True)
     assert answer.returncode == 2
-    assert script in answer.stderr
+    assert "extend_context.sh CHECKPOINT DATA OUTPUT" in answer.stderr

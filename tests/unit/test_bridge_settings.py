@@ -11,7 +11,7 @@ import pytest
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.continuation import Checkpoint
 from megatron_skyladder.ladder.flags import add_arguments, config_from_args
-from megatron_skyladder.megatron_bridge import overrides, releases, settings, spelling
+from megatron_skyladder.megatron_bridge import command_line, overrides, releases, settings, spelling
 from megatron_skyladder.megatron_lm.releases import ALLOW_VARIABLE, MegatronMismatchError
 
 RUN = SimpleNamespace(
@@ -143,6 +143,26 @@ def test_overrides_are_taken_out() -> None:
 def test_no_override_of_ours_is_lost(word: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         overrides.split(["train.train_iters=1", word])
+
+
+def test_a_command_line_is_read() -> None:
+    line = command_line.read(["--recipe", "mine:recipe", "skyladder.alpha=1", "train.seed=3"])
+    assert (line.recipe, line.config_file) == ("mine:recipe", None)
+    assert (line.settings, line.overrides) == ({"alpha": "1"}, ["train.seed=3"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["skyladder.alpha=1"], "--recipe"),
+        (["--recipe", "r", "--lr", "1"], "--lr is unknown"),
+        (["--recipe", "r", "--skyladder-alpha", "1"], "Write skyladder.alpha"),
+        (["--recipe", "r", "skyladder.alpha=fast"], "skyladder.alpha"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        command_line.read(words)
 
 
 def test_a_setting_stands_once() -> None:

@@ -277,3 +277,20 @@ def test_the_command_line(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     assert f"--save elsewhere --save {folder} --load {folder}" in words
     assert words.endswith("--exit-signal-handler")
+
+
+def test_the_command_line_of_bridge(tmp_path: Path) -> None:
+    flags = ("--recipe", "recipes.py:mine", "skyladder.start_window=8")
+    settings = Settings(
+        *(str(tmp_path), flags, "megatron_skyladder.megatron_bridge", 1, 8, 8, {}), Environment()
+    )
+    environment = {"MASTER_ADDR": "alpha", "MASTER_PORT": "7"}
+    words = node.command(RunFolder(tmp_path), settings, environment)
+    start = words.index("megatron_skyladder.megatron_bridge")
+    assert words[start + 1 :] == [
+        *flags,
+        f"checkpoint.save={tmp_path / 'checkpoints'}",
+        f"checkpoint.load={tmp_path / 'checkpoints'}",
+        f"logger.tensorboard_dir={tmp_path / 'tensorboard'}",
+        "train.exit_signal_handler=true",
+    ]
