@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 EXTRAS := training,data,plot,dev
 TRANSFORMERS4 := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
+FA4 := --pre "flash-attn-4[cu13]==4.0.0b36"
 # unit tests that train, or start many processes
 SLOW := examples engine slurm_node benchmarks weights spec flag_rules costs
 SLURM_TOOLS := munged slurmctld slurmd sbatch shellcheck ip
@@ -48,6 +49,16 @@ test-te: $(READY)  ## Transformer Engine, flash-attn and varlen with CPU stand-i
 test-bridge: $(READY)  ## Megatron Bridge from the index, on the CPU, beside the entry point
 	$(BIN)/python tests/bridge/build_bridge.py --python $(BIN)/python --venv .venv-bridge
 	PYTHONPATH=. .venv-bridge/bin/python -m pytest tests/bridge
+
+.venv-fa4/.ready: $(READY) Makefile
+	$(BIN)/python -m venv .venv-fa4
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$(.venv-fa4/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+	.venv-fa4/bin/python -m pip install --quiet --disable-pip-version-check $(FA4)
+	@touch $@
+
+test-fa4: .venv-fa4/.ready  ## FlashAttention 4's kernels, compiled for Hopper and Blackwell
+	SKYLADDER_FA4_PYTHON=.venv-fa4/bin/python $(PYTEST) tests/fa4
 
 $(VENV)/.evaluate: $(READY) setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
