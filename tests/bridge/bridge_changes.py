@@ -126,3 +126,11 @@ def filling_in_the_middle(cfg: Any) -> None:
 
 def masked_losses(cfg: Any) -> None:
     cfg.dataset.eod_mask_loss = True
+
+
+def evaluation_alone(cfg: Any) -> None:
+    cfg.validation.skip_train = True
+
+
+def fully_reshardable(cfg: Any) -> None:
+    cfg.checkpoint.dist_ckpt_optim_fully_reshardable = True

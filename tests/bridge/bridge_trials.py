@@ -99,3 +99,23 @@ def describe_recipe(folder: str, data: str, recipe: str, settings: dict[str, Any
         "fingerprint": applied.config.fingerprint,
     }
     Path(folder, "facts.json").write_text(json.dumps(facts))
+
+
+def train_with_wandb(folder: str, data: str, ladder: dict[str, Any], **options: Any) -> None:
+    """Train with Weights & Biases switched on, offline, and note its run's summary."""
+    from megatron.bridge.training.callbacks import Callback
+    from megatron.bridge.training.pretrain import pretrain
+
+    from megatron_skyladder import megatron_bridge as skyladder
+
+    class Summary(Callback):
+        def on_train_end(self, context: Any) -> None:
+            summary = dict(context.state.wandb_logger.run.summary)
+            numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
+            Path(folder, "facts.json").write_text(json.dumps(numbers))
+
+    cfg = bridge_config(folder, data, **options)
+    cfg.logger.wandb_project, cfg.logger.wandb_exp_name = "skyladder", "test"
+    cfg.logger.wandb_save_dir = folder
+    applied = skyladder.apply(cfg, **ladder)
+    pretrain(cfg, applied.forward_step, callbacks=[*applied.callbacks, Summary()])

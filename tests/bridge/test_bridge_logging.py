@@ -58,6 +58,21 @@ def test_metrics_are_those_of_the_entry_point(layout: dict[str, Any], runs: Brid
     assert printed[8]["skyladder/hours_left"] < printed[1]["skyladder/hours_left"]
 
 
+def test_weights_and_biases_get_the_same(runs: BridgeRuns) -> None:
+    run = runs.start(
+        "train_with_wandb",
+        body_module="bridge_trials",
+        ladder=LADDER,
+        weights=str(runs.weights),
+        environment={"WANDB_MODE": "offline"},
+    )
+    logged = run.facts()
+    last = console(run)[logged["_step"]]  # W&B closes a step when the next one comes
+    for metric in METRICS:
+        name = f"skyladder/{metric}"
+        assert logged[name] == pytest.approx(last[name], rel=1e-5)
+
+
 def test_bridge_counts_the_attention_that_is_left(runs: BridgeRuns) -> None:
     """Sum of l^2 over fragments: with a window of w alone, every sequence has L / w of them."""
     run = runs.bridge(2, pp=2, ladder={"schedule": "constant", "final_window": 8})
@@ -109,6 +124,13 @@ def test_losses_by_length_are_those_of_the_entry_point(
     names = ["at_32", "at_64", "at_128", "positions_0_31", "positions_32_63", "positions_64_127"]
     assert set(expected) == {"lm loss", *(f"skyladder/loss_{name}" for name in names)}
     assert losses_by_length(run, size - 1) == pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluation_alone(runs: BridgeRuns) -> None:
+    """Without training there is no step, no probe and no log line, but the losses by length."""
+    run = runs.bridge(ladder=LENGTHS, eval_iterations=3, change="evaluation_alone")
+    assert set(run.evaluations()[-1]) > {"lm loss", "skyladder/loss_at_32"}
+    assert console(run) == {}
 
 
 def test_training_after_an_evaluation_is_what_it_was(runs: BridgeRuns) -> None:

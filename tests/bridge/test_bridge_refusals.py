@@ -31,7 +31,7 @@ REFUSED = {
     "prediction_of_more_tokens": "model.mtp_num_layers=1 cannot be combined",
     "latent_attention": "model.multi_latent_attention cannot be combined",
 }
-TAKEN = ("nothing", "partial_spec", "masked_losses")
+TAKEN = ("nothing", "partial_spec", "masked_losses", "evaluation_alone", "fully_reshardable")
 LATER = ("own_core_attention", "short_pipeline")  # refused in a run, below
 
 

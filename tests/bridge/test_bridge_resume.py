@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from bridge_runs import LADDER, BridgeRun, BridgeRuns, differences
+from parity import LOSS_TOLERANCE, NORM_TOLERANCE
 
 
 class Halves:
@@ -38,6 +39,17 @@ def test_resume_is_bit_identical(halves: Halves) -> None:
     run = goes_on(halves, halves.of_bridge)
     assert [step["iteration"] for step in run.steps()] == [5, 6, 7, 8]
     assert differences(halves.runs.reference(LADDER), run, first=4) == (0, 0)
+
+
+def test_resume_in_another_layout(halves: Halves) -> None:
+    """From one process to PP2, as in Megatron-LM: the optimizer has to be saved for it."""
+    half = halves.runs.bridge(
+        ladder=LADDER, save_interval=4, exit_interval=4, change="fully_reshardable"
+    )
+    run = goes_on(halves, half, 2, pp=2, change="fully_reshardable")
+    losses, norms = differences(halves.runs.reference(LADDER), run, first=4)
+    assert losses <= LOSS_TOLERANCE
+    assert norms <= NORM_TOLERANCE
 
 
 def test_from_megatron_lm_to_bridge(halves: Halves) -> None:
