@@ -112,11 +112,11 @@ class BridgeRuns:
         begin = {} if "load" in options else {"weights": str(self.weights)}
         return self.start("train_megatron_lm", **{**begin, **options})
 
-    def reference(self, ladder: dict[str, Any]) -> BridgeRun:
+    def reference(self, ladder: dict[str, Any], **options: Any) -> BridgeRun:
         """Return the entry point's run on one process under some settings; each runs once."""
-        key = json.dumps(ladder, sort_keys=True)
+        key = json.dumps([ladder, options], sort_keys=True)
         if key not in self._references:
-            self._references[key] = self.megatron_lm(ladder=ladder)
+            self._references[key] = self.megatron_lm(ladder=ladder, **options)
         return self._references[key]
 
 

@@ -117,9 +117,7 @@ def test_losses_by_length_are_those_of_the_entry_point(
 ) -> None:
     size = layout.get("pp", 1) * layout.get("cp", 1) * layout.get("tp", 1)
     run = runs.bridge(size, ladder=LENGTHS, eval_iterations=3, **layout)
-    reference = runs.start(
-        "train_megatron_lm", ladder=LENGTHS, weights=str(runs.weights), eval_iterations=3
-    )
+    reference = runs.reference(LENGTHS, eval_iterations=3)
     expected = losses_by_length(reference, 0)
     names = ["at_32", "at_64", "at_128", "positions_0_31", "positions_32_63", "positions_64_127"]
     assert set(expected) == {"lm loss", *(f"skyladder/loss_{name}" for name in names)}
