@@ -34,8 +34,8 @@ def command(runs: BridgeRuns, *words: str, processes: int = 1, **options: Any) -
 
 @pytest.mark.parametrize(
     "layout",
-    ["", "pipeline_model_parallel_size=2 pipeline_dtype=torch.bfloat16", "context_parallel_size=2"],
-    ids=["1 process", "PP2", "CP2"],
+    ["", "pipeline_model_parallel_size=2 pipeline_dtype=torch.bfloat16"],
+    ids=["1 process", "PP2"],
 )
 def test_a_recipe_trains_in_bf16(layout: str, runs: BridgeRuns) -> None:
     run = command(
