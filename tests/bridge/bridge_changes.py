@@ -134,3 +134,16 @@ def evaluation_alone(cfg: Any) -> None:
 
 def fully_reshardable(cfg: Any) -> None:
     cfg.checkpoint.dist_ckpt_optim_fully_reshardable = True
+
+
+def experts(cfg: Any) -> None:
+    model = cfg.model
+    model.num_moe_experts, model.moe_router_topk, model.moe_ffn_hidden_size = 4, 2, 64
+    model.moe_grouped_gemm, model.moe_token_dispatcher_type = False, "alltoall"
+    model.moe_permute_fusion, model.moe_router_load_balancing_type = False, "none"
+    model.moe_aux_loss_coeff = 0.0
+    cfg.checkpoint.pretrained_checkpoint, cfg.checkpoint.finetune = None, False
+
+
+def default_weights(cfg: Any) -> None:
+    cfg.model.init_method_std = type(cfg.model).init_method_std

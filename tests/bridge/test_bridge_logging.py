@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from bridge_runs import LADDER, BridgeRun, BridgeRuns
 
+from megatron_skyladder.testing import read_checkpoint
+
 METRICS = ("window", "attention_fraction", "visible_context", "fragments_per_row")
 LENGTHS = {**LADDER, "eval_lengths": "32,64"}
 _VALUE = re.compile(r"(\S+(?: loss)?) value: (\S+)")
@@ -158,6 +160,37 @@ def test_missing_documents_are_refused_on_request(runs: BridgeRuns) -> None:
         exit_codes=(1,),
     )
     assert "UsageError: skyladder.require_documents=true: the documents" in run.log()
+
+
+def test_attention_statistics_are_logged(runs: BridgeRuns) -> None:
+    settings = {**LADDER, "attention_stats_interval": 4}
+    run = runs.bridge(2, pp=2, ladder=settings, tensorboard=True)
+    written, printed = scalars(run), console(run)
+    assert [n for n in printed if "skyladder/attention_entropy" in printed[n]] == [4, 8]
+    layers = [name for name in written if "attention_entropy" in name and "layer" in name]
+    assert len(layers) == 4  # of both pipeline stages
+
+
+def test_experts_train_with_the_mask_probed(runs: BridgeRuns) -> None:
+    run = runs.bridge(ladder=LADDER, change="experts", iterations=3)
+    assert "mask probe passed" in run.log()
+    assert [step["window"] for step in run.steps()] == [8, 70, 128]
+
+
+def test_weights_are_drawn_as_the_papers_code_does(runs: BridgeRuns) -> None:
+    run = runs.bridge(
+        ladder={**LADDER, "init": "reference"},
+        change="default_weights",
+        iterations=1,
+        save_interval=1,
+        weights=None,
+    )
+    weights = read_checkpoint(run.checkpoint / "iter_0000001")
+    std = {name: float(tensor.std()) for name, tensor in weights.items() if tensor.dim() > 1}
+    embedding, projection = "embedding.word_embeddings.weight", "linear_proj.weight"
+    assert std[embedding] == pytest.approx((2 / (5 * 64)) ** 0.5, rel=0.05)
+    found = [value for name, value in std.items() if name.endswith(f"self_attention.{projection}")]
+    assert found and found == pytest.approx([1 / 64**0.5 / 4] * len(found), rel=0.05)
 
 
 def test_run_config_names_what_is_bridges_own(runs: BridgeRuns) -> None:

@@ -31,7 +31,10 @@ REFUSED = {
     "prediction_of_more_tokens": "model.mtp_num_layers=1 cannot be combined",
     "latent_attention": "model.multi_latent_attention cannot be combined",
 }
-TAKEN = ("nothing", "partial_spec", "masked_losses", "evaluation_alone", "fully_reshardable")
+TAKEN = (
+    *("nothing", "partial_spec", "masked_losses", "evaluation_alone", "fully_reshardable"),
+    *("experts", "default_weights"),
+)
 LATER = ("own_core_attention", "short_pipeline")  # refused in a run, below
 
 
