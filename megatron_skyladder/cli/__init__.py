@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "what is in a .bin/.idx: documents, lengths, end-of-document tokens, a sample",
     "export-hf": "a checkpoint as a Hugging Face folder, with its tokenizer",
     "import-hf": "a Hugging Face folder as a checkpoint to go on training from",
+    "evaluate": "the paper's benchmarks: prepare their data, run models, the table of two",
     "doctor": "what is installed, how SkyLadder would enter, what does not fit and what to do",
     "patch": "put SkyLadder into a Megatron-LM checkout, by lines that are only inserted",
     "report": "what runs did, from their logs: one HTML page and pictures",

@@ -1,0 +1,195 @@
+"""The folder of prepared data: one JSONL file per task, and a manifest with their hashes.
+
+DATA/MANIFEST.json            what each file is, from where, how many rows, sha256
+DATA/standard/TASK.cf.jsonl   the cloze formulation; .mcf: multiple choice
+DATA/long/TASK.jsonl          generated answers; RULER's carry length and tokenizer in the name
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_skyladder.errors import UsageError
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a standard task, in one formulation.
+
+    Args:
+        id: as its source has it.
+        contexts: one text before every choice, or one for each.
+        continuations: the choices, each with its leading space.
+        gold: the right one's place.
+        group: MMLU's subject; None elsewhere.
+        sampled: whether it is among the at most 1,000 that OLMES asks.
+    """
+
+    id: str
+    contexts: tuple[str, ...]
+    continuations: tuple[str, ...]
+    gold: int
+    group: str | None = None
+    sampled: bool = True
+
+    def context(self, choice: int) -> str:
+        """Return the text before a choice."""
+        return self.contexts[choice if len(self.contexts) > 1 else 0]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt whose answer is generated.
+
+    Args:
+        id: its place, or as its source has it.
+        prompt: what the model reads.
+        answers: any of them is right, or all of them are asked for: see the task's metric.
+        group: the place of the answer in the prompt, for MDQA; None elsewhere.
+    """
+
+    id: str
+    prompt: str
+    answers: tuple[str, ...]
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file in the manifest.
+
+    Args:
+        path: in the folder.
+        task: a name in `tasks`.
+        rows: lines.
+        sha256: of the whole file.
+        source: where the rows came from.
+        details: what else identifies them, such as RULER's length and tokenizer.
+        date: of the preparation.
+    """
+
+    path: str
+    task: str
+    rows: int
+    sha256: str
+    source: str
+    details: dict[str, str] = field(default_factory=dict)
+    date: str = ""
+
+
+class DataFolder:
+    """A folder of prepared data.
+
+    Args:
+        path: it; need not be there yet.
+
+    Raises:
+        UsageError: its manifest is none, or of another version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        manifest = path / MANIFEST
+        if manifest.exists():
+            try:
+                content = json.loads(manifest.read_text(encoding="utf-8"))
+                if content["format"] != FORMAT:
+                    raise ValueError(f"its format is {content['format']}, not {FORMAT}")
+                self.entries = {each["path"]: Entry(**each) for each in content["files"]}
+            except (ValueError, KeyError, TypeError) as error:
+                raise UsageError(
+                    f"{manifest} is no manifest of prepared data: {error}. Prepare into another "
+                    "folder."
+                ) from None
+
+    def is_whole(self, name: str) -> bool:
+        """Return whether a file is there as it was prepared."""
+        entry = self.entries.get(name)
+        path = self.path / name
+        return entry is not None and path.is_file() and _sha256(path) == entry.sha256
+
+    def write(
+        self,
+        name: str,
+        task: str,
+        rows: Iterable[Question | Prompt],
+        source: str,
+        details: dict[str, str] | None = None,
+    ) -> Entry:
+        """Write one file and note it; what is there under its name stays until it is whole."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
+        _write_whole(path, "".join(lines))
+        entry = Entry(
+            path=name,
+            task=task,
+            rows=len(lines),
+            sha256=_sha256(path),
+            source=source,
+            details=details or {},
+            date=datetime.date.today().isoformat(),
+        )
+        self.entries[name] = entry
+        files = [asdict(self.entries[each]) for each in sorted(self.entries)]
+        _write_whole(
+            self.path / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n"
+        )
+        return entry
+
+    def questions(self, name: str) -> list[Question]:
+        """Return the rows of a file of a standard task; errors as for `lines`."""
+        return [
+            Question(
+                **{
+                    **row,
+                    "contexts": tuple(row["contexts"]),
+                    "continuations": tuple(row["continuations"]),
+                }
+            )
+            for row in self.lines(name)
+        ]
+
+    def prompts(self, name: str) -> list[Prompt]:
+        """Return the rows of a file of a generative task; errors as for `lines`."""
+        return [Prompt(**{**row, "answers": tuple(row["answers"])}) for row in self.lines(name)]
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Return the rows of a file.
+
+        Raises:
+            UsageError: it is not there, or not what was prepared.
+        """
+        again = f"skyladder evaluate --prepare {self.path}"
+        if name not in self.entries:
+            raise UsageError(f"{self.path} has no {name}. Prepare it: {again}.")
+        path = self.path / name
+        if not self.is_whole(name):
+            what = "is not what was prepared (its hash differs)" if path.exists() else "is gone"
+            raise UsageError(f"{path} {what}. Prepare it anew: {again}.")
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,103 @@
+"""What an evaluation found: one JSON file per model and task, with the score of every question.
+
+Scores of single questions are kept because two models are compared question by question. A file is
+written when its task is done, so that an interrupted evaluation goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_skyladder.evaluation import scoring, significance
+from megatron_skyladder.evaluation.tasks import GENERATIVE, STANDARD
+
+FOLDER = "results"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model on one task.
+
+    Args:
+        model: its name in tables.
+        task: a name in `tasks`.
+        length: tokens of RULER's rows; None elsewhere.
+        asked: sampled, full, or how many questions.
+        scores: by formulation (or "generated"), one number for each question.
+        ids: of the questions.
+        groups: their subjects or places.
+        data: file -> sha256, of what was asked.
+        seconds: that it took.
+        versions: of what ran.
+    """
+
+    model: str
+    task: str
+    length: int | None
+    asked: str
+    scores: dict[str, list[float]]
+    ids: list[str]
+    groups: list[str | None]
+    data: dict[str, str]
+    seconds: float
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The task's name in tables."""
+        known: dict[str, Any] = {**STANDARD, **GENERATIVE}
+        title: str = known[self.task].title
+        return f"{title} {self.length:,}" if self.length else title
+
+    def score(self, formulation: str) -> float:
+        """Return the score in one formulation, 0 to 1."""
+        return scoring.accuracy(self.scores[formulation], self.groups)
+
+    @property
+    def best(self) -> str:
+        """The formulation that counts: the better one, of equal ones the first."""
+        return max(
+            self.scores, key=lambda each: (self.score(each), each == next(iter(self.scores)))
+        )
+
+    @property
+    def percent(self) -> float:
+        """The score that counts, in percent."""
+        return 100 * self.score(self.best)
+
+    @property
+    def error(self) -> float:
+        """The standard error of that, over questions, in percent."""
+        return 100 * significance.grouped_error(self.scores[self.best], self.groups)
+
+    @property
+    def file_name(self) -> str:
+        """Where it is kept, in the folder of its model."""
+        parts = [self.task, *([str(self.length)] if self.length else []), self.asked]
+        return f"{FOLDER}/{'.'.join(parts)}.json"
+
+
+def write(folder: Path, result: Result) -> None:
+    """Keep a result in the folder of its model."""
+    path = folder / result.file_name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(folder: Path) -> list[Result]:
+    """Return the results in the folder of a model, in the order of the tasks."""
+    order = [*STANDARD, *GENERATIVE]
+    found = [
+        Result(**json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted((folder / FOLDER).glob("*.json"))
+    ]
+    return sorted(found, key=lambda each: (order.index(each.task), each.length or 0, each.asked))

@@ -1,0 +1,54 @@
+"""Whether two models differ on the same questions.
+
+Errors are over questions, as if these were drawn at random. They say nothing about another training
+run of the same recipe, which differs too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of a mean (n - 1 in the variance); 0 for fewer than two values."""
+    count = len(values)
+    if count < 2:
+        return 0.0
+    mean = sum(values) / count
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+    return math.sqrt(variance / count)
+
+
+def grouped_error(values: Sequence[float], groups: Sequence[str | None]) -> float:
+    """Return the standard error of the plain mean of the groups' means."""
+    names = list(dict.fromkeys(groups))
+    errors = [
+        standard_error([v for v, name in zip(values, groups, strict=True) if name == group])
+        for group in names
+    ]
+    return math.sqrt(sum(error**2 for error in errors)) / len(names)
+
+
+def paired_error(
+    first: Sequence[float], second: Sequence[float], groups: Sequence[str | None]
+) -> float:
+    """Return the standard error of the difference of two scores on the same questions."""
+    return grouped_error([b - a for a, b in zip(first, second, strict=True)], groups)
+
+
+def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the exact two-sided p of McNemar's test: the chance of such a split of disagreements.
+
+    Args:
+        first: 1 where the first model is right; any share above a half counts as right.
+        second: the same of the second model.
+    """
+    pairs = [(a > 0.5, b > 0.5) for a, b in zip(first, second, strict=True)]
+    only_first = sum(a and not b for a, b in pairs)
+    only_second = sum(b and not a for a, b in pairs)
+    if only_first + only_second == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(only_first, only_first + only_second, 0.5).pvalue)

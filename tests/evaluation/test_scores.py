@@ -1,0 +1,142 @@
+"""Scores, errors and tables against hand counts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_skyladder.evaluation import results, scoring, significance, table
+from megatron_skyladder.evaluation.results import Result
+from megatron_skyladder.evaluation.tasks import PAPER, STANDARD, Metric, Normalization
+
+
+@pytest.mark.parametrize(
+    ("normalization", "unconditional", "expected"),
+    [
+        (Normalization.NONE, (), 0),  # -4 > -6 > -6.5
+        # -4 / 2, -6 / 6, -6.5 / 7; without the leading space it would be -4 / 1, -6 / 5, -6.5 / 6
+        (Normalization.PER_CHARACTER, (), 2),
+        (Normalization.UNCONDITIONAL, (-1.0, -6.0, -3.0), 1),  # -3, 0, -3.5
+    ],
+)
+def test_each_normalization_has_a_winner_of_its_own(
+    normalization: Normalization, unconditional: tuple[float, ...], expected: int
+) -> None:
+    texts = (" a", " bbbbb", " cccccc")
+    assert scoring.choice((-4.0, -6.0, -6.5), texts, normalization, unconditional) == expected
+
+
+def test_the_leading_space_is_a_character() -> None:
+    # -2 / 2 against -3.2 / 4: the longer one; without the space -2 / 1 against -3.2 / 3, too, but
+    # -2 / 2 = -1 against -4.4 / 4 = -1.1 is the shorter one, where -2 / 1 < -4.4 / 3 is the longer
+    assert scoring.choice((-2.0, -4.4), (" a", " abc"), Normalization.PER_CHARACTER) == 0
+
+
+def test_of_equal_choices_the_first_counts() -> None:
+    assert scoring.choice((-1.0, -1.0), (" a", " b"), Normalization.NONE) == 0
+
+
+def test_subjects_count_alike() -> None:
+    assert scoring.accuracy([1, 1, 1, 0], ["a", "a", "a", "b"]) == 0.5  # not 0.75
+    assert scoring.accuracy([1, 1, 1, 0], [None] * 4) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "metric", "expected"),
+    [
+        ("it is 17 or 4", ["17", "23"], Metric.RECALL, 0.5),
+        ("ABC", ["abc"], Metric.RECALL, 1.0),
+        ("The answer is: the Eiffel-Tower!", ["Eiffel Tower"], Metric.BEST_SUBSPAN, 0.0),
+        ("It is the Eiffel Tower.", ["an eiffel  tower"], Metric.BEST_SUBSPAN, 1.0),
+        ("The Seine.", ["seine"], Metric.EXACT_MATCH, 1.0),
+        ("in the Seine", ["seine"], Metric.EXACT_MATCH, 0.0),
+    ],
+)
+def test_generated_texts(text: str, answers: list[str], metric: Metric, expected: float) -> None:
+    assert scoring.generated(text, answers, metric) == expected
+
+
+def test_errors_by_hand() -> None:
+    # 1 0 1 1: mean 3/4, variance (3 * 1/16 + 9/16) / 3 = 1/4, error sqrt(1/4 / 4) = 1/4
+    assert significance.standard_error([1, 0, 1, 1]) == pytest.approx(0.25)
+    assert significance.standard_error([1]) == 0.0
+    # differences -1 0 1 1: mean 1/4, sum of squares 3 - 4/16 = 11/4, variance 11/12
+    paired = significance.paired_error([1, 0, 0, 0], [0, 0, 1, 1], [None] * 4)
+    assert paired == pytest.approx(math.sqrt(11 / 12 / 4))
+    # two groups of equal weight: sqrt(e1^2 + e2^2) / 2
+    grouped = significance.grouped_error([1, 0, 1, 1, 1, 1], ["a"] * 4 + ["b"] * 2)
+    assert grouped == pytest.approx(0.125)
+
+
+def test_mcnemar_by_hand() -> None:
+    first = [1.0] * 1 + [0.0] * 5 + [1.0] * 10
+    second = [0.0] * 1 + [1.0] * 5 + [1.0] * 10
+    # 1 against 5 disagreements: 2 * (1 + 6) / 2^6
+    assert significance.mcnemar(first, second) == pytest.approx(14 / 64)
+    assert significance.mcnemar(first, first) == 1.0
+
+
+def result(model: str, task: str, cf: list[float], mcf: list[float], **more: object) -> Result:
+    values: dict[str, object] = {
+        "length": None,
+        "asked": "sampled",
+        "ids": [str(each) for each in range(len(cf))],
+        "groups": [None] * len(cf),
+        "data": {},
+        "seconds": 1.0,
+        **more,
+    }
+    return Result(model=model, task=task, scores={"cf": cf, "mcf": mcf}, **values)  # type: ignore[arg-type]
+
+
+def test_the_better_formulation_counts_for_each_model() -> None:
+    first = result("a", "arc_easy", [1, 0, 0, 0], [1, 1, 0, 0])
+    second = result("b", "arc_easy", [1, 1, 1, 0], [0, 0, 0, 0])
+    (row,) = table.rows([[first], [second]])
+    assert row.scores == (50.0, 75.0) and row.difference == 25.0
+    assert row.p == 1.0  # one disagreement
+    # 0 0 1 0: mean 1/4, variance (3/16 + 9/16) / 3 = 1/4
+    assert row.difference_error == pytest.approx(25.0)
+
+
+def test_the_table_has_the_means_and_the_papers_figures() -> None:
+    names = list(STANDARD)
+    models = [
+        [result(model, name, [1, score, 0, 0], [0, 0, 0, 0]) for name in names]
+        for model, score in (("constant", 0), ("ladder", 1))
+    ]
+    rows = table.rows(models, "1b-8k-cc-intradoc")
+    assert [row.name for row in rows] == [*names, "standard"]
+    assert rows[0].paper == (61.8, 64.8) and rows[-1].paper == (47.4, 49.3)
+    assert rows[-1].scores == (25.0, 50.0) and rows[-1].p is None
+    # nine differences with error 25 each: 25 * 3 / 9
+    assert rows[-1].difference_error == pytest.approx(25 / 3)
+    text = table.text(rows, ("constant", "ladder"))
+    assert "ARC-E" in text and "+25.0 ± 25.0" in text and "49.3" in text
+    assert "nothing about another training run" in text
+
+
+def test_only_the_same_questions_are_compared() -> None:
+    first = result("a", "piqa", [1, 0], [0, 0])
+    other = result("b", "piqa", [1, 0], [0, 0], ids=["7", "8"])
+    assert table.rows([[first], [other]]) == []
+    assert len(table.rows([[first]])) == 1
+
+
+def test_the_papers_averages_are_the_means_of_its_tasks() -> None:
+    figures = PAPER["1b-8k-cc-intradoc"]
+    for model in (0, 1):
+        mean = sum(figures[name][model] for name in STANDARD) / len(STANDARD)
+        assert figures["standard"][model] == round(mean, 1)
+
+
+def test_results_are_kept(tmp_path: Path) -> None:
+    kept = [
+        result("a", "piqa", [1.0, 0.0], [0.0, 0.0]),
+        result("a", "arc_easy", [1.0, 0.0], [0.0, 0.0]),
+    ]
+    for each in kept:
+        results.write(tmp_path, each)
+    assert results.read(tmp_path) == [kept[1], kept[0]]  # in the order of the tasks
