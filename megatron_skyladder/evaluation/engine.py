@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
-from lm_eval.api.task import Task
+from lm_eval.api.task import Task, TaskConfig
 
 from megatron_skyladder.evaluation import scoring
 from megatron_skyladder.evaluation.data import Prompt, Question
@@ -34,7 +34,8 @@ class _Rows(Task):
 
     def __init__(self, name: str, rows: Sequence[Any]) -> None:
         self._rows = list(rows)
-        super().__init__(config={"task": name, "num_fewshot": 0})
+        super().__init__()
+        self._config = TaskConfig(task=name, num_fewshot=0, output_type=self.OUTPUT_TYPE)
 
     def download(self, *_: Any, **__: Any) -> None:
         """Nothing is downloaded."""

@@ -125,14 +125,14 @@ def test_what_cannot_be_had_is_named_and_the_rest_prepared(
     monkeypatch.setattr(niah_utils, "get_haystack", without_a_network)
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     command = ["evaluate", "--prepare", str(tmp_path / "data"), "--tasks", "long"]
-    assert main([*command, "--length", "512", "--tokenizer", str(tokenizer)]) == 1
+    assert main([*command, "--length", "1024", "--tokenizer", str(tokenizer)]) == 1
     printed = capsys.readouterr()
-    assert "niah_multivalue at 512 tokens could not be generated: no route to host" in printed.out
+    assert "niah_multivalue at 1024 tokens could not be generated: no route to host" in printed.out
     assert "2 files written" in printed.out
     assert "not prepared: niah_multivalue, mdqa (reasons above)" in printed.err
 
 
 def test_rulers_rows_are_the_same_again(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
-    first, again = (ruler.prompts("niah_multikey_2", 512, tokenizer) for _ in range(2))
+    first, again = (ruler.prompts("niah_multikey_2", 1024, tokenizer) for _ in range(2))
     assert first == again
