@@ -70,8 +70,8 @@ $(VENV)/.evaluate: $(READY) setup.py pyproject.toml constraints.txt
 	  $(TRANSFORMERS4)
 	@mv $@.partial $@
 
-test-evaluate: $(VENV)/.evaluate .venv-transformers4  ## models in and out, beside transformers 4 too
-	SKYLADDER_TRANSFORMERS4=.venv-transformers4 $(PYTEST) tests/hugging_face
+test-evaluate: $(VENV)/.evaluate .venv-transformers4  ## models in and out, and their evaluation
+	SKYLADDER_TRANSFORMERS4=.venv-transformers4 $(PYTEST) tests/hugging_face tests/evaluation
 
 test-slurm: $(READY)  ## jobs on a real Slurm on this machine (as root; installs it with apt)
 	@for tool in $(SLURM_TOOLS); do command -v $$tool >/dev/null || missing=$$tool; done; \

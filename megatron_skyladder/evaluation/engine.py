@@ -14,6 +14,7 @@ import numpy as np
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task, TaskConfig
+from lm_eval.tasks import TaskManager
 
 from megatron_skyladder.evaluation import scoring
 from megatron_skyladder.evaluation.data import Prompt, Question
@@ -183,7 +184,13 @@ def load(folder: Path, backend: str, *, max_length: int, batch_size: str, device
 
 def scores(model: Any, task: _Rows) -> list[float]:
     """Run one task; return the score of each row, in order."""
-    found = simple_evaluate(model=model, tasks=[task], log_samples=True, bootstrap_iters=0)
+    found = simple_evaluate(
+        model=model,
+        tasks=[task],
+        task_manager=TaskManager(include_defaults=False),  # or it reads 10,000 files each time
+        log_samples=True,
+        bootstrap_iters=0,
+    )
     (samples,) = found["samples"].values()
     by_place = {sample["doc"]["place"]: float(sample[SCORE]) for sample in samples}
     return [by_place[place] for place in range(len(by_place))]

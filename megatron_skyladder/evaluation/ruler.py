@@ -66,7 +66,9 @@ def prompts(task: str, length: int, tokenizer: Path) -> list[Prompt]:
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UsageError(f"{task} at {length} tokens could not be generated: {first}") from None
     if not rows:
-        raise UsageError(f"{task} has no row that fits {length} tokens, answer included. Give a longer --length.")
+        raise UsageError(
+            f"{task} has no row that fits {length} tokens, answer included. Give a longer --length."
+        )
     return [
         Prompt(str(number), f"{row['input']} {row['gen_prefix']}", tuple(row["outputs"]))
         for number, row in enumerate(rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,9 +46,9 @@ def questions() -> list[Question]:
     return made
 
 
-@pytest.fixture
-def model(folder: Path) -> Iterator[Any]:
-    yield engine.load(folder, "hf", max_length=2048, batch_size="4", device="cpu")
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return engine.load(folder, "hf", max_length=2048, batch_size="4", device="cpu")
 
 
 def by_hand(folder: Path, context: str, text: str) -> float:
