@@ -16,25 +16,32 @@ from megatron_skyladder.evaluation.data import Prompt
 
 SEED = 42
 ASKED = 100  # of the 500 that are generated, as HELMET does
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_TEXTS = (
+    "One of the special magic numbers for long-context is: 7346021.",
+    "def window(step: int) -> int:\n\treturn min(8192, 32 + step // 8)\n",
+    "Pretraining schedules grow from 0.125 to 1,024; naïve façades, 北京, Ωμέγα, emoji 🙂.",
+    "    the quick brown fox jumps over the lazy dog; THE QUICK BROWN FOX 1234567890 f81d4fae-7dec",
+)
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """Return the first 8 digits of the sha256 of a tokenizer's files.
+    """Return 8 digits that tell tokenizers apart: of what it makes of some texts.
+
+    Files differ between a tokenizer and its converted copy in an exported model, which encode
+    alike and share their rows.
 
     Raises:
-        UsageError: the folder has none.
+        UsageError: transformers loads none from the folder.
     """
-    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not paths:
-        raise UsageError(
-            f"{folder} has no tokenizer: needed is one of {', '.join(TOKENIZER_FILES)}, as "
-            "skyladder export-hf writes them."
-        )
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in _TEXTS]
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{folder} has no tokenizer that transformers loads: {first}") from None
+    return hashlib.sha256(repr(ids).encode()).hexdigest()[:8]
 
 
 def file_name(task: str, length: int, tokenizer: str) -> str:

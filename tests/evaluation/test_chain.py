@@ -76,7 +76,9 @@ def test_from_text_to_the_table(
     assert main([*command, "--limit", "2", "--tasks", "niah_multikey_2"]) == 0
     capsys.readouterr()
     assert main(["evaluate", "--table", f"{out}/constant", f"{out}/ladder"]) == 0
-    print(capsys.readouterr().out)
+    both = capsys.readouterr().out
+    assert "ARC-C" in both and "RULER MK-2 4,096" in both
+    print(both)
     table = json.loads((tmp_path / "scores/results.json").read_text())
     assert [row["name"] for row in table["rows"]] == ["niah_multikey_2"]
     found = json.loads(
