@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+GENERATING = ("transformers", "safetensors")
+
 DESCRIPTION = """\
 Pretrain the same small Llama-style model twice from the same weights, on Megatron's own trainer
 with two ranks: once with a constant window of 2,048 tokens, once with SkyLadder. The text is
-Python's own documentation and standard library. Ends with a table and a plot; takes about six
-minutes on two cores. What is finished is kept: a second call goes on where the first was stopped.
+Python's own documentation and standard library. Ends with a table, a plot, and both models as
+Hugging Face folders with a line that each writes; takes about six minutes on two cores. What is
+finished is kept: a second call goes on where the first was stopped.
 """
 
 
@@ -63,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
             return 1
         bar.close()
     _conclude(output, runs)
+    _generate(output, runs)
     return 0
 
 
@@ -157,3 +161,16 @@ def _conclude(output: Path, runs: list[Any]) -> None:
     summary.plot(constant, ladder, output / "demo.png")
     page, *_ = write_report(load_runs([f"{run.name}={run.log}" for run in runs]), output / "report")
     print(f"plot: {output / 'demo.png'}\ntable: {output / 'table.txt'}\nreport: {page}")
+
+
+def _generate(output: Path, runs: list[Any]) -> None:
+    """Export both models, and let transformers write a line with each."""
+    from megatron_skyladder.demo import generation
+
+    missing = [name for name in GENERATING if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"no lines from the models: {', '.join(missing)} not installed (pip install them)")
+        return
+    for run in runs:
+        folder = generation.export_run(run.checkpoints, output / "exported" / run.name)
+        print(f"{folder}: {generation.line_of(folder)}")

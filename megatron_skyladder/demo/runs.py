@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -77,6 +78,11 @@ class Run:
         """Where its console output goes."""
         return self.folder / "train.log"
 
+    @property
+    def checkpoints(self) -> Path:
+        """Megatron's --save: the last step's weights."""
+        return self.folder / "checkpoints"
+
     def flags(self, data_prefix: Path, tokenizer: Path) -> list[str]:
         """Return Megatron's flags and ours."""
         eval_interval = max(1, self.train_iters // 4)
@@ -88,6 +94,7 @@ class Run:
             *f"--global-batch-size {BATCH_SAMPLES}".split(),
             *f"--train-iters {self.train_iters} --eval-interval {eval_interval}".split(),
             *f"--lr-warmup-iters {self.train_iters // 20}".split(),
+            *("--save", str(self.checkpoints), "--save-interval", str(self.train_iters)),
             *("--data-path", str(data_prefix), "--data-cache-path", str(self.folder / "cache")),
             *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)),
             *("--skyladder-eval-lengths", ",".join(map(str, EVAL_LENGTHS))),
@@ -95,7 +102,7 @@ class Run:
 
     def is_finished(self) -> bool:
         """Return whether an earlier call has brought this run to its end."""
-        return (self.folder / "finished").exists()
+        return (self.folder / "finished").exists() and self.checkpoints.exists()
 
     def train(
         self, data_prefix: Path, tokenizer: Path, on_step: Callable[[int, int, float], None]
@@ -111,6 +118,7 @@ class Run:
             RuntimeError: training failed; the message has the end of its log.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)  # of a run that was cut off
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(NUM_RANKS), "-m", "megatron_skyladder.pretrain_gpt"),
