@@ -72,6 +72,7 @@ class FlagRule:
         attribute: its name in Megatron's arguments, where it is not the flag's.
         of_model: whether the attention asks a model's configuration too.
         not_counted: whether the model or its work is one that ``plan`` cannot count.
+        only_with: a name and a value that the run has to have as well, such as a flag of ours.
         entry_point_always: whether our entry point refuses it without SkyLadder as well, because
             only Megatron's own script reads it.
     """
@@ -86,6 +87,7 @@ class FlagRule:
     attribute: str = ""
     of_model: bool = False
     not_counted: bool = False
+    only_with: tuple[str, str] | None = None
     entry_point_always: bool = False
 
     @property
@@ -136,12 +138,16 @@ def find(rules: Iterable[FlagRule], settings: Any) -> Iterator[Finding]:
         settings: Megatron's arguments or a TransformerConfig, or a mapping; what it lacks has
             Megatron's default only where that is a mapping of the flags that were given.
     """
-    for rule in rules:
+
+    def value_of(name: str, default: Any) -> Any:
         if isinstance(settings, Mapping):
-            value = settings.get(rule.name, rule.default)
-        else:
-            value = getattr(settings, rule.name, None)
-        if rule.when(value):
+            return settings.get(name, default)
+        return getattr(settings, name, None)
+
+    for rule in rules:
+        value = value_of(rule.name, rule.default)
+        applies = rule.only_with is None or value_of(rule.only_with[0], None) == rule.only_with[1]
+        if applies and rule.when(value):
             yield Finding(rule, value)
 
 

@@ -26,6 +26,29 @@ def _packing(flag: str) -> FlagRule:
     return FlagRule(flag, Effect.CHANGES_MASKS, _PACKS, _USE_DOCUMENTS, entry_point_always=True)
 
 
+_REFERENCE = ("skyladder_init", "reference")
+_MEGATRONS_STD = 0.02
+
+
+def _draws(flag: str, **more: Any) -> FlagRule:
+    return FlagRule(
+        flag,
+        Effect.REFUSED,
+        "--skyladder-init reference says how weights are drawn, too",
+        "Give only one of them.",
+        only_with=_REFERENCE,
+        **more,
+    )
+
+
+def _other_std(value: Any) -> bool:
+    """Return whether a std is given and is not Megatron's; text that is no number is not ours."""
+    try:
+        return value is not None and float(value) != _MEGATRONS_STD
+    except (TypeError, ValueError):
+        return False
+
+
 RULES = (
     *limits.RULES,
     # --- sequences or masks that are not those of a plain pretraining run ---
@@ -110,6 +133,11 @@ RULES = (
         Effect.REFUSED,
         "its rollouts generate text, which needs a model without windows",
     ),
+    # --- weights drawn in two ways ---
+    _draws("--init-method-std", when=_other_std, default=_MEGATRONS_STD),
+    _draws("--embedding-init-method-std", when=_other_std),
+    _draws("--init-method-xavier-uniform"),
+    _draws("--use-mup"),
     # --- accepted, with something to know ---
     FlagRule(
         "--rampup-batch-size",
@@ -191,6 +219,8 @@ def given_values(words: Sequence[str]) -> dict[str, Any]:
         words: of a command line, ours and what does not belong to Megatron included.
     """
     names = {rule.flag: rule.name for rule in RULES}
+    ours = {rule.only_with[0] for rule in RULES if rule.only_with}
+    names |= {f"--{name.replace('_', '-')}": name for name in ours}
     values: dict[str, list[str]] = {}
     name = ""
     for word in words:

@@ -37,7 +37,16 @@ class Case:
     model: str = ""
 
 
+DRAWN = "--skyladder-init reference"
 CASES = {
+    "--init-method-std": Case(f"{DRAWN} --init-method-std 0.01", "says how weights are drawn, too"),
+    "--embedding-init-method-std": Case(
+        f"{DRAWN} --embedding-init-method-std 0.5", "says how weights are drawn, too"
+    ),
+    "--init-method-xavier-uniform": Case(
+        f"{DRAWN} --init-method-xavier-uniform", "says how weights are drawn, too"
+    ),
+    "--use-mup": Case(f"{DRAWN} --use-mup", "says how weights are drawn, too", parser="parses"),
     "--attention-dropout": Case(
         "--attention-dropout 0.1", "--attention-dropout 0", model="attention_dropout"
     ),
