@@ -101,7 +101,7 @@ def test_another_way_to_draw_weights_ends_the_launch(pool: ProcessPool, tmp_path
         arguments=arguments,
         exit_codes=(2,),
     )
-    message = "error: --skyladder-init=reference and --init-method-std both say"
+    message = "error: --init-method-std=0.01 cannot be combined with SkyLadder: --skyladder-init"
     assert message in (tmp_path / "log.0.txt").read_text()
 
 
