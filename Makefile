@@ -41,6 +41,12 @@ test-releases: $(READY)  ## our entry point on older wheels; checkouts from SKYL
 	$(BIN)/python tests/releases/unpack_wheels.py .venv-releases
 	SKYLADDER_MEGATRON_WHEELS=.venv-releases $(PYTEST) tests/releases
 
+test-main: $(READY)  ## MEGATRON=a checkout of Megatron's main: what moved, and the last row's tests
+	@[ -n "$(MEGATRON)" ] || { echo "give a checkout: make test-main MEGATRON=DIR"; exit 2; }
+	-$(BIN)/python tools/what_moved.py $(MEGATRON)
+	folder=$$(mktemp -d) && ln -s $(abspath $(MEGATRON)) $$folder/main && \
+	  SKYLADDER_MEGATRON_CHECKOUTS=$$folder $(PYTEST) tests/releases -k main
+
 test-te: $(READY)  ## Transformer Engine, flash-attn and varlen with CPU stand-ins (builds TE once)
 	$(BIN)/python tests/te/build_te.py --python $(BIN)/python --venv .venv-te
 	SKYLADDER_BRIDGE_PACKAGES=$(wildcard .venv-bridge/lib/python3.12/site-packages) \
