@@ -17,6 +17,7 @@ attempts are put together.
 examples:
   skyladder report runs/1b-8k-constant runs/1b-8k --output report
   skyladder report before=old/slurm-17.out after=old/slurm-18.out
+  skyladder report runs/1b-8k-constant runs/1b-8k --evaluation scores
   skyladder report runs/1b-8k --json | jq '.[0].validations[-1].by_length'
 """
 
@@ -26,7 +27,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "report",
         help=help_text,
-        usage="skyladder report [NAME=]RUN_DIR ... [--output DIR] [--json]",
+        usage="skyladder report [NAME=]RUN_DIR ... [--output DIR] [--evaluation OUT] [--json]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,6 +44,12 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         default="skyladder-report",
         metavar="DIR",
         help="where the page and the pictures go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="OUT",
+        help="what skyladder evaluate wrote with --out: its table and picture get a section.",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the figures as JSON and draw nothing"
@@ -67,6 +74,6 @@ def run(args: argparse.Namespace) -> int:
     from megatron_skyladder.report.curves import load_runs
     from megatron_skyladder.report.page import write_report
 
-    files = write_report(load_runs(args.runs), Path(args.output))
+    files = write_report(load_runs(args.runs), Path(args.output), args.evaluation)
     print(f"{files[0]} ({len(files) - 1} pictures beside it)")
     return 0

@@ -10,6 +10,7 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 
+from megatron_skyladder.report.benchmarks import section as section_of_benchmarks
 from megatron_skyladder.report.curves import Run
 from megatron_skyladder.report.drawing import colour_of
 from megatron_skyladder.report.pictures import PICTURES, Picture
@@ -44,21 +45,23 @@ make the early steps cheaper. This page compares what was logged.</p>
 """
 
 
-def write_report(runs: list[Run], folder: Path) -> list[Path]:
+def write_report(runs: list[Run], folder: Path, evaluation: Path | None = None) -> list[Path]:
     """Write the page and its pictures.
 
     Args:
         runs: the first is what the others are compared with.
         folder: made if it is not there; files of an earlier report are replaced.
+        evaluation: a folder of ``skyladder evaluate``, for a section with its table.
 
     Returns:
         The files, the page first.
     """
+    benchmarks = None if evaluation is None else section_of_benchmarks(evaluation)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [(picture, _png(picture, runs)) for picture in PICTURES]
     pictures = [(picture, png) for picture, png in drawn if png is not None]
     files = [folder / PAGE]
-    _write(files[0], _page(runs, pictures).encode())
+    _write(files[0], _page(runs, pictures, benchmarks).encode())
     for picture, png in pictures:
         files.append(folder / f"{picture.name}.png")
         _write(files[-1], png)
@@ -80,13 +83,16 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _page(runs: Sequence[Run], pictures: Sequence[tuple[Picture, bytes]]) -> str:
+def _page(
+    runs: Sequence[Run], pictures: Sequence[tuple[Picture, bytes]], benchmarks: str | None
+) -> str:
     names = ", ".join(run.name for run in runs)
     sections = [
         f"<h1>SkyLadder: {escape(names)}</h1>",
         _INTRODUCTION,
         "<h2>In short</h2>",
         _table(summary(runs), runs),
+        *([] if benchmarks is None else [benchmarks]),
         *(_section(picture, png) for picture, png in pictures),
         "<h2>Stability in figures</h2>",
         "<p>The four figures of the paper's Table 9, over all log lines of the run; lower is "
