@@ -83,6 +83,8 @@ ENDS = {
     "demo": 1,
     "export-hf run out --tokenizer-model d.jsonl": 1,
     "import-hf run out": 1,
+    "evaluate run --data d --out out": 1,
+    "evaluate --prepare d --tasks none": 1,
 }
 
 

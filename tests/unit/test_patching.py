@@ -286,7 +286,7 @@ def test_a_folder_that_is_no_checkout(tmp_path, capsys):
     assert code == 1 and "is not a folder" in err
 
 
-@pytest.mark.parametrize("version", ["0.11.0", "0.21.3"])
+@pytest.mark.parametrize("version", ["0.10.0", "0.21.3"])
 def test_a_release_that_was_not_tested_is_named_as_such(tmp_path, capsys, version):
     tree = write_tree(tmp_path, version=version)
     out = skyladder(capsys, "check", tree)[1]
