@@ -33,8 +33,8 @@ def with_skyladder(spec: Any) -> Any:
             return with_skyladder(spec(*args, **kwargs))
 
         return wrapped
-    replaced, count = _replace(spec)
-    if count == 0:
+    replaced, found = _replace(spec)
+    if not found:
         raise UsageError(
             f"no core_attention was found in the layer spec {spec!r}, so SkyLadder cannot be "
             "applied. Use a spec of Megatron's GPT layers (local or Transformer Engine)."
@@ -42,54 +42,40 @@ def with_skyladder(spec: Any) -> Any:
     return replaced
 
 
-def core_attentions(node: Any) -> list[Any]:
+def core_attentions(spec: Any) -> list[Any]:
     """Return every ``core_attention`` in a layer or block spec, as it stands there."""
-    parts: list[tuple[Any, Any]]
-    if isinstance(node, (list, tuple)):
-        parts = [(None, part) for part in node]
-    elif isinstance(node, dict):
-        parts = list(node.items())
-    elif isinstance(node, functools.partial):
-        parts = list(node.keywords.items())
-    elif dataclasses.is_dataclass(node) and not isinstance(node, type):
-        parts = [(field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]
-    else:
-        return []
-    found = []
-    for name, part in parts:
-        found += [part] if name == "core_attention" else core_attentions(part)
-    return found
+    return _replace(spec)[1]
 
 
-def _replace(node: Any) -> tuple[Any, int]:
-    """Return a copy of ``node`` with core attentions replaced, and how many there were."""
+def _replace(node: Any) -> tuple[Any, list[Any]]:
+    """Return a copy of ``node`` with core attentions replaced, and those that were replaced."""
     if isinstance(node, (list, tuple)):
         return _replace_in(node, list(enumerate(node)), lambda parts: type(node)(parts.values()))
     if isinstance(node, dict):
         return _replace_in(node, list(node.items()), dict)
     if isinstance(node, functools.partial):
-        keywords, count = _replace(node.keywords)
-        return (functools.partial(node.func, *node.args, **keywords) if count else node), count
+        keywords, found = _replace(node.keywords)
+        return (functools.partial(node.func, *node.args, **keywords) if found else node), found
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         names = [field.name for field in dataclasses.fields(node)]
         return _replace_in(
             node, [(name, getattr(node, name)) for name in names], lambda parts: _copy(node, parts)
         )
-    return node, 0
+    return node, []
 
 
 def _replace_in(
     node: Any, items: list[tuple[Any, Any]], rebuild: Callable[[dict[Any, Any]], Any]
-) -> tuple[Any, int]:
+) -> tuple[Any, list[Any]]:
     parts: dict[Any, Any] = {}
-    total = 0
+    found: list[Any] = []
     for name, part in items:
         if name == "core_attention":
-            parts[name], count = SkyLadderAttention, 1
+            parts[name], inside = SkyLadderAttention, [part]
         else:
-            parts[name], count = _replace(part)
-        total += count
-    return (rebuild(parts) if total else node), total
+            parts[name], inside = _replace(part)
+        found += inside
+    return (rebuild(parts) if found else node), found
 
 
 def _copy(node: Any, parts: dict[str, Any]) -> Any:

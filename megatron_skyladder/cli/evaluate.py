@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_skyladder import hugging_face
 from megatron_skyladder.errors import UsageError
 
 DESCRIPTION = """\
@@ -37,7 +38,7 @@ drawn as OUT/results.svg.
 
 def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     """Add the command to ``skyladder``."""
-    from megatron_skyladder.evaluation.tasks import PAPER
+    from megatron_skyladder.evaluation.tasks import BACKENDS, PAPER
 
     parser = subparsers.add_parser(
         "evaluate",
@@ -71,7 +72,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         help="ask all questions, instead of OLMES' at most 1,000 a task and 100 of RULER.",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N of each task.")
-    parser.add_argument("--backend", choices=("hf", "vllm"), default="hf", help="Default: hf.")
+    parser.add_argument("--backend", choices=BACKENDS, default="hf", help="Default: hf.")
     parser.add_argument("--batch-size", default="auto", metavar="N", help="Default: auto.")
     parser.add_argument("--device", default="cuda", help="Default: cuda.")
     parser.add_argument(
@@ -113,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     if args.prepare is not None:
         return _prepare(args)
     if args.table is not None:
+        hugging_face.require(("tabulate", "scipy"))
         from megatron_skyladder.evaluation import results
 
         found = [results.read(folder) for folder in _at_most_two(args.table, "--table")]
@@ -153,6 +155,14 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UsageError("no MODEL is given: one or two Hugging Face folders or checkpoints.")
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit {args.limit}: give at least 1 question.")
+    hugging_face.require((*hugging_face.NEEDED, "transformers", "lm_eval", "tabulate"))
+    import torch
+
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(
+            f"--device {args.device}: torch sees no CUDA device. Add --device cpu (slow: with "
+            "--limit, to try things out), or run where there is one."
+        )
     from megatron_skyladder.evaluation import run as evaluation
     from megatron_skyladder.evaluation.data import DataFolder
 
@@ -190,6 +200,7 @@ def _show(
 ) -> None:
     """Print the table, and keep it with its picture in a folder."""
     from megatron_skyladder.evaluation import picture, table
+    from megatron_skyladder.hugging_face.output import write_text
 
     rows = table.rows(models, args.paper)
     if not rows:
@@ -199,7 +210,7 @@ def _show(
         return
     out.mkdir(parents=True, exist_ok=True)
     content = table.as_json(rows, names, [each.asked for model in models for each in model])
-    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "results.json", json.dumps(content, indent=1) + "\n")
     try:
         picture.draw(out / "results.svg", rows, names, models)
     except ModuleNotFoundError as error:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.hugging_face.output import write_text
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
@@ -131,7 +131,7 @@ class DataFolder:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
-        _write_whole(path, "".join(lines))
+        write_text(path, "".join(lines))
         entry = Entry(
             path=name,
             task=task,
@@ -143,13 +143,13 @@ class DataFolder:
         )
         self.entries[name] = entry
         files = [asdict(self.entries[each]) for each in sorted(self.entries)]
-        _write_whole(
+        write_text(
             self.path / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n"
         )
         return entry
 
     def questions(self, name: str) -> list[Question]:
-        """Return the rows of a file of a standard task; errors as for `lines`."""
+        """Return the rows of a file of a standard task; errors as for `check`."""
         return [
             Question(
                 **{
@@ -162,11 +162,18 @@ class DataFolder:
         ]
 
     def prompts(self, name: str) -> list[Prompt]:
-        """Return the rows of a file of a generative task; errors as for `lines`."""
+        """Return the rows of a file of a generative task; errors as for `check`."""
         return [Prompt(**{**row, "answers": tuple(row["answers"])}) for row in self.lines(name)]
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """Return the rows of a file.
+        """Return the rows of a file; errors as for `check`."""
+        self.check(name)
+        # texts may hold other line ends than JSONL's
+        text = (self.path / name).read_bytes().decode("utf-8")
+        return [json.loads(line) for line in text.split("\n") if line]
+
+    def check(self, name: str) -> None:
+        """Make sure that a file is there as it was prepared.
 
         Raises:
             UsageError: it is not there, or not what was prepared.
@@ -178,18 +185,8 @@ class DataFolder:
         if not self.is_whole(name):
             what = "is not what was prepared (its hash differs)" if path.exists() else "is gone"
             raise UsageError(f"{path} {what}. Prepare it anew: {again}.")
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

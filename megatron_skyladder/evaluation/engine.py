@@ -25,7 +25,6 @@ from megatron_skyladder.evaluation.tasks import (
 )
 
 SCORE = "score"
-BACKENDS = ("hf", "vllm")
 
 
 class _Rows(Task):
@@ -160,7 +159,7 @@ def load(folder: Path, backend: str, *, max_length: int, batch_size: str, device
 
     Args:
         folder: weights and tokenizer.
-        backend: of ``BACKENDS``.
+        backend: of `tasks.BACKENDS`.
         max_length: tokens; longer input is cut on the left.
         batch_size: a number, or auto.
         device: cuda, cpu, ...

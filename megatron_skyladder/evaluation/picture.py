@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_skyladder.evaluation.results import Result
 from megatron_skyladder.evaluation.table import CAVEAT, Row
+from megatron_skyladder.hugging_face.output import write_text
 from megatron_skyladder.report import drawing
 
 _WIDTH = 0.38  # of a bar, where a task has two
@@ -17,10 +18,10 @@ _WIDTH = 0.38  # of a bar, where a task has two
 def draw(
     path: Path, table: Sequence[Row], names: Sequence[str], models: Sequence[Sequence[Result]]
 ) -> None:
-    """Write the picture; its format is that of the name's suffix.
+    """Write the picture.
 
     Args:
-        path: such as results.svg.
+        path: of an SVG file.
         table: the rows.
         names: of the models.
         models: their results, for the places of the answer in MDQA.
@@ -32,12 +33,9 @@ def draw(
     if places:
         _places(axes[1], places, names)
     figure.supxlabel(CAVEAT.split(":")[0] + ".", fontsize=8, color="#555555")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        figure.savefig(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    write_text(path, buffer.getvalue())
 
 
 def _bars(axis: Any, table: Sequence[Row], names: Sequence[str]) -> None:

@@ -7,13 +7,13 @@ written when its task is done, so that an interrupted evaluation goes on with th
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_skyladder.evaluation import scoring, significance
 from megatron_skyladder.evaluation.tasks import GENERATIVE, STANDARD
+from megatron_skyladder.hugging_face.output import write_text
 
 FOLDER = "results"
 
@@ -31,6 +31,7 @@ class Result:
         ids: of the questions.
         groups: their subjects or places.
         data: file -> sha256, of what was asked.
+        weights: tells the model from another under its name.
         seconds: that it took.
         versions: of what ran.
     """
@@ -43,6 +44,7 @@ class Result:
     ids: list[str]
     groups: list[str | None]
     data: dict[str, str]
+    weights: str
     seconds: float
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -85,12 +87,7 @@ def write(folder: Path, result: Result) -> None:
     """Keep a result in the folder of its model."""
     path = folder / result.file_name
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(asdict(result)) + "\n")
 
 
 def read(folder: Path) -> list[Result]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_skyladder.data.identity import digest
+from megatron_skyladder.data.sources import InputFile
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.evaluation import results, ruler
 from megatron_skyladder.evaluation.data import DataFolder
@@ -123,31 +125,42 @@ def exported(model: Path, out: Path) -> Path:
     return export(model, out / EXPORTED).folder
 
 
-def jobs(data: DataFolder, settings: Settings, tokenizer: str) -> Iterator[Job]:
-    """Yield the tasks that are wanted, in order.
+def jobs(
+    data: DataFolder, settings: Settings, tokenizer: str, report: Callable[[str], None]
+) -> list[Job]:
+    """Return the tasks that are wanted, in order; those of a suite as far as there is data.
+
+    Args:
+        data: what was prepared.
+        settings: what to ask.
+        tokenizer: of `ruler.tokenizer_hash`.
+        report: gets a line for each task of the suite long that was not prepared.
 
     Raises:
-        UsageError: the data for one of them was not prepared, or a name is unknown.
+        UsageError: the data for a task was not prepared, or a name is unknown.
     """
-    unknown = [name for name in settings.tasks if name not in (*SUITES, *STANDARD, *GENERATIVE)]
+    known = (*SUITES, *STANDARD, *GENERATIVE)
+    unknown = [name for name in settings.tasks if name not in known]
     if unknown:
-        known = ", ".join((*SUITES, *STANDARD, *GENERATIVE))
-        raise UsageError(f"--tasks {unknown[0]} is unknown. Choose of: {known}.")
-    for task in STANDARD:
-        if "standard" in settings.tasks or task in settings.tasks:
-            files = {each: f"standard/{task}.{each}.jsonl" for each in FORMULATIONS}
-            yield Job(task, None, files, STANDARD_TOKENS)
-    for name, task_ in GENERATIVE.items():
-        by_name = name in settings.tasks
-        if not (by_name or task_.suite in settings.tasks):
+        raise UsageError(f"--tasks {unknown[0]} is unknown. Choose of: {', '.join(known)}.")
+    found = []
+    for name in STANDARD:
+        if "standard" in settings.tasks or name in settings.tasks:
+            files = {each: f"standard/{name}.{each}.jsonl" for each in FORMULATIONS}
+            found.append(Job(name, None, files, STANDARD_TOKENS))
+    for name, task in GENERATIVE.items():
+        if not (name in settings.tasks or task.suite in settings.tasks):
             continue
         length = settings.length if name in RULER else None
-        file = f"long/{name}.jsonl"
-        if name in RULER:
-            file = ruler.file_name(name, settings.length, tokenizer)
-        if not by_name and file not in data.entries:
-            continue  # what could not be prepared; it is said where the table is printed
-        yield Job(name, length, {GENERATED: file}, settings.length)
+        file = ruler.file_name(name, length, tokenizer) if length else f"long/{name}.jsonl"
+        if name in settings.tasks or file in data.entries:
+            found.append(Job(name, length, {GENERATED: file}, settings.length))
+        else:  # not everything can be had everywhere
+            report(f"{task.title}: left out, as {data.path} has no {file}")
+    for job in found:
+        for file in job.files.values():
+            data.check(file)
+    return found
 
 
 def evaluate(
@@ -170,26 +183,32 @@ def evaluate(
     """
     go_offline()
     folder = exported(model, out)
-    todo = list(jobs(data, settings, ruler.tokenizer_hash(folder)))
+    weights = identity_of(folder)
+    todo = jobs(data, settings, ruler.tokenizer_hash(folder), report)
     done = {(each.task, each.length, each.asked): each for each in results.read(out)}
     loaded: tuple[int, Any] | None = None
     began, ran = time.monotonic(), 0
     for number, job in enumerate(todo, start=1):
         known = done.get((job.task, job.length, settings.asked))
-        if known is not None and known.data == _hashes(data, job):
+        if known is not None and (known.data, known.weights) == (_hashes(data, job), weights):
             report(f"{name}: {number}/{len(todo)} {_line(known)} (done before)")
             continue
         if loaded is None or loaded[0] != job.max_length:
             loaded = None  # frees the other one first
             loaded = job.max_length, _load(folder, job, settings)
-        result = _ask(name, job, data, settings, loaded[1])
+        result = _ask(name, job, data, settings, loaded[1], weights)
         results.write(out, result)
-        done[job.task, job.length, settings.asked] = result
         ran += 1
         left = (time.monotonic() - began) / ran * (len(todo) - number)
         more = f"; about {_minutes(left)} left" if number < len(todo) else ""
         report(f"{name}: {number}/{len(todo)} {_line(result)} ({_minutes(result.seconds)}{more})")
     return results.read(out)
+
+
+def identity_of(folder: Path) -> str:
+    """Return a short text that changes with a model's weights, settings or tokenizer."""
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")]
+    return digest([InputFile(path, path.name, "", path.stat().st_size) for path in paths])
 
 
 def _load(folder: Path, job: Job, settings: Settings) -> Any:
@@ -204,7 +223,9 @@ def _load(folder: Path, job: Job, settings: Settings) -> Any:
     )
 
 
-def _ask(name: str, job: Job, data: DataFolder, settings: Settings, model: Any) -> Result:
+def _ask(
+    name: str, job: Job, data: DataFolder, settings: Settings, model: Any, weights: str
+) -> Result:
     from megatron_skyladder.evaluation import engine
 
     began = time.monotonic()
@@ -229,15 +250,13 @@ def _ask(name: str, job: Job, data: DataFolder, settings: Settings, model: Any) 
         ids=[row.id for row in rows],
         groups=[row.group for row in rows],
         data=_hashes(data, job),
+        weights=weights,
         seconds=time.monotonic() - began,
         versions={each: _version(each) for each in ("lm_eval", "transformers", "torch")},
     )
 
 
 def _hashes(data: DataFolder, job: Job) -> dict[str, str]:
-    missing = [file for file in job.files.values() if file not in data.entries]
-    if missing:
-        data.lines(missing[0])  # says what is to be done
     return {file: data.entries[file].sha256 for file in job.files.values()}
 
 

@@ -61,8 +61,6 @@ def generated(text: str, answers: Sequence[str], metric: Metric) -> float:
             return found / len(answers)
         case Metric.BEST_SUBSPAN:
             return float(any(normalized(answer) in normalized(text) for answer in answers))
-        case Metric.EXACT_MATCH:
-            return float(any(normalized(answer) == normalized(text) for answer in answers))
 
 
 def normalized(text: str) -> str:

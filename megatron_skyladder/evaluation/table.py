@@ -24,6 +24,7 @@ class Row:
     Args:
         name: of the task, or standard, ruler.
         title: in the table.
+        length: tokens of RULER's rows; None elsewhere.
         scores: percent, one for each model.
         errors: their standard errors over questions.
         difference: of the second to the first; None for a single model.
@@ -34,6 +35,7 @@ class Row:
 
     name: str
     title: str
+    length: int | None
     scores: tuple[float, ...]
     errors: tuple[float, ...]
     difference: float | None
@@ -54,25 +56,41 @@ def rows(models: Sequence[Sequence[Result]], paper: str | None = None) -> list[R
     shared = [key for key in keyed[0] if all(key in other for other in keyed[1:])]
     pairs = [[model[key] for model in keyed] for key in shared]
     pairs = [pair for pair in pairs if len({tuple(each.ids) for each in pair}) == 1]
-    made = [_row(pair, figures.get(pair[0].task)) for pair in pairs]
+    kinds = list(dict.fromkeys(pair[0].asked for pair in pairs))
+    made: list[Row] = []
+    for kind in kinds:  # rows of one kind are alike; a mean over several would be none
+        suffix = f" ({kind})" if len(kinds) > 1 else ""
+        of_kind = [pair for pair in pairs if pair[0].asked == kind]
+        made += _with_means(
+            [_row(pair, figures.get(pair[0].task), suffix) for pair in of_kind], figures, suffix
+        )
+    return made
+
+
+def _with_means(made: list[Row], figures: dict[str, tuple[float, float]], suffix: str) -> list[Row]:
+    """Return the rows with the means of the standard tasks, and of RULER's at each length."""
     standard = [row for row in made if row.name in STANDARD]
     needles = [row for row in made if row.name in RULER]
+    others = [row for row in made if row not in (*standard, *needles)]
     if len(standard) > 1:
-        title = f"mean of {len(standard)}" + ("" if len(standard) == len(STANDARD) else " of 9")
-        figure = figures.get("standard") if len(standard) == len(STANDARD) else None
-        made.insert(len(standard), _mean("standard", title, standard, figure))
-    if len(needles) > 1:
-        title = f"RULER, mean of {len(needles)}"
-        figure = figures.get("ruler") if len(needles) == len(RULER) else None
-        made.insert(made.index(needles[-1]) + 1, _mean("ruler", title, needles, figure))
-    return made
+        whole = len(standard) == len(STANDARD)
+        title = f"mean of {len(standard)}{'' if whole else ' of 9'}{suffix}"
+        figure = figures.get("standard") if whole else None
+        standard = [*standard, _mean("standard", title, standard, figure)]
+    for length in dict.fromkeys(row.length for row in needles):
+        own = [row for row in needles if row.length == length]
+        if len(own) > 1:
+            figure = figures.get("ruler") if len(own) == len(RULER) else None
+            title = f"RULER {length:,}, mean of {len(own)}{suffix}"
+            needles.insert(needles.index(own[-1]) + 1, _mean("ruler", title, own, figure))
+    return [*standard, *needles, *others]
 
 
 def _key(result: Result) -> tuple[str, int | None, str]:
     return result.task, result.length, result.asked
 
 
-def _row(pair: Sequence[Result], paper: tuple[float, float] | None) -> Row:
+def _row(pair: Sequence[Result], paper: tuple[float, float] | None, suffix: str) -> Row:
     first = pair[0]
     difference = error = p = None
     if len(pair) == 2:
@@ -84,7 +102,8 @@ def _row(pair: Sequence[Result], paper: tuple[float, float] | None) -> Row:
             p = significance.mcnemar(one, other)
     return Row(
         name=first.task,
-        title=first.title,
+        title=f"{first.title}{suffix}",
+        length=first.length,
         scores=tuple(each.percent for each in pair),
         errors=tuple(each.error for each in pair),
         difference=difference,
@@ -104,6 +123,7 @@ def _mean(name: str, title: str, parts: Sequence[Row], paper: tuple[float, float
     return Row(
         name=name,
         title=title,
+        length=parts[0].length,
         scores=scores,
         errors=tuple(error_of([row.errors[i] for row in parts]) for i in range(count)),
         difference=scores[1] - scores[0] if paired else None,
@@ -117,29 +137,34 @@ def text(table: Sequence[Row], names: Sequence[str]) -> str:
     """Return the table for people."""
     from tabulate import tabulate
 
-    has_paper = any(row.paper for row in table)
-    headers = ["task", *names]
-    if len(names) == 2:
-        headers += ["difference", "McNemar's p"]
-    if has_paper:
-        headers += ["paper: constant", "SkyLadder"]
-    lines = [_cells(row, has_paper, len(names) == 2) for row in table]
-    drawn: str = tabulate(lines, headers, disable_numparse=True, colalign=("left",))
+    head, *lines = cells(table, names)
+    drawn: str = tabulate(lines, head, disable_numparse=True, colalign=("left",))
     return f"{drawn}\n\n{CAVEAT}"
 
 
+def cells(table: Sequence[Row], names: Sequence[str]) -> list[list[str]]:
+    """Return the table's texts, line by line, its head first."""
+    has_paper = any(row.paper for row in table)
+    head = ["task", *names]
+    if len(names) == 2:
+        head += ["difference", "McNemar's p"]
+    if has_paper:
+        head += ["paper: constant", "paper: SkyLadder"]
+    return [head, *(_cells(row, has_paper, len(names) == 2) for row in table)]
+
+
 def _cells(row: Row, has_paper: bool, paired: bool) -> list[str]:
-    cells = [row.title]
-    cells += [
+    line = [row.title]
+    line += [
         f"{score:.1f} ± {error:.1f}" for score, error in zip(row.scores, row.errors, strict=True)
     ]
     if paired:
         assert row.difference is not None and row.difference_error is not None
-        cells.append(f"{row.difference:+.1f} ± {row.difference_error:.1f}")
-        cells.append("" if row.p is None else f"{row.p:.2g}")
+        line.append(f"{row.difference:+.1f} ± {row.difference_error:.1f}")
+        line.append("" if row.p is None else f"{row.p:.2g}")
     if has_paper:
-        cells += [f"{value:.1f}" for value in row.paper] if row.paper else ["", ""]
-    return cells
+        line += [f"{value:.1f}" for value in row.paper] if row.paper else ["", ""]
+    return line
 
 
 def as_json(table: Sequence[Row], names: Sequence[str], asked: Sequence[str]) -> dict[str, Any]:
@@ -148,5 +173,6 @@ def as_json(table: Sequence[Row], names: Sequence[str], asked: Sequence[str]) ->
         "models": list(names),
         "asked": sorted({*asked}),
         "rows": [asdict(row) for row in table],
+        "cells": cells(table, names),
         "note": CAVEAT,
     }

@@ -29,7 +29,6 @@ class Metric(Enum):
 
     RECALL = "recall"  # share of the answers that occur in it
     BEST_SUBSPAN = "best subspan"  # whether any answer occurs in it, both normalised
-    EXACT_MATCH = "exact match"  # whether it is one of the answers, both normalised
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class GenerativeTask:
     Args:
         name: in files and flags.
         title: in tables.
-        suite: long or reading.
+        suite: of ``SUITES``.
         metric: how an answer is scored.
         max_new_tokens: after which generation ends.
         stop: texts at which it ends before.
@@ -97,6 +96,7 @@ GENERATIVE = {
 }
 RULER = ("niah_multikey_2", "niah_multikey_3", "niah_multivalue")
 SUITES = ("standard", "long")
+BACKENDS = ("hf", "vllm")
 
 # Tables 1 and 2 of the paper, percent: model -> row -> (constant window, SkyLadder). Where only the
 # averages are at hand there are only these; its RULER is the mean over the three tasks.

@@ -5,17 +5,21 @@ model, in a process of its own, to compare logits.
 """
 
 import importlib.util
+from collections.abc import Sequence
 
 NEEDED = ("torch", "safetensors")
 
 
-def require() -> None:
+def require(needed: Sequence[str] = NEEDED) -> None:
     """Say what is not installed, before an import fails.
+
+    Args:
+        needed: packages, by the names that are imported.
 
     Raises:
         ValueError: a package is missing.
     """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
             f"this needs {' and '.join(missing)}: pip install {' '.join(missing)}, or all that "

@@ -6,17 +6,14 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.megatron_lm import compat
 from megatron_skyladder.runtime.evaluation import (
     Sample,
     Taps,
-    announce,
     choose_sample,
-    report,
-    run,
+    losses_by_length,
+    shorter_lengths,
 )
 
 logger = logging.getLogger(__name__)
@@ -28,8 +25,7 @@ def with_lengths(original: Callable[..., Any]) -> Callable[..., Any]:
     def evaluate(
         forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        config = clock.current().config
-        windows = tuple(length for length in config.eval_lengths if length < config.seq_length)
+        windows = shorter_lengths(clock.current().config)
         iterations = kwargs.get("eval_iters")
         if iterations is None:
             iterations = compat.args().eval_iters
@@ -39,15 +35,7 @@ def with_lengths(original: Callable[..., Any]) -> Callable[..., Any]:
         losses, _, time_is_up = result
         if time_is_up or not iterations:
             return result
-        sample = taps.agree(planned, len(windows))
-        if sample is None:
-            logger.warning("no losses by length: a rank has seen no sequence in this validation")
-            return result
-        announce(taps.num_seen, sample, windows, config.seq_length)
-        pieces = run(model, taps.rows(sample), windows, sample)
-        if taps.plain_losses:  # the last pipeline stage
-            plain = torch.cat(taps.plain_losses)[: sample.num_rows]
-            losses.update(report(plain, pieces, windows, config.seq_length))
+        losses.update(losses_by_length(model, taps, planned, windows))
         return result
 
     return evaluate

@@ -29,6 +29,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_skyladder.ladder import clock, fragments
+from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.runtime import trainer
 from megatron_skyladder.runtime.document_mask import BATCH_KEYS
 
@@ -219,6 +220,38 @@ class Taps:
             _rebatch(recorder.kept, sample) if recorder is not None and recorder.kept else None
             for recorder in self._recorders
         ]
+
+
+def shorter_lengths(config: SkyLadderConfig) -> tuple[int, ...]:
+    """Return the context lengths that take passes of their own; the whole row takes none."""
+    return tuple(length for length in config.eval_lengths if length < config.seq_length)
+
+
+def losses_by_length(
+    model: list[Any], taps: Taps, planned: Sample, windows: tuple[int, ...]
+) -> dict[str, Any]:
+    """Run part of a validation again under each window; all ranks have to call this.
+
+    Args:
+        model: this rank's model chunks.
+        taps: what was kept of the validation.
+        planned: of `choose_sample`.
+        windows: of `shorter_lengths`.
+
+    Returns:
+        What the trainer is to report beside its own losses; empty but on the last pipeline stage.
+    """
+    sample = taps.agree(planned, len(windows))
+    if sample is None:
+        logger.warning("no losses by length: a rank has seen no sequence in this validation")
+        return {}
+    seq_length = trainer.current().seq_length
+    announce(taps.num_seen, sample, windows, seq_length)
+    pieces = run(model, taps.rows(sample), windows, sample)
+    if not taps.plain_losses:
+        return {}
+    plain = torch.cat(taps.plain_losses)[: sample.num_rows]
+    return report(plain, pieces, windows, seq_length)
 
 
 def _rebatch(batches: list[dict[str, Any]], sample: Sample) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from prepare_inputs import make_hf_folder, make_texts, write_json_lines
 from trained import BASE, GROUPS, PP2, TP2, UNTIED, Runs
 
 from megatron_skyladder.cli import main
+from megatron_skyladder.demo import generation
 from megatron_skyladder.testing import ProcessPool, requires_megatron
 
 pytestmark = requires_megatron
@@ -70,6 +71,9 @@ def test_from_text_to_the_table(
         folder = str(tmp_path / "exported" / name)
         assert main(["export-hf", str(checkpoint), folder]) == 0
         exported.append(folder)
+    assert generation.line_of(Path(exported[1])).startswith(
+        r"import os\n\ndef "
+    )  # as the demo does
     command = ["evaluate", *exported, "--data", data, "--out", out, "--device", "cpu"]
     command += ["--batch-size", "8", *words, "--paper", "1b-8k-cc-intradoc"]
     assert main([*command, "--limit", str(QUESTIONS), "--tasks", "arc_challenge"]) == 0
@@ -81,6 +85,7 @@ def test_from_text_to_the_table(
     print(both)
     table = json.loads((tmp_path / "scores/results.json").read_text())
     assert [row["name"] for row in table["rows"]] == ["niah_multikey_2"]
+    assert table["cells"][0][:3] == ["task", "constant", "ladder"]
     found = json.loads(
         (tmp_path / f"scores/ladder/results/arc_challenge.first{QUESTIONS}.json").read_text()
     )

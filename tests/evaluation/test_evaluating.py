@@ -11,14 +11,15 @@ import pytest
 import torch
 from prepare_inputs import make_hf_folder, make_texts
 from random_models import LLAMA, write_model
+from safetensors.torch import load_file, save_file
 
 from megatron_skyladder.cli import main
-from megatron_skyladder.evaluation import engine, results, run
+from megatron_skyladder.errors import UsageError
+from megatron_skyladder.evaluation import engine, run
 from megatron_skyladder.evaluation.data import DataFolder, Prompt, Question
 from megatron_skyladder.evaluation.run import Settings
 from megatron_skyladder.evaluation.tasks import (
     GENERATIVE,
-    STANDARD,
     UNCONDITIONAL_CONTEXT,
     Normalization,
 )
@@ -170,6 +171,38 @@ def test_an_evaluation_goes_on_where_it_was(
     assert len(last[0].ids) == 6 and "(done before)" not in lines[3]
 
 
+def test_another_model_under_the_same_name_is_asked_anew(
+    tmp_path: Path, folder: Path, data: DataFolder
+) -> None:
+    lines: list[str] = []
+    settings, out = replace(CPU, tasks=("arc_easy",)), tmp_path / "out"
+    run.evaluate("m", folder, out, data, settings, lines.append)
+    other = tmp_path / "other"
+    write_model(other, replace(LLAMA, vocab_size=300, max_positions=2048))
+    make_hf_folder(other)
+    weights = load_file(other / "model.safetensors")
+    save_file({k: v * 2 for k, v in weights.items()}, other / "model.safetensors")
+    run.evaluate("m", other, out, data, settings, lines.append)
+    run.evaluate("m", other, out, data, settings, lines.append)
+    assert ["(done before)" in line for line in lines] == [False, False, True]
+
+
+def test_what_is_left_out_is_said_and_what_is_missing_refused_before_anything_is_run(
+    folder: Path, data: DataFolder
+) -> None:
+    lines: list[str] = []
+    found = run.jobs(data, replace(CPU, tasks=("arc_easy", "long")), "00000000", lines.append)
+    assert [job.task for job in found] == ["arc_easy"]
+    assert [line.split(":")[0] for line in lines] == [
+        "RULER MK-2",
+        "RULER MK-3",
+        "RULER MV",
+        "MDQA, 30 documents",
+    ]
+    with pytest.raises(UsageError, match=r"has no standard/arc_challenge"):
+        run.jobs(data, replace(CPU, tasks=("standard",)), "00000000", lines.append)
+
+
 def test_the_command(
     tmp_path: Path, folder: Path, data: DataFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,12 +236,8 @@ def test_what_is_wrong_is_said_in_one_line(
         ([str(folder), *here, "--tasks", "hellaswag"], "has no standard/hellaswag.cf.jsonl"),
         ([str(folder), *here, "--tasks", "helaswag"], "--tasks helaswag is unknown"),
         ([str(folder), *here, "--limit", "0"], "at least 1 question"),
+        ([str(folder), *here, "--device", "cuda"], "torch sees no CUDA device"),
         (["--table", str(tmp_path)], "has no results"),
     ):
         assert main(["evaluate", *words]) == 1, words
         assert message in capsys.readouterr().err
-
-
-def test_results_of_nothing(tmp_path: Path) -> None:
-    assert results.read(tmp_path) == []
-    assert set(STANDARD) >= {"arc_easy", "mmlu"}

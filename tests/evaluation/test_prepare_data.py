@@ -12,7 +12,7 @@ from prepare_inputs import make_hf_folder as write_tokenizer
 from megatron_skyladder.cli import main
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.evaluation import mdqa, prepare, ruler
-from megatron_skyladder.evaluation.data import DataFolder
+from megatron_skyladder.evaluation.data import DataFolder, Question
 from megatron_skyladder.evaluation.prepare import Wanted
 
 
@@ -66,6 +66,14 @@ def test_what_was_changed_or_is_missing_is_refused(tmp_path: Path, ai2: Path) ->
     (tmp_path / "MANIFEST.json").write_text("{}")
     with pytest.raises(UsageError, match="is no manifest"):
         DataFolder(tmp_path)
+
+
+def test_texts_may_hold_other_line_ends(tmp_path: Path) -> None:
+    """Python's splitlines ends a line at each of these, JSON does not."""
+    text = "one\u2028two\x85three\x0bfour\r\nfive"
+    rows = [Question("0", (text,), (" a", f" {text}"), 1), Question("1", ("q",), (" b",), 0)]
+    DataFolder(tmp_path).write("standard/piqa.cf.jsonl", "piqa", rows, "made up")
+    assert DataFolder(tmp_path).questions("standard/piqa.cf.jsonl") == rows
 
 
 def test_names_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
