@@ -10,16 +10,16 @@ from collections.abc import Sequence
 NEEDED = ("torch", "safetensors")
 
 
-def require(needed: Sequence[str] = NEEDED) -> None:
+def require(needed: Sequence[str] | None = None) -> None:
     """Say what is not installed, before an import fails.
 
     Args:
-        needed: packages, by the names that are imported.
+        needed: packages, by the names that are imported; ``NEEDED`` unless given.
 
     Raises:
         ValueError: a package is missing.
     """
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    missing = [name for name in needed or NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
             f"this needs {' and '.join(missing)}: pip install {' '.join(missing)}, or all that "
