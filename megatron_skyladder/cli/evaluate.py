@@ -117,10 +117,7 @@ def run(args: argparse.Namespace) -> int:
         hugging_face.require(("tabulate", "scipy"))
         from megatron_skyladder.evaluation import results
 
-        found = [results.read(folder) for folder in _at_most_two(args.table, "--table")]
-        for folder, each in zip(args.table, found, strict=True):
-            if not each:
-                raise UsageError(f"{folder} has no results. Give the folder of a model in OUT.")
+        found = [results.of_one_model(folder) for folder in _at_most_two(args.table, "--table")]
         _show(found, [folder.name for folder in args.table], args, args.out)
         return 0
     return _evaluate(args)
@@ -202,6 +199,8 @@ def _show(
     from megatron_skyladder.evaluation import picture, table
     from megatron_skyladder.hugging_face.output import write_text
 
+    for title in table.asked_differently(models):
+        print(f"{title}: not compared, as the two models were asked different questions")
     rows = table.rows(models, args.paper)
     if not rows:
         raise UsageError("the two models have no task in common, asked in the same way.")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_skyladder.errors import UsageError
 from megatron_skyladder.evaluation import scoring, significance
 from megatron_skyladder.evaluation.tasks import GENERATIVE, STANDARD
 from megatron_skyladder.hugging_face.output import write_text
@@ -91,10 +92,40 @@ def write(folder: Path, result: Result) -> None:
 
 
 def read(folder: Path) -> list[Result]:
-    """Return the results in the folder of a model, in the order of the tasks."""
+    """Return the results in the folder of a model, in the order of the tasks.
+
+    Raises:
+        UsageError: one cannot be read.
+    """
     order = [*STANDARD, *GENERATIVE]
-    found = [
-        Result(**json.loads(path.read_text(encoding="utf-8")))
-        for path in sorted((folder / FOLDER).glob("*.json"))
-    ]
+    found = []
+    for path in sorted((folder / FOLDER).glob("*.json")):
+        try:
+            found.append(Result(**json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError) as error:
+            raise UsageError(
+                f"{path} is no result of this version ({error}). Remove it; skyladder evaluate "
+                "asks its task again."
+            ) from None
     return sorted(found, key=lambda each: (order.index(each.task), each.length or 0, each.asked))
+
+
+def of_one_model(folder: Path) -> list[Result]:
+    """Return the results in a folder that has those of one model alone.
+
+    Raises:
+        UsageError: there is none, one cannot be read, or they are of several models.
+    """
+    found = read(folder)
+    if not found:
+        raise UsageError(f"{folder} has no results. Give the folder of a model in OUT.")
+    files: dict[str, list[str]] = {}
+    for each in found:
+        files.setdefault(each.weights, []).append(Path(each.file_name).name)
+    if len(files) > 1:
+        groups = "; ".join(", ".join(names) for names in files.values())
+        raise UsageError(
+            f"{folder / FOLDER} has results of {len(files)} models: {groups}. Move all but those "
+            "of one model elsewhere."
+        )
+    return found

@@ -171,7 +171,7 @@ def evaluate(
     settings: Settings,
     report: Callable[[str], None],
 ) -> list[Result]:
-    """Evaluate one model on all tasks that are not done yet; return all results.
+    """Evaluate one model on all tasks that are not done yet; return all results of this model.
 
     Args:
         name: of the model, in tables.
@@ -202,12 +202,19 @@ def evaluate(
         left = (time.monotonic() - began) / ran * (len(todo) - number)
         more = f"; about {_minutes(left)} left" if number < len(todo) else ""
         report(f"{name}: {number}/{len(todo)} {_line(result)} ({_minutes(result.seconds)}{more})")
-    return results.read(out)
+    return [each for each in results.read(out) if each.weights == weights]
 
 
 def identity_of(folder: Path) -> str:
-    """Return a short text that changes with a model's weights, settings or tokenizer."""
-    paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")]
+    """Return a short text that changes with a model's weights, settings or tokenizer.
+
+    Small files are read whole, of large ones a sample.
+    """
+    paths = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix != ".md" and not path.name.startswith(".")
+    ]
     return digest([InputFile(path, path.name, "", path.stat().st_size) for path in paths])
 
 

@@ -48,14 +48,12 @@ def rows(models: Sequence[Sequence[Result]], paper: str | None = None) -> list[R
     """Return the rows of one model's results, or of two models' on the same questions.
 
     Args:
-        models: the results of each; tasks that only one of two has are left out.
+        models: the results of each; tasks that only one of two has are left out, and those of
+            `asked_differently`.
         paper: a key of ``PAPER``.
     """
     figures = PAPER.get(paper or "", {})
-    keyed = [{_key(each): each for each in model} for model in models]
-    shared = [key for key in keyed[0] if all(key in other for other in keyed[1:])]
-    pairs = [[model[key] for model in keyed] for key in shared]
-    pairs = [pair for pair in pairs if len({tuple(each.ids) for each in pair}) == 1]
+    pairs = [pair for pair in _shared(models) if _asked_alike(pair)]
     kinds = list(dict.fromkeys(pair[0].asked for pair in pairs))
     made: list[Row] = []
     for kind in kinds:  # rows of one kind are alike; a mean over several would be none
@@ -65,6 +63,21 @@ def rows(models: Sequence[Sequence[Result]], paper: str | None = None) -> list[R
             [_row(pair, figures.get(pair[0].task), suffix) for pair in of_kind], figures, suffix
         )
     return made
+
+
+def asked_differently(models: Sequence[Sequence[Result]]) -> list[str]:
+    """Return the titles of tasks that both models have, with other questions or other prompts."""
+    return [pair[0].title for pair in _shared(models) if not _asked_alike(pair)]
+
+
+def _shared(models: Sequence[Sequence[Result]]) -> list[list[Result]]:
+    keyed = [{_key(each): each for each in model} for model in models]
+    shared = [key for key in keyed[0] if all(key in other for other in keyed[1:])]
+    return [[model[key] for model in keyed] for key in shared]
+
+
+def _asked_alike(pair: Sequence[Result]) -> bool:
+    return all((each.ids, each.data) == (pair[0].ids, pair[0].data) for each in pair)
 
 
 def _with_means(made: list[Row], figures: dict[str, tuple[float, float]], suffix: str) -> list[Row]:

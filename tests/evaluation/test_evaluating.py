@@ -172,10 +172,12 @@ def test_an_evaluation_goes_on_where_it_was(
 
 
 def test_another_model_under_the_same_name_is_asked_anew(
-    tmp_path: Path, folder: Path, data: DataFolder
+    tmp_path: Path, folder: Path, data: DataFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And what the first one answered elsewhere is not taken for the other's."""
     lines: list[str] = []
     settings, out = replace(CPU, tasks=("arc_easy",)), tmp_path / "out"
+    run.evaluate("m", folder, out, data, replace(CPU, tasks=("piqa",)), [].append)
     run.evaluate("m", folder, out, data, settings, lines.append)
     other = tmp_path / "other"
     write_model(other, replace(LLAMA, vocab_size=300, max_positions=2048))
@@ -183,8 +185,26 @@ def test_another_model_under_the_same_name_is_asked_anew(
     weights = load_file(other / "model.safetensors")
     save_file({k: v * 2 for k, v in weights.items()}, other / "model.safetensors")
     run.evaluate("m", other, out, data, settings, lines.append)
-    run.evaluate("m", other, out, data, settings, lines.append)
+    found = run.evaluate("m", other, out, data, settings, lines.append)
     assert ["(done before)" in line for line in lines] == [False, False, True]
+    assert [each.task for each in found] == ["arc_easy"]
+    assert main(["evaluate", "--table", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "results of 2 models: arc_easy.sampled.json; piqa.sampled.json. Move" in error
+    (out / "results/piqa.sampled.json").write_text('{"model": "m"}')
+    assert main(["evaluate", "--table", str(out)]) == 1
+    assert "piqa.sampled.json is no result of this version" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "pytorch_model.bin", "config.json"])
+def test_every_file_that_matters_tells_a_model_from_another(tmp_path: Path, name: str) -> None:
+    (tmp_path / "README.md").write_text("of today")
+    (tmp_path / name).write_text("one")
+    before = run.identity_of(tmp_path)
+    (tmp_path / "README.md").write_text("of tomorrow")
+    assert run.identity_of(tmp_path) == before
+    (tmp_path / name).write_text("two")
+    assert run.identity_of(tmp_path) != before
 
 
 def test_what_is_left_out_is_said_and_what_is_missing_refused_before_anything_is_run(

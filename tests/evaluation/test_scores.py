@@ -142,6 +142,19 @@ def test_only_the_same_questions_are_compared() -> None:
     other = result("b", "piqa", [1, 0], [0, 0], ids=["7", "8"])
     assert table.rows([[first], [other]]) == []
     assert len(table.rows([[first]])) == 1
+    assert table.asked_differently([[first], [other]]) == ["PIQA"]
+
+
+def test_the_same_needles_under_another_tokenizer_are_not_compared() -> None:
+    """Numbered alike, but the texts around them are others."""
+    name = "niah_multikey_2"
+    one, other = (
+        result("a", name, [1, 0], [0, 0], length=4096, data={f"long/{name}.4096.{tokenizer}": "0"})
+        for tokenizer in ("11111111", "22222222")
+    )
+    assert table.rows([[one], [other]]) == []
+    assert table.asked_differently([[one], [other]]) == ["RULER MK-2 4,096"]
+    assert table.asked_differently([[one], [one]]) == []
 
 
 def test_the_papers_averages_are_the_means_of_its_tasks() -> None:
