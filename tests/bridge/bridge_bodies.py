@@ -34,9 +34,7 @@ def make_data(prefix: Path, eod: int = EOD) -> Path:
     return prefix
 
 
-def bridge_config(
-    folder: str,
-    data: str,
+def bridge_model(
     *,
     tp: int = 1,
     pp: int = 1,
@@ -44,33 +42,18 @@ def bridge_config(
     cp: int = 1,
     sp: bool = False,
     recompute: bool = False,
-    distributed_optimizer: bool = True,
-    iterations: int = ITERATIONS,
-    samples: int | None = None,
-    weights: str | None = None,
-    load: str | None = None,
-    save_interval: int | None = None,
-    exit_interval: int | None = None,
-    tensorboard: bool = False,
-    log_interval: int = 1,
-    eval_iterations: int = 1,
     te: bool = False,
 ) -> Any:
-    """Return Bridge's configuration of the model, in fp32 and without a GPU.
-
-    With ``te`` it has Bridge's own layers, of Transformer Engine.
-    """
+    """Return the model's provider; with ``te`` it has Bridge's own layers."""
     import torch
     from megatron.bridge.models.gpt_provider import (
         GPTModelProvider,
         default_layer_spec,
         local_layer_spec,
     )
-    from megatron.bridge.recipes.common import _pretrain_common
     from megatron.core.transformer.enums import AttnBackend
 
-    cfg = _pretrain_common()
-    cfg.model = GPTModelProvider(
+    model = GPTModelProvider(
         num_layers=LAYERS,
         hidden_size=64,
         num_attention_heads=4,
@@ -101,7 +84,6 @@ def bridge_config(
         make_vocab_size_divisible_by=1,  # or tensor parallelism pads to another softmax
         **dict.fromkeys(NO_FUSIONS, False),
     )
-    model = cfg.model
     if te:
         model.attention_backend = AttnBackend.unfused  # TE's own attention in PyTorch
     if vpp:
@@ -109,6 +91,35 @@ def bridge_config(
     if recompute:
         model.recompute_granularity, model.recompute_method = "full", "uniform"
         model.recompute_num_layers = 1
+    return model
+
+
+def bridge_config(
+    folder: str,
+    data: str,
+    *,
+    distributed_optimizer: bool = True,
+    iterations: int = ITERATIONS,
+    samples: int | None = None,
+    weights: str | None = None,
+    load: str | None = None,
+    save_interval: int | None = None,
+    exit_interval: int | None = None,
+    tensorboard: bool = False,
+    log_interval: int = 1,
+    eval_iterations: int = 1,
+    **layout: Any,
+) -> Any:
+    """Return Bridge's configuration of the model, in fp32 and without a GPU.
+
+    Args:
+        layout: of `bridge_model`.
+    """
+    import torch
+    from megatron.bridge.recipes.common import _pretrain_common
+
+    cfg = _pretrain_common()
+    cfg.model = bridge_model(**layout)
     cfg.mixed_precision = None
     cfg.tokenizer.tokenizer_type, cfg.tokenizer.tokenizer_model = "NullTokenizer", None
     cfg.tokenizer.vocab_size = VOCAB
