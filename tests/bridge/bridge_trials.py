@@ -119,3 +119,28 @@ def train_with_wandb(folder: str, data: str, ladder: dict[str, Any], **options: 
     cfg.logger.wandb_save_dir = folder
     applied = skyladder.apply(cfg, **ladder)
     pretrain(cfg, applied.forward_step, callbacks=[*applied.callbacks, Summary()])
+
+
+def train_with_mlflow(folder: str, data: str, ladder: dict[str, Any], **options: Any) -> None:
+    """Train with MLflow switched on, in a folder, and note every metric that it kept."""
+    from megatron.bridge.training.pretrain import pretrain
+
+    from megatron_skyladder import megatron_bridge as skyladder
+
+    cfg = bridge_config(folder, data, **options)
+    cfg.logger.mlflow_experiment, cfg.logger.mlflow_run_name = "skyladder", "test"
+    cfg.logger.mlflow_tracking_uri = f"file://{folder}/mlflow"
+    applied = skyladder.apply(cfg, **ladder)
+    pretrain(cfg, applied.forward_step, callbacks=applied.callbacks)
+    import mlflow
+
+    client = mlflow.MlflowClient(cfg.logger.mlflow_tracking_uri)
+    experiment = client.get_experiment_by_name("skyladder")
+    (run,) = client.search_runs([experiment.experiment_id])
+    kept = {
+        name: {
+            point.step: point.value for point in client.get_metric_history(run.info.run_id, name)
+        }
+        for name in run.data.metrics
+    }
+    Path(folder, "facts.json").write_text(json.dumps(kept))

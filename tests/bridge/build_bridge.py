@@ -31,7 +31,7 @@ WITHOUT_DEPENDENCIES = ("megatron-bridge==0.6.2", "megatron-energon==7.4.1")
 NEEDED_AT_IMPORT = (
     *("nvidia-modelopt==0.47.0", "hydra-core>=1.3.4,<1.4", "einops", "tensorboard", "datasets"),
     *("diffusers", "webdataset", "multi-storage-client", "pillow", "filetype", "braceexpand"),
-    "rapidyaml",
+    *("rapidyaml", "mlflow-skinny==3.17.2"),
 )
 STAMP = "bridge-environment.json"
 BASE_FACTS = """

@@ -75,6 +75,23 @@ def test_weights_and_biases_get_the_same(runs: BridgeRuns) -> None:
         assert logged[name] == pytest.approx(last[name], rel=1e-5)
 
 
+def test_mlflow_gets_every_step(runs: BridgeRuns) -> None:
+    """Under names without slashes, which are what Bridge writes there."""
+    run = runs.start(
+        "train_with_mlflow",
+        body_module="bridge_trials",
+        ladder=LADDER,
+        weights=str(runs.weights),
+        environment={"MLFLOW_ALLOW_FILE_STORE": "true"},
+    )
+    printed, kept = console(run), run.facts()
+    assert len(printed) == 8
+    for metric in METRICS:
+        values = {int(step): value for step, value in kept[f"skyladder_{metric}"].items()}
+        expected = {step: line[f"skyladder/{metric}"] for step, line in printed.items()}
+        assert values == pytest.approx(expected, rel=1e-5)
+
+
 def test_bridge_counts_the_attention_that_is_left(runs: BridgeRuns) -> None:
     """Sum of l^2 over fragments: with a window of w alone, every sequence has L / w of them."""
     run = runs.bridge(2, pp=2, ladder={"schedule": "constant", "final_window": 8})
