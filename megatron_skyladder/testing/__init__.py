@@ -16,6 +16,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 LOG_TAIL_LINES = 40
+_PORTS = range(20_000, 32_000)
 
 requires_megatron = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None
@@ -108,7 +110,7 @@ class ProcessPool:
             "folder": str(folder),
             "environment": dict(environment or {}),
             "path": [*self._python_path, *(entry for entry in sys.path if entry)],
-            "port": _free_port(),
+            "port": free_port(),
             "timeout_seconds": timeout_seconds,
         }
         server = self._running_server()
@@ -208,7 +210,17 @@ def megatron_dense_mask(
     return ~visible.view(num_rows, 1, seq_length, seq_length)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(num_behind: int = 0) -> int:
+    """Return a port that is free, for a process that listens there some seconds later.
+
+    It is below those that the system gives to whoever asks for any (from 32,768 on under Linux), or
+    another run's sockets might take it in the meantime.
+
+    Args:
+        num_behind: how many ports after it are wanted too; these are not tried.
+    """
+    while True:
+        port = secrets.choice(_PORTS[: len(_PORTS) - num_behind])
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -17,6 +17,7 @@ from test_bridge_examples import NO_FILES
 from megatron_skyladder.report.runlog import read_run
 from megatron_skyladder.slurm.attempts import RunFolder
 from megatron_skyladder.slurm.settings import BRIDGE_ENTRY, Environment, Settings
+from megatron_skyladder.testing import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = f"{REPOSITORY / 'tests' / 'bridge' / 'own_recipe.py'}:pretrain_1b_8k"
@@ -41,7 +42,7 @@ def start(run: RunFolder, attempt: int, steps: int) -> subprocess.Popen[bytes]:
         "OMP_NUM_THREADS": "1",
         "SKYLADDER_ATTEMPT_DIR": str(folder),
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(21_000 + os.getpid() % 10_000),
+        "MASTER_PORT": str(free_port()),
     }
     words = [sys.executable, "-m", "megatron_skyladder.slurm.node", str(run.path)]
     return subprocess.Popen(words, env=environment)

@@ -17,12 +17,13 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from megatron_skyladder.testing import free_port
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "shellcheck", "unshare", "nsenter")
 NODES = ("node0", "node1")
@@ -229,7 +230,7 @@ class _Network:
         self._prefix = f"sl{os.getpid() % 100_000}"
         self._subnet = f"10.77.{number}"
         self.separate = False
-        self.port = _free_ports()
+        self.port = free_port(num_behind=220)
 
     def address(self, name: str) -> str:
         """Return the address of a node or of ``ctl``."""
@@ -346,16 +347,6 @@ def _ip(words: str, check: bool = True) -> int:
     done = subprocess.run(["ip", *words.split()], capture_output=True, text=True)
     assert not check or done.returncode == 0, f"ip {words}: {done.stderr}"
     return done.returncode
-
-
-def _free_ports() -> int:
-    """Return a port that is free, with 220 unlikely to be taken behind it."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port < 65_000:
-            return port
 
 
 def _end(pid: int, root: Path) -> None:

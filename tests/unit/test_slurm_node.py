@@ -16,6 +16,7 @@ import pytest
 from megatron_skyladder.slurm import node
 from megatron_skyladder.slurm.attempts import RunFolder
 from megatron_skyladder.slurm.settings import Environment, Settings
+from megatron_skyladder.testing import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = 120
@@ -74,7 +75,7 @@ class Ranks:
             str(self.run.path), ("--lr", "1"), str(self.script), 1, ranks, 0, {}, Environment()
         )
         (self.run.path / "settings.json").write_text(settings.to_json())
-        self.environment["MASTER_PORT"] = str(20_000 + os.getpid() % 10_000)
+        self.environment["MASTER_PORT"] = str(free_port())
         return self.start("node", str(self.run.path))
 
     def log(self, rank: int = 0) -> str:
