@@ -9,6 +9,9 @@ import os
 import sys
 from typing import Any
 
+from megatron_skyladder import __version__
+from megatron_skyladder.cli import completion
+
 # Listed by name and imported on use: --help must not wait for numpy, let alone for Megatron.
 COMMANDS = {
     "demo": "pretrain a small model twice on this machine: constant window and SkyLadder",
@@ -25,6 +28,7 @@ COMMANDS = {
     "doctor": "what is installed, how SkyLadder would enter, what does not fit and what to do",
     "patch": "put SkyLadder into a Megatron-LM checkout, by lines that are only inserted",
     "report": "what runs did, from their logs: one HTML page and pictures",
+    "completion": "tab completion for bash, zsh and fish",
 }
 
 
@@ -44,6 +48,7 @@ skyladder COMMAND --help explains a command, with examples.
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 done, 1 failed, 2 wrong usage."""
     arguments = sys.argv[1:] if argv is None else argv
+    completing = "_ARGCOMPLETE" in os.environ  # a shell asks what may follow the cursor
     parser = argparse.ArgumentParser(
         prog="skyladder",
         usage="skyladder COMMAND ...",
@@ -52,10 +57,12 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"megatron-skyladder {__version__}")
     subparsers = parser.add_subparsers(
         dest="command", metavar="COMMAND", title="commands", prog="skyladder"
     )
-    named = next((word for word in arguments if not word.startswith("-")), None)
+    words = completion.words_before_cursor() if completing else arguments
+    named = next((word for word in words if not word.startswith("-")), None)
     command = parser
     take = None
     for name, help_text in COMMANDS.items():
@@ -66,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
             take = getattr(module, "take", None)  # takes a pasted launch out of the words
         else:
             subparsers.add_parser(name, help=help_text)
+    if completing:
+        completion.answer(parser)
     taken: dict[str, Any] = {}
     if take is not None and named is not None:
         behind = arguments.index(named) + 1
