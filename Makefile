@@ -14,7 +14,7 @@ SLOW := examples engine slurm_node benchmarks weights spec flag_rules costs
 SLURM_TOOLS := munged slurmctld slurmd sbatch shellcheck ip
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client shellcheck iproute2
 
-.PHONY: help install demo test test-quick test-releases test-te test-slurm test-bridge test-evaluate bench check format lint types clean
+.PHONY: help install demo newcomer test test-quick test-releases test-te test-slurm test-bridge test-evaluate bench check format lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ $(READY): setup.py pyproject.toml constraints.txt tools/find_python.sh
 
 demo: $(READY)  ## pretrain a small model twice, constant window and SkyLadder; table and plot
 	SKYLADDER_DEVICE=cpu $(BIN)/skyladder demo --output demo
+
+newcomer:  ## the base install on Python 3.10 to 3.13: the first commands, each under two seconds
+	tools/newcomer.sh
 
 test: $(READY)  ## the whole suite
 	$(PYTEST)
