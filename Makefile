@@ -50,7 +50,7 @@ test-main: $(READY)  ## MEGATRON=a checkout of Megatron's main: what moved, and 
 	folder=$$(mktemp -d) && ln -s $(abspath $(MEGATRON)) $$folder/main && \
 	  SKYLADDER_MEGATRON_CHECKOUTS=$$folder $(PYTEST) tests/releases -k main
 
-test-te: $(READY)  ## Transformer Engine, flash-attn and varlen with CPU stand-ins (builds TE once)
+test-te: $(READY)  ## Transformer Engine, flash-attn and varlen with CPU stubs (builds TE once)
 	$(BIN)/python tests/te/build_te.py --python $(BIN)/python --venv .venv-te
 	SKYLADDER_BRIDGE_PACKAGES=$(wildcard .venv-bridge/lib/python3.12/site-packages) \
 	  PYTHONPATH=. .venv-te/bin/python -m pytest tests/te

@@ -90,7 +90,7 @@ def _page(report: Report, found: Pasted, *, details: bool) -> str:
         parts += [
             ("Installed", report.installed),
             ("A run here", report.run),
-            ("Ways in", report.ways),
+            ("Integrations", report.integrations),
             ("Notes", {str(n): text for n, text in enumerate(report.notes, 1)}),
         ]
     lines = [*_verdict(report, found), ""]

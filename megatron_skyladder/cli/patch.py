@@ -19,8 +19,8 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "patch",
         help=help_text,
         description="Insert the lines that give a Megatron-LM checkout the --skyladder-* flags. "
-        "No line is changed or deleted; without one of the flags the checkout trains as before, "
-        f"to the bit. Each inserted line ends in '{MARK}'. The patched scripts need this package "
+        "No line is changed or deleted; without one of the flags training is bit-identical to "
+        f"before. Each inserted line ends in '{MARK}'. The patched scripts need this package "
         "to be importable.",
     )
     parser.add_argument(

@@ -118,7 +118,7 @@ def find_inputs(inputs: Iterable[str], input_format: str | None = None) -> list[
         input_format: one of FORMATS for all files; None goes by their names.
 
     Raises:
-        ValueError: nothing is there, or a format cannot be told from a name.
+        ValueError: nothing is there, or a name tells no format.
     """
     files: list[InputFile] = []
     for given in inputs:

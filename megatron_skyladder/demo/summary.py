@@ -137,8 +137,8 @@ def plot(constant: Outcome, ladder: Outcome, path: Path) -> None:
         _draw(outcome, window, by_tokens, by_time, by_length)
     tokens = "training tokens (thousands)"
     _label(window, "Attention window", tokens, "tokens a query may see")
-    _label(by_tokens, "Training loss, its own window in sight", tokens, "loss (nats)")
-    _label(by_time, "Validation loss, whole rows in sight", "training time (s)", "loss (nats)")
+    _label(by_tokens, "Training loss, within its window", tokens, "loss (nats)")
+    _label(by_time, "Validation loss, whole sequences visible", "training time (s)", "loss (nats)")
     _label(by_length, "After the last step", "validation context (tokens)", "loss (nats)")
     by_length.set_xscale("log", base=2)
     lengths = list(constant.loss_by_length())

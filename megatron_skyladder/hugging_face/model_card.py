@@ -19,7 +19,7 @@ class Ladder:
 
     Args:
         schedule: in words, None where the run had none.
-        window: tokens, of the next step; None where it cannot be told.
+        window: tokens, of the next step; None where it is not known.
         seq_length: tokens in a sequence.
     """
 
@@ -29,7 +29,7 @@ class Ladder:
 
     @property
     def is_finished(self) -> bool | None:
-        """Whether attention had reached whole sequences; None where it cannot be told."""
+        """Whether attention had reached whole sequences; None where it is not known."""
         if self.schedule is None:
             return True
         return None if self.window is None else self.window >= self.seq_length

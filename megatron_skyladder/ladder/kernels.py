@@ -3,7 +3,7 @@
 Facts only, for whoever has neither torch nor a GPU (flags, plan, doctor); the code that calls them
 is in `attention.backends`, one file each.
 
-Three kinds of call are told apart, because kernels differ in them:
+There are three kinds of call, because kernels differ in them:
 
 * FULL: the whole sequence, causal, no documents, no context parallelism: stock Megatron's own call;
 * WINDOWS: equal windows of each sequence;

@@ -30,7 +30,7 @@ class Refusal:
         value: returns what is set there, or a false value where that is fine.
         why: the reason, as the second half of a sentence.
         do: what to do instead.
-        finished: whether it can only be told once Bridge has finished the configuration.
+        finished: whether it is known only once Bridge has finished the configuration.
     """
 
     setting: str

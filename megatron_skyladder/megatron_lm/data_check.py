@@ -1,4 +1,4 @@
-"""At start-up, whether the documents of a run's data can be told apart; see `data_files`."""
+"""At start-up, whether the documents of a run's data can be separated; see `data_files`."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Nothing else asks for a version.
 
-Standard library only, and Megatron is found without being imported: what is said here has to be
-sayable where Megatron does not even load.
+Standard library only, and Megatron is found without being imported, so that this works where
+Megatron does not even load.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def accept_old_checkpoints() -> None:
     """Let Megatron's loaders take checkpoints in which early versions left parsed numbers.
 
     They hold ``Fraction`` and `megatron_skyladder.schedules.Stage` among Megatron's arguments, and
-    most releases load with ``weights_only``, which takes no class that it was not told of.
+    most releases load with ``weights_only``, which takes no class that is not on its list.
     """
     from torch.serialization import add_safe_globals
 

@@ -47,14 +47,14 @@ class Report:
     Args:
         installed: part -> version, or what is wrong with it.
         run: how a training run on this machine would be set up.
-        ways: way in -> whether and how it can be used.
+        integrations: each one -> whether and how it can be used.
         problems: what does not fit and what to do, one sentence or two each.
         notes: what is accepted, with something to know.
     """
 
     installed: dict[str, str] = field(default_factory=dict)
     run: dict[str, str] = field(default_factory=dict)
-    ways: dict[str, str] = field(default_factory=dict)
+    integrations: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -103,7 +103,7 @@ def examine(flags: argparse.Namespace, pasted: Pasted) -> Report:
     report.run["flags"] = " ".join(launch_flags) or "none given"
     for unknown in pasted.unknown:
         report.problems.append(pasted.launch.at(unknown.flag) + str(unknown))
-    report.try_to(lambda: _way_in_and_schedule(report, flags, pasted), "the schedule")
+    report.try_to(lambda: _integration_and_schedule(report, flags, pasted), "the schedule")
     report.try_to(lambda: _script(report, flags, pasted.launch), "the script")
     report.notes += [*verdict.noted(pasted.findings), *verdict.harmless(pasted.findings)]
     report.notes += pasted.notes
@@ -155,7 +155,7 @@ def _megatron(report: Report) -> None:
     if here is not None and here.folder not in (found.folder, *(each.folder for each in others)):
         text += f"; scripts in this folder import its own {here.version}: ask with PYTHONPATH=."
     report.installed["megatron"] = text
-    _ways(report, found)
+    _integrations(report, found)
     release = releases.release_of(found)
     tested = release.checkout if found.is_checkout else release.wheel
     report.run["release"] = f"{release.line}, tested with {tested or release.checkout}"
@@ -183,42 +183,46 @@ def _bridge(report: Report) -> None:
     try:
         bridge_releases.check(version)
     except MegatronMismatchError as error:
-        report.ways["bridge"] = str(error)
+        report.integrations["bridge"] = str(error)
         return
-    report.ways["bridge"] = (
+    report.integrations["bridge"] = (
         "torchrun ... -m megatron_skyladder.megatron_bridge --recipe NAME skyladder.start_window=32"
         " ...; or skyladder.apply(cfg, ...) in a script (docs/bridge.md)"
     )
 
 
-def _ways(report: Report, found: Megatron) -> None:
-    report.ways["entry point"] = "torchrun ... -m megatron_skyladder.pretrain_gpt <flags>"
+def _integrations(report: Report, found: Megatron) -> None:
+    report.integrations["entry point"] = "torchrun ... -m megatron_skyladder.pretrain_gpt <flags>"
     if not found.is_checkout:
-        report.ways["spec"] = report.ways["patch"] = "for checkouts; this Megatron is a wheel"
+        report.integrations["spec"] = report.integrations["patch"] = (
+            "for checkouts; this Megatron is a wheel"
+        )
         return
     script = found.folder / "pretrain_gpt.py"
-    report.ways["spec"] = (
+    report.integrations["spec"] = (
         f"torchrun ... {script} <flags> --spec megatron_skyladder.layer_specs skyladder; windows "
         "only, from SKYLADDER_* variables"
     )
     try:
         releases.check_for_our_start(found)
     except releases.MegatronMismatchError:  # what is left, the patch, is said below
-        report.ways["entry point"] = report.ways["spec"] = "not on a Megatron this old: patch it"
+        report.integrations["entry point"] = report.integrations["spec"] = (
+            "not on a Megatron this old: patch it"
+        )
     from megatron_skyladder.megatron_lm.patching import checkout, definitions
 
     apply = f"skyladder patch apply {found.folder}"
     try:
         states, _ = checkout.examine(found.folder, definitions.load())
     except ValueError as error:
-        report.ways["patch"] = f"does not fit: {error}"
+        report.integrations["patch"] = f"does not fit: {error}"
         return
     if all(state.current == state.patched for state in states):
-        report.ways["patch"] = f"applied: torchrun ... {script} <flags>"
+        report.integrations["patch"] = f"applied: torchrun ... {script} <flags>"
     elif all(state.current == state.stock for state in states):
-        report.ways["patch"] = f"fits, not applied: {apply}"
+        report.integrations["patch"] = f"fits, not applied: {apply}"
     else:
-        report.ways["patch"] = "applied in part or by another version"
+        report.integrations["patch"] = "applied in part or by another version"
         report.problems.append(f"the checkout is patched in part. Complete it: {apply}.")
 
 
@@ -282,17 +286,17 @@ def _backend(report: Report, flags: argparse.Namespace, launch_flags: list[str])
     )
 
 
-def _way_in_and_schedule(report: Report, flags: argparse.Namespace, pasted: Pasted) -> None:
+def _integration_and_schedule(report: Report, flags: argparse.Namespace, pasted: Pasted) -> None:
     if _SPEC_MODULE in pasted.launch.words:
-        report.run["way in"] = "spec, with the flags from SKYLADDER_* variables"
+        report.run["integration"] = "spec, with the flags from SKYLADDER_* variables"
         environment = {**os.environ, **pasted.launch.environment}
         for name, value in vars(from_environment.flags(environment)).items():
             setattr(flags, name, value)
         flags.skyladder_schedule = flags.skyladder_schedule or DEFAULT_SCHEDULE
-    elif report.ways.get("patch", "").startswith("applied"):
-        report.run["way in"] = "the patched pretrain_gpt.py, or the entry point"
+    elif report.integrations.get("patch", "").startswith("applied"):
+        report.run["integration"] = "the patched pretrain_gpt.py, or the entry point"
     else:
-        report.run["way in"] = "the entry point"
+        report.run["integration"] = "the entry point"
     report.run["schedule"] = "off: no --skyladder-* flag was given"
     if not is_requested(flags):
         return
@@ -302,7 +306,7 @@ def _way_in_and_schedule(report: Report, flags: argparse.Namespace, pasted: Past
     missing = [name for name, value in needed.items() if value is None]
     if missing:
         raise ValueError(
-            f"{' and '.join(missing)} is missing, so the schedule cannot be told. Give the flags "
+            f"{' and '.join(missing)} is missing, so the schedule is not known. Give the flags "
             "of your launch."
         )
     config = config_from_args(flags)
@@ -319,12 +323,12 @@ def _way_in_and_schedule(report: Report, flags: argparse.Namespace, pasted: Past
 
 
 def _script(report: Report, flags: argparse.Namespace, launch: Launch) -> None:
-    stock = report.run["way in"] == "the entry point"
+    stock = report.run["integration"] == "the entry point"
     named = Path(launch.entry).name == "pretrain_gpt.py"
     if stock and named and is_requested(flags):
         raise ValueError(
             "pretrain_gpt.py knows the --skyladder-* flags only in a patched checkout, and this "
-            "Megatron is none (see Ways in). Patch it, or launch -m "
+            "Megatron is none (see Integrations). Patch it, or launch -m "
             "megatron_skyladder.pretrain_gpt."
         )
 

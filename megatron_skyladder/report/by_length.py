@@ -95,7 +95,7 @@ def loss_by_length_over_training(runs: list[Run]) -> Any:
             columns[index].append(values)
             style = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
             axes.plot(run.at(axis.values, found), values, color=colour_of(index), **style)
-        along_run(axes, axis, f"{length:,} tokens in sight")
+        along_run(axes, axis, f"{length:,} tokens visible")
         if compared:
             noise_band(axes)
     for other in panels[1:]:

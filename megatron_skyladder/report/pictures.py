@@ -77,7 +77,7 @@ def training_loss(runs: list[Run]) -> Any:
 
 
 def validation_loss(runs: list[Run]) -> Any:
-    """Draw the validation loss (whole rows in sight) against tokens, time and FLOPs."""
+    """Draw the validation loss (whole sequences visible) against tokens, time and FLOPs."""
     if not any(run.validations() for run in runs):
         return None
     axes_by_kind = axes_of(runs)
@@ -203,14 +203,14 @@ PICTURES = (
     Picture(
         "validation-loss",
         "Validation loss",
-        "Measured with the whole row in sight, whatever the window in training.",
+        "Measured with the whole sequence visible, whatever the window in training.",
         validation_loss,
     ),
     Picture(
         "loss-by-length",
         "Loss by context length",
         "The last validation. Left: the same tokens under blocked windows of each length, so that "
-        "no token sees more than that. Right: whole rows in sight, by the token's position. Grey: "
+        "no token sees more than that. Right: whole sequences visible, by token position. Grey: "
         f"differences below {SIGNIFICANT}, which the paper counts as noise.",
         loss_by_length,
     ),

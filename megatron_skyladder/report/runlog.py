@@ -97,7 +97,7 @@ class Validation:
 
     @property
     def loss(self) -> float | None:
-        """The plain validation loss, whole rows in sight."""
+        """The plain validation loss, whole sequences visible."""
         return self.values.get("lm loss")
 
     @property

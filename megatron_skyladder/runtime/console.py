@@ -7,7 +7,7 @@ import os
 
 
 class _Formatter(logging.Formatter):
-    """Lets warnings stand out among what is merely told."""
+    """Lets warnings stand out among plain messages."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         if record.levelno == logging.WARNING:

@@ -1,4 +1,4 @@
-"""At start-up, whether the documents of a run's data can be told apart, and whose fault it is.
+"""At start-up, whether the documents of a run's data can be separated, and whose fault it is not.
 
 The files say more than sequences do: which token was meant, and how to look. Sequences are looked
 at too, once training has begun (`runtime.found_documents`), whatever dataset they come from.
@@ -78,7 +78,7 @@ def _not_in_the_data(data: TrainingData) -> str | None:
         lines.append(f"\n  and {len(found) - len(lines)} more")
     return (
         f"the documents of the training data do not end in the tokenizer's end-of-document token "
-        f"({data.tokenizer}: {eod}), so they cannot be told apart and are not masked:"
+        f"({data.tokenizer}: {eod}), so their ends cannot be found and they are not masked:"
         f"{''.join(lines)}\nGive the tokenizer that the data were made with, or prepare the data "
         f"again. To look: skyladder inspect {found[0][0]} --eod-id {eod}"
     )

@@ -8,7 +8,7 @@ are the losses by position. What is reported:
 
 * ``skyladder/loss_at_<l>``: mean loss under blocked windows of l tokens;
 * ``skyladder/loss_positions_<a>_<b>``: mean loss of the tokens at positions a..b (both included)
-  of the row, with the whole row in sight; their mean, weighted by tokens, is ``loss_at_<seq>``.
+  of the row, with the whole sequence visible; their mean, weighted by tokens, is ``loss_at_<seq>``.
 
 The rows run again are so few that the extra passes cost at most `EXTRA_WORK` of plain validation
 (less, in truth: short windows are cheaper). The data order, the clock, random states and Megatron's

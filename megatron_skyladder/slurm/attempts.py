@@ -1,7 +1,7 @@
 """The record of a run: each start is an attempt with a folder, and ends in one of a few ways.
 
 What is known at the time is written at the time, to files that a shell can write too, so that an
-attempt that ends without a word is told from one that was asked to stop.
+attempt that ends without a word differs from one that was asked to stop.
 
     RUN/settings.json      what to train, see `settings`
     RUN/checkpoints        Megatron's

@@ -66,7 +66,7 @@ class Found:
 
 
 class UnknownError(Exception):
-    """A folder of which cannot be told whether it is complete; the message says why."""
+    """A folder that may or may not be complete; the message says why it is not known."""
 
 
 class IncompleteError(Exception):
@@ -121,7 +121,7 @@ def settle(folder: Path, ckpt_format: str | None = None) -> Found:
 def why_incomplete(
     folder: Path, *, named_by_tracker: bool, ckpt_format: str | None = None
 ) -> str | None:
-    """Return what a checkpoint lacks, or None where it is complete or nothing can be told.
+    """Return what a checkpoint lacks, or None where it is complete or its format is not known.
 
     Args:
         folder: one iteration's.

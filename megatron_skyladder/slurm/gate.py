@@ -114,7 +114,7 @@ def _give_up(run: RunFolder, failed: list[Attempt]) -> int:
     _report(
         run,
         f"gave up: {failed[0].reason} ({len(failed)} attempts in a row failed without a new "
-        "checkpoint; mend it and submit again)",
+        "checkpoint; fix the cause and submit again)",
     )
     return GAVE_UP
 

@@ -90,13 +90,13 @@ def main(words: list[str]) -> int:
         )
     # one node is enough: Megatron's ranks tell each other
     watched = (attempt / "signal", run.path / "stop") if index == 0 else ()
-    told: set[int] = set()
+    signalled: set[int] = set()
     while torchrun.poll() is None:
         if came or any(path.exists() for path in watched):
-            for rank in listening_ranks(torchrun.pid) - told:
+            for rank in listening_ranks(torchrun.pid) - signalled:
                 with contextlib.suppress(ProcessLookupError):  # it has ended
                     os.kill(rank, signal.SIGTERM)
-                told.add(rank)
+                signalled.add(rank)
         time.sleep(POLL_SECONDS)
     _ignore_signals()  # Python, as it ends, would let them kill us
     return torchrun.returncode if torchrun.returncode >= 0 else 128 - torchrun.returncode

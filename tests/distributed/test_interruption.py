@@ -1,6 +1,6 @@
 """A run that was killed goes on as if it had not been.
 
-"The same" is to the bit here: every row's loss, learning rate, window, gradient norm, and all
+"The same" means bit-identical here: every row's loss, learning rate, window, gradient norm, and all
 tensors of the last checkpoint (weights and optimizer).
 """
 

@@ -2,7 +2,7 @@
 
     python tests/fa4/ladder_kernels.py sm_90 > kernels.json
 
-FlashAttention 4 compiles its kernels for an architecture that it is told, and compiling needs no
+FlashAttention 4 compiles its kernels for an architecture that is named, and compiling needs no
 device: the tensors are fake. What calls is SkyLadder's own backend, with the segments that training
 makes; only the offsets on the device are fake too. Autograd does not run on fake CUDA tensors, so
 the backward function is called with what its forward was called with.

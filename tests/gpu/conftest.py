@@ -1,4 +1,4 @@
-"""The cases and checks are those of tests/te, where they run on CPU stand-ins."""
+"""The cases and checks are those of tests/te, where they run on CPU stubs."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from pathlib import Path
 logger = logging.getLogger("build_te")
 HERE = Path(__file__).resolve().parent
 
-# NVTE_PLUGIN and the te_attention custom ops, which the stand-ins hook into, are missing in
+# NVTE_PLUGIN and the te_attention custom ops, which the stubs hook into, are missing in
 # 2.14 to 2.19; the flash-attn release is the last 2.x.
 TE_VERSION = "2.20.2"
 FLASH_ATTN_VERSION = "2.8.3.post2"
@@ -188,7 +188,7 @@ def make_one_source(source: Path) -> None:
 
     Nearly all of the time goes into torch's headers, which each file reads anew: half a minute on
     one core, 17 minutes in all. None of the compiled code is slow on the CPU, or much in use: it
-    checks arguments and launches what the stand-ins replace.
+    checks arguments and launches what the stubs replace.
     """
     csrc, options = source / "csrc", source / "build_tools" / "pytorch.py"
     includes = []
@@ -228,9 +228,9 @@ def build(base: Base, venv: Path, cache: Path) -> None:
     te = [f"transformer-engine=={TE_VERSION}", f"transformer-engine-cu{CUDA_MAJOR}=={TE_VERSION}"]
     pip(base, python, "install", "--no-deps", *te, *TE_IMPORTS, str(te_torch), str(flash), log=log)
     # A half-installed Transformer Engine crashes Megatron, which catches only ImportError: so
-    # find out here. It needs the stand-in for flash-attn's kernels, which were not built.
+    # find out here. It needs the stub for flash-attn's kernels, which were not built.
     paths = os.pathsep.join((str(HERE), str(HERE.parents[1])))
-    run([python, "-c", "import stand_ins; stand_ins.install()"], log=log, PYTHONPATH=paths)
+    run([python, "-c", "import stubs; stubs.install()"], log=log, PYTHONPATH=paths)
     stamp.write_text(json.dumps(wanted_stamp(base), indent=1))
     logger.info("%s is ready", venv)
 

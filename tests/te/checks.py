@@ -1,4 +1,4 @@
-"""What a backend has to do, on whatever device: for the stand-ins here and for tests/gpu.
+"""What a backend has to do, on whatever device: for the stubs here and for tests/gpu.
 
 Shapes: M queries of a part of a row, K keys that they may see, H query heads, G key/value heads,
 D head size.

@@ -1,6 +1,6 @@
-"""Install the stand-ins once per session; outside of build_te's environment collect nothing.
+"""Install the stubs once per session; outside of build_te's environment collect nothing.
 
-`make test-te` runs this folder in an environment of its own (build_te.py). The stand-ins change
+`make test-te` runs this folder in an environment of its own (build_te.py). The stubs change
 torch for the whole process, so other tests must not share it: on a machine with a GPU and the real
 Transformer Engine the whole suite has to leave this folder out.
 """
@@ -22,17 +22,17 @@ HERE = Path(__file__).resolve().parent
 if not Path(sys.prefix, build_te.STAMP).exists():
     collect_ignore_glob = ["test_*.py"]
 else:
-    import stand_ins
+    import stubs
     import torch
 
     # the harnesses of recorded training runs
     sys.path += [str(HERE.parent / "distributed"), str(HERE.parent / "bridge")]
-    stand_ins.install()
+    stubs.install()
     torch.set_num_threads(1)  # tensors are small, and threads only wait for each other
 
 
 class StandInPool(ProcessPool):
-    """Processes that have imported Megatron and Transformer Engine on top of the stand-ins."""
+    """Processes that have imported Megatron and Transformer Engine on top of the stubs."""
 
     def _running_server(self) -> subprocess.Popen[str]:
         if self._server is None:

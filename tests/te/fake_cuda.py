@@ -16,7 +16,7 @@ import itertools
 import logging
 import sys
 
-import stand_ins
+import stubs
 import torch
 from checks import call_attention, document_mask, make_attention
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -56,7 +56,7 @@ def check_the_fake_device() -> None:
 
 def main(backends: list[str]) -> None:
     """Check every combination; the first mistake ends the process with its traceback."""
-    stand_ins.stub_flash_attn_kernels()
+    stubs.stub_flash_attn_kernels()
     torch.cuda.get_device_capability = lambda *_: (8, 0)  # type: ignore[assignment]
     torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[assignment,method-assign]
     with FakeDevice(allow_non_fake_inputs=True):

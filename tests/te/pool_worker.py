@@ -1,4 +1,4 @@
-"""The process of `testing.ProcessPool`, on top of the stand-ins."""
+"""The process of `testing.ProcessPool`, on top of the stubs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # where the package is not installed
 
-import stand_ins
+import stubs
 from reference_kernels import CALLS
 
 if __name__ == "__main__":
@@ -17,8 +17,8 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     answers = os.dup(1)
     os.dup2(2, 1)  # what imports print must not look like an answer
-    stand_ins.install()
-    atexit.register(lambda: print(f"stand-ins called: {dict(CALLS)}"))  # ends each rank's log
+    stubs.install()
+    atexit.register(lambda: print(f"stubs called: {dict(CALLS)}"))  # ends each rank's log
     os.dup2(answers, 1)
     os.close(answers)
     from megatron_skyladder.testing import worker

@@ -1,4 +1,4 @@
-"""The definitions that the stand-ins compute: plain, one segment at a time, on the CPU.
+"""The definitions that the stubs compute: plain, one segment at a time, on the CPU.
 
 They refuse what the compiled kernels refuse, and also what those would answer with wrong numbers:
 offsets that end before the last token, a max_seqlen below the longest segment. `CALLS` counts the

@@ -31,7 +31,7 @@ def generic_gemm(
     CALLS["gemm"] += 1
     require(
         quantizer is None and not gelu and comm_overlap is None and extra_output is None,
-        "FP8, fused GELU and overlapped communication have no stand-in",
+        "FP8, fused GELU and overlapped communication have no stub",
     )
     flat_a, flat_b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     left, right = flat_b.mT if trans_b else flat_b, flat_a.mT if trans_a else flat_a
@@ -56,7 +56,7 @@ def rmsnorm_fwd(
 ) -> tuple[torch.Tensor, None, torch.Tensor]:  # fmt: skip
     """Return the normalised input, no mean, and the inverse RMS that the backward pass needs."""
     CALLS["rmsnorm_forward"] += 1
-    require(quantizer is None, "FP8 has no stand-in")
+    require(quantizer is None, "FP8 has no stub")
     inverse_rms = (x.float().square().mean(-1) + eps).rsqrt()
     y = x.float() * inverse_rms[..., None] * _gain(weight, zero_centered_gamma)
     y = y.to(_torch_dtype(output_dtype, x.dtype)) if out is None else out.copy_(y)

@@ -77,7 +77,7 @@ def test_larger_max_seqlen_and_empty_segments_change_nothing():
 
 
 def test_wrong_offsets_are_accepted_by_transformer_engine():
-    """Its Python does not notice; here the stand-in does, on a GPU the output is just wrong."""
+    """Its Python does not notice; here the stub does, on a GPU the output is just wrong."""
     cu, _, _ = WINDOW.segments()
     short = cu.clone()
     short[-1] -= 1

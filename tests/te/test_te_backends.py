@@ -1,4 +1,4 @@
-"""The package's backends on the stand-ins: numerics, devices, nothing waits for the device."""
+"""The package's backends on the stubs: numerics, devices, nothing waits for the device."""
 
 from __future__ import annotations
 

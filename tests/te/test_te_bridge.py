@@ -58,7 +58,7 @@ def test_bridges_own_layers(
     run = te_runs.bridge(
         size, ladder=TE_LADDER, te=True, weights=weights, environment=EXACT, **layout
     )
-    assert "thd_to_bshd" in run.log().rpartition("stand-ins called: ")[2]
+    assert "thd_to_bshd" in run.log().rpartition("stubs called: ")[2]
     losses, norms = differences(reference, run)
     assert losses <= (2e-6 if layout else 0)
     assert norms <= (5e-6 if layout else 0)

@@ -24,7 +24,7 @@ TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 
 @pytest.fixture(scope="module")
 def trainer(pool, tmp_path_factory) -> Trainer:
-    """Starts runs on the stand-ins."""
+    """Starts runs on the stubs."""
     return Trainer(pool, tmp_path_factory.mktemp("exported"))
 
 

@@ -30,7 +30,7 @@ UNFUSED = "--attention-backend unfused"  # Transformer Engine's own attention in
 
 @pytest.fixture(scope="session")
 def trainer(pool, tmp_path_factory) -> Trainer:
-    """Starts recorded runs on the stand-ins."""
+    """Starts recorded runs on the stubs."""
     return Trainer(pool, tmp_path_factory.mktemp("runs"))
 
 
@@ -74,8 +74,8 @@ def train(trainer: Trainer, flags: str, environment: dict[str, str] | None = Non
 
 
 def calls(run: Run) -> str:
-    """Return which stand-ins a run called and how often; the last line of its log."""
-    return run.log().rpartition("stand-ins called: ")[2]
+    """Return which stubs a run called and how often; the last line of its log."""
+    return run.log().rpartition("stubs called: ")[2]
 
 
 @pytest.mark.parametrize(

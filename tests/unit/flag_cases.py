@@ -1,4 +1,4 @@
-"""One case for each row of the table of Megatron's flags: what a launch with the flag is told.
+"""One case for each row of the table of Megatron's flags: what a launch with the flag is answered.
 
 Written by hand, beside the table and not from it. `test_flag_rules` tries each case on the whole
 table, where it has to hold, and on the table without the row, where it must not.

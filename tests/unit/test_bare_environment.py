@@ -145,7 +145,7 @@ def test_the_doctor_where_parts_are_broken(bare: Bare, tmp_path: Path, failure: 
     report = json.loads(bare.run("doctor --json", PYTHONPATH=path).stdout)
     assert "does not import" in report["installed"]["torch"]
     assert "checkout in" in report["installed"]["megatron"]
-    assert "skyladder patch apply" in report["ways"]["patch"]
+    assert "skyladder patch apply" in report["integrations"]["patch"]
     assert any("torch is installed but does not import" in text for text in report["problems"])
     (tree / "pretrain_gpt.py").write_bytes(b"\xff\xfe not a script")
     done = bare.run("doctor --json", PYTHONPATH=path)

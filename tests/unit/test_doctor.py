@@ -54,9 +54,9 @@ def test_a_wheel(tmp_path, megatron, capsys):
     assert code == 0 and report["problems"] == []
     assert report["installed"]["megatron"].startswith(f"0.19.2, wheel in {tmp_path}")
     assert report["run"]["release"] == "0.19, tested with 0.19.2"
-    assert report["run"]["way in"] == "the entry point"
+    assert report["run"]["integration"] == "the entry point"
     assert report["run"]["schedule"].startswith("off")
-    assert "for checkouts" in report["ways"]["patch"]
+    assert "for checkouts" in report["integrations"]["patch"]
 
 
 def test_a_checkout_before_and_after_the_patch(tmp_path, megatron, capsys):
@@ -65,13 +65,13 @@ def test_a_checkout_before_and_after_the_patch(tmp_path, megatron, capsys):
     megatron(found)
     code, report = ask(capsys)
     assert code == 0 and "checkout in" in report["installed"]["megatron"]
-    assert report["ways"]["patch"] == f"fits, not applied: skyladder patch apply {tree}"
-    assert "--spec megatron_skyladder.layer_specs skyladder" in report["ways"]["spec"]
+    assert report["integrations"]["patch"] == f"fits, not applied: skyladder patch apply {tree}"
+    assert "--spec megatron_skyladder.layer_specs skyladder" in report["integrations"]["spec"]
     main(["patch", "apply", str(tree)])
     capsys.readouterr()
     code, report = ask(capsys)
-    assert code == 0 and report["ways"]["patch"].startswith("applied: torchrun")
-    assert report["run"]["way in"].startswith("the patched pretrain_gpt.py")
+    assert code == 0 and report["integrations"]["patch"].startswith("applied: torchrun")
+    assert report["run"]["integration"].startswith("the patched pretrain_gpt.py")
 
 
 def test_a_checkout_that_is_patched_in_part_or_does_not_fit(tmp_path, megatron, capsys):
@@ -83,7 +83,7 @@ def test_a_checkout_that_is_patched_in_part_or_does_not_fit(tmp_path, megatron, 
     (tree / "megatron/training/training.py").write_text("x = 1\n")
     capsys.readouterr()
     _, report = ask(capsys)
-    assert "does not fit: " in report["ways"]["patch"]
+    assert "does not fit: " in report["integrations"]["patch"]
     write_tree(tmp_path, arguments=(tree / "megatron/training/arguments.py").read_text())
     code, report = ask(capsys)
     assert code == 1 and "patched in part. Complete it: skyladder patch" in report["problems"][0]
@@ -105,14 +105,14 @@ def test_bridge_is_a_way_of_its_own(tmp_path, megatron, capsys, monkeypatch):
     megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
     _, report = ask(capsys)
     assert report["installed"]["megatron-bridge"] == "not installed"
-    assert "bridge" not in report["ways"]
+    assert "bridge" not in report["integrations"]
     monkeypatch.setattr(doctor.bridge_releases, "installed", lambda: "0.6.2")
     code, report = ask(capsys)
-    assert code == 0 and "-m megatron_skyladder.megatron_bridge" in report["ways"]["bridge"]
+    assert code == 0 and "-m megatron_skyladder.megatron_bridge" in report["integrations"]["bridge"]
     monkeypatch.setattr(doctor.bridge_releases, "installed", lambda: "0.9.0")
     code, report = ask(capsys)
-    assert code == 0 and "Bridge 0.9.0 is not among the tested" in report["ways"]["bridge"]
-    assert "SKYLADDER_ALLOW_UNTESTED_MEGATRON=1" in report["ways"]["bridge"]
+    assert code == 0 and "Bridge 0.9.0 is not among the tested" in report["integrations"]["bridge"]
+    assert "SKYLADDER_ALLOW_UNTESTED_MEGATRON=1" in report["integrations"]["bridge"]
 
 
 def test_an_untested_megatron(tmp_path, megatron, capsys):
@@ -255,7 +255,7 @@ def test_the_schedule_of_a_launch_with_spec(tmp_path, megatron, monkeypatch, cap
     monkeypatch.setenv("SKYLADDER_START_WINDOW", "16")
     spec = ["--spec", "megatron_skyladder.layer_specs", "skyladder"]
     code, report = ask(capsys, *LAUNCH, *spec)
-    assert code == 0 and report["run"]["way in"].startswith("spec")
+    assert code == 0 and report["run"]["integration"].startswith("spec")
     assert report["run"]["schedule"].startswith("linear 16 -> 128")
 
 
@@ -280,7 +280,7 @@ def test_the_page(tmp_path, megatron, capsys):
     assert main(["doctor", "-v"]) == 0
     page = capsys.readouterr().out
     titles = [line for line in page.splitlines()[3:] if line and line[0] != " "]
-    assert titles == ["Installed", "A run here", "Ways in"]
+    assert titles == ["Installed", "A run here", "Integrations"]
     megatron(doctor.releases.megatron_in(write_megatron(tmp_path / "old", "0.9.0")))
     assert main(["doctor"]) == 1
     page = capsys.readouterr().out

@@ -140,7 +140,7 @@ def test_crashes_in_a_row(run: Run) -> None:
         assert run.end(exit_code=1) == (GO_ON if attempt < 3 else GAVE_UP)
     assert run.headline == (
         "gave up: rank 2: RuntimeError: number 3 (3 attempts in a row failed without a new "
-        "checkpoint; mend it and submit again)"
+        "checkpoint; fix the cause and submit again)"
     )
     assert run.begin() == GAVE_UP  # the next job of a chain
     assert len(run.outcomes) == 3

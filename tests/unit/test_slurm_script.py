@@ -1,4 +1,4 @@
-"""The job script under bash, with stand-ins for srun, scontrol and the run's Python."""
+"""The job script under bash, with stubs for srun, scontrol and the run's Python."""
 
 from __future__ import annotations
 

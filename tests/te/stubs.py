@@ -1,4 +1,4 @@
-"""CPU stand-ins for the compiled kernels under Transformer Engine, torch's varlen and flash-attn.
+"""CPU stubs for the compiled kernels under Transformer Engine, torch's varlen and flash-attn.
 
 What runs on top of them is the real Python path of Megatron and of those packages, with their
 real checks of arguments. What they replace is CUDA code, so a test that passes here says nothing
@@ -26,15 +26,15 @@ from torch.overrides import TorchFunctionMode
 
 
 def install() -> None:
-    """Install the CPU engine and all stand-ins, before Megatron or TE is imported."""
+    """Install the CPU engine and all stubs, before Megatron or TE is imported."""
     if "transformer_engine" in sys.modules:
-        raise RuntimeError("install the stand-ins before transformer_engine is imported")
+        raise RuntimeError("install the stubs before transformer_engine is imported")
     os.environ["NVTE_PLUGIN"] = "te_plugin"  # GEMM and RMSNorm, loaded by Transformer Engine
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
     stub_flash_attn_kernels()
     import transformer_engine.pytorch  # noqa: F401
 
-    # Megatron then takes torch's AdamW and its own gradient norm: those kernels have no stand-in.
+    # Megatron then takes torch's AdamW and its own gradient norm: those kernels have no stub.
     sys.modules["transformer_engine.pytorch.optimizers"] = None  # type: ignore[assignment]
     from megatron_skyladder.cpu import engine as cpu_engine
 
@@ -93,7 +93,7 @@ def stub_flash_attn_kernels() -> None:
         zero_tensors: bool, causal: bool, left: int, right: int, softcap: float, *_: Any,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         CALLS["flash_forward"] += 1
-        require(dropout == 0.0 and softcap == 0.0 and alibi_slopes is None, "not in the stand-in")
+        require(dropout == 0.0 and softcap == 0.0 and alibi_slopes is None, "not in the stub")
         if max_q == 1 and right < 0 and left < 0 and q.shape[1] > k.shape[1]:
             # the kernel then treats each segment as exactly one query
             require(cu_q.numel() - 1 == q.shape[0], "shape is invalid: one query per segment")
@@ -119,7 +119,7 @@ def stub_flash_attn_kernels() -> None:
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         """The same on [B, S, H, D]: every sequence is a segment."""
         CALLS["flash_forward"] += 1
-        require(dropout == 0.0 and softcap == 0.0 and alibi_slopes is None, "not in the stand-in")
+        require(dropout == 0.0 and softcap == 0.0 and alibi_slopes is None, "not in the stub")
         packed = (x.flatten(0, 1) for x in (q, k, v))
         offsets = _equal_offsets(q), _equal_offsets(k)
         lengths = q.shape[1], k.shape[1]
