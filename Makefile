@@ -14,7 +14,7 @@ SLOW := examples engine slurm_node benchmarks weights spec flag_rules costs
 SLURM_TOOLS := munged slurmctld slurmd sbatch shellcheck ip
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client shellcheck iproute2
 
-.PHONY: help install demo newcomer test test-quick test-releases test-te test-slurm test-bridge test-evaluate bench check format lint types clean
+.PHONY: help install demo newcomer test test-quick test-releases test-te test-slurm test-bridge test-evaluate bench docs check format lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,15 @@ test-slurm: $(READY)  ## jobs on a real Slurm on this machine (as root; installs
 bench: $(READY)  ## what SkyLadder costs and saves beside stock Megatron, as ratios
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/overhead.py
 
+$(VENV)/.docs: $(READY) pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.docs  ## the documentation as a site, docs/_build/index.html; a lost link is an error
+	$(BIN)/python tools/write_tables.py
+	$(BIN)/sphinx-build --quiet --nitpicky --fail-on-warning --keep-going docs docs/_build
+
 check: $(READY) lint types test  ## formatting, lint, types and the suite, as CI does
 
 format: $(READY)  ## rewrite the formatting
@@ -107,4 +116,4 @@ types: $(READY)  ## mypy
 	$(BIN)/mypy --config-file tests/mypy.ini tests/unit tests/distributed
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) .venv-te .venv-bridge .venv-releases .venv-transformers4 demo build *.egg-info
+	rm -rf $(VENV) .venv-te .venv-bridge .venv-releases .venv-transformers4 demo build docs/_build *.egg-info

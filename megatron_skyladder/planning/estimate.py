@@ -213,6 +213,7 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
     time = time_model(flags, shape, notes)
     total_steps = run_flags.total_steps(flags)
     _note_layout(flags, notes)
+    _note_final_window(config, notes)
     return Plan(
         name,
         config,
@@ -247,6 +248,16 @@ def _note_layout(flags: argparse.Namespace, notes: list[str]) -> None:
     of_preset = preset.settings.get("round_to") if preset else None
     if (flags.skyladder_round_to or of_preset) == ROUND_TO_AUTO:
         notes.append(explain_multiple(flags.seq_length, flags.context_parallel_size))
+
+
+def _note_final_window(config: SkyLadderConfig, notes: list[str]) -> None:
+    final = config.schedule.final_window
+    if final < config.seq_length:
+        notes.append(
+            f"The window ends at {final:,} of {config.seq_length:,} tokens, so the model never "
+            "sees a whole sequence, and that is part of what is saved. For the full length give "
+            f"--skyladder-final-window {config.seq_length}."
+        )
 
 
 def _documents(

@@ -686,3 +686,14 @@ def test_a_log_of_another_number_of_gpus_is_refused(
     write_log(tmp_path / "run.log", batch=8)
     message = refused(capsys, f"{LAUNCH} --calibrate {tmp_path}/run.log --gpus 4")
     assert "--gpus=4, but" in message and "is of a run on 8" in message
+
+
+def test_a_window_that_ends_early_is_named(capsys) -> None:
+    """A preset's final window stays where sequences are made longer: that saves most."""
+    longer = "--preset 1b-8k --seq-length 32768"
+    (note,) = [note for note in plan_json(capsys, longer)["notes"] if "never sees" in note]
+    assert note.startswith("The window ends at 8,192 of 32,768 tokens")
+    full = plan_json(
+        capsys, f"{longer} --skyladder-final-window 32768 --skyladder-expand-fraction 0.64"
+    )
+    assert not any("never sees" in note for note in full["notes"])

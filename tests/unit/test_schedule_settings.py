@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import json
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -28,8 +30,8 @@ from megatron_skyladder.ladder.fragments import window_pairs
 from megatron_skyladder.ladder.numbers import exact
 from megatron_skyladder.ladder.schedules import SCHEDULES, Ramp, WindowSchedule
 from megatron_skyladder.ladder.settings import SettingError, setting
-from megatron_skyladder.planning.schedule_tables import schedule_table, with_tables
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 RUN = TrainingRun(seq_length=2048, step_samples=128, train_samples=128_000)
 
 # --- a schedule with a parameter, written in one place ------------------------------------------
@@ -88,8 +90,10 @@ def test_a_new_schedule_needs_nothing_but_its_class(
     assert [row["name"] for row in compared] == ["constant", "linear", "power"]
     assert main(["plan", "--preset", "1b-8k", *f"{flags} 0".split()]) == 1
     assert "--skyladder-exponent=0 never grows. Give one above 0." in capsys.readouterr().err
+    sys.path.insert(0, str(REPOSITORY / "tools"))
+    tables = importlib.import_module("write_tables")
     assert "| `power` | grows with a power of the ramp | w_s + (w_e - w_s) (x/T)^p |" in (
-        schedule_table()
+        tables.schedule_table()
     )
 
 
@@ -234,21 +238,6 @@ def test_every_flag_sets_something() -> None:
     assert flags - settings == {"help"} | on_resume
     from_the_run = {"schedule", "seq_length", "step_samples"}
     assert {each.name for each in fields(SkyLadderConfig)} - from_the_run <= set(setting_names())
-
-
-# --- the documentation --------------------------------------------------------------------------
-
-PAGE = Path(__file__).parents[2] / "docs" / "schedules.md"
-
-
-def test_the_documentations_tables_are_the_codes() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    assert text == with_tables(text), "run python -m megatron_skyladder.planning.schedule_tables"
-
-
-def test_a_page_without_marks_is_refused() -> None:
-    with pytest.raises(ValueError, match="the page has no lines '<!-- schedules -->'"):
-        with_tables("# Schedules")
 
 
 # --- numbers are bounded before anything is computed with them ----------------------------------

@@ -1,0 +1,211 @@
+"""Write the tables of README.md and docs/ that the code itself decides.
+
+    python tools/write_tables.py            write them
+    python tools/write_tables.py --check    exit 1 where a page is out of date, naming it
+
+A table stands between two marks, ``<!-- NAME -->`` and ``<!-- end of NAME -->``, on any page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from megatron_skyladder.cli import main as skyladder
+from megatron_skyladder.ladder.flags import add_arguments, flag_of
+from megatron_skyladder.ladder.presets import SCHEDULE_PRESETS
+from megatron_skyladder.ladder.schedules import SCHEDULES, all_settings, schedules_with
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+TOKENS = 100_000_000_000
+START, SHARE = 32, 0.64
+LENGTHS = (8_192, 32_768, 131_072)
+_LLAMA_8B = (
+    "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 "
+    "--group-query-attention --num-query-groups 8 --swiglu --normalization RMSNorm "
+    "--disable-bias-linear --position-embedding-type rope --vocab-size 128256 "
+    "--untie-embeddings-and-output-weights --attention-dropout 0"
+)
+MODELS = {"1B": "--preset 1b-8k", "3B": "--preset 3b-8k", "8B": _LLAMA_8B}
+# folders whose errors a user can meet, in the order of a run
+MESSAGE_FOLDERS = {
+    "ladder": "Schedules and windows",
+    "planning": "`plan`, `compare`, `doctor`, `example`",
+    "data": "`prepare`, `inspect`",
+    "megatron_lm": "Megatron-LM: starting, patching, resuming",
+    "megatron_bridge": "Megatron Bridge",
+    "attention": "Attention and kernels",
+    "runtime": "While training: the probe, documents, evaluation",
+    "cpu": "The CPU engine",
+    "slurm": "`slurm`",
+    "report": "`report`",
+    "hugging_face": "`export-hf`, `import-hf`",
+    "evaluation": "`evaluate`",
+    "demo": "`demo`",
+    "cli": "Commands",
+}
+_NOT_FOR_USERS = {"NotImplementedError", "AssertionError", "AttributeError", "TypeError"}
+_SHORTEST = 40  # characters; below it is a message for programmers
+
+
+def schedule_table() -> str:
+    """Return the schedules as a Markdown table."""
+    rows = [("schedule", "the window", "at step x of a ramp of T steps")]
+    rows += [(f"`{name}`", kind.summary, kind.formula) for name, kind in SCHEDULES.items()]
+    return _markdown(rows)
+
+
+def parameter_table() -> str:
+    """Return what can be set in which schedule, as a Markdown table."""
+    rows = [("flag", "for", "")]
+    for name, setting in all_settings().items():
+        having = schedules_with(name)
+        missing = [schedule for schedule in SCHEDULES if schedule not in having]
+        used_by = ", ".join(having) if len(having) < len(missing) else "all"
+        if used_by == "all" and missing:
+            used_by = f"all but {', '.join(missing)}"
+        rows.append((f"`{flag_of(name)} {setting.metavar}`", used_by, setting.help))
+    return _markdown(rows)
+
+
+def preset_table() -> str:
+    """Return the presets as a Markdown table."""
+    rows = [("preset", "the window", "source")]
+    rows += [(f"`{name}`", it.summary, it.source) for name, it in SCHEDULE_PRESETS.items()]
+    return _markdown(rows)
+
+
+def flag_tables() -> str:
+    """Return every training flag with its help, a table for each group."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    parts = []
+    for group in parser._action_groups:
+        rows = [("flag", "")]
+        for action in group._group_actions:
+            value = f" {action.metavar}" if action.metavar else ""
+            rows.append((f"`{action.option_strings[0]}{value}`", str(action.help)))
+        if len(rows) > 1:
+            parts.append(f"**{group.title}**\n\n{_markdown(rows)}")
+    return "\n\n".join(parts)
+
+
+def saving_table() -> str:
+    """Return what ``skyladder plan`` predicts for three models at three lengths."""
+    rows: list[Sequence[str]] = [("model", *(f"{length // 1024}K" for length in LENGTHS))]
+    for name, flags in MODELS.items():
+        cells = []
+        for length in LENGTHS:
+            time = _planned(flags, length)["time"]
+            low, high = time["saved_percent_range"]
+            cells.append(f"{time['saved_percent']:.0f} % ({low:.0f} to {high:.0f})")
+        rows.append((name, *cells))
+    return _markdown(rows)
+
+
+def _planned(flags: str, length: int) -> dict:
+    words = f"plan {flags} --seq-length {length} --max-position-embeddings {length} "
+    words += f"--micro-batch-size 1 --global-batch-size {4_194_304 // length} "
+    words += f"--train-samples {TOKENS // length} --skyladder-start-window {START} "
+    words += f"--skyladder-final-window {length} "
+    words += f"--skyladder-expand-fraction {SHARE} --device h100 --gpus 8 --json"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = skyladder(words.split())
+    if code:
+        raise SystemExit(f"skyladder {words} ended with {code}")
+    return json.loads(printed.getvalue())
+
+
+def message_list() -> str:
+    """Return the errors of the package, with ... for what a run fills in, by part."""
+    parts = []
+    for folder, title in MESSAGE_FOLDERS.items():
+        found = []
+        for path in sorted((REPOSITORY / "megatron_skyladder" / folder).rglob("*.py")):
+            found += [text for text in _messages(path) if text not in found]
+        if found:
+            parts.append("\n".join([f"### {title}\n", *(f"- {text}" for text in found)]))
+    return "\n\n".join(parts)
+
+
+def _messages(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
+            continue
+        name = node.exc.func
+        if isinstance(name, ast.Name) and name.id not in _NOT_FOR_USERS and node.exc.args:
+            text = re.sub(r"\s+", " ", _text(node.exc.args[0])).strip()
+            if len(text) >= _SHORTEST and not text.startswith("..."):
+                yield re.sub(r"([*_<>|`\[\]])", r"\\\1", text)
+
+
+def _text(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _text(node.left) + _text(node.right)
+    return "..."
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "schedules": schedule_table,
+    "parameters": parameter_table,
+    "presets": preset_table,
+    "flags": flag_tables,
+    "predicted savings": saving_table,
+    "messages": message_list,
+}
+
+
+def with_tables(text: str) -> str:
+    """Return a page with the tables between their marks made anew.
+
+    Raises:
+        ValueError: the mark at a table's end is missing, or names no table.
+    """
+    for name in re.findall(r"^<!-- (?!end of )(.+) -->$", text, re.MULTILINE):
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        if name not in TABLES:
+            raise ValueError(f"there is no table {name!r}. There are: {', '.join(TABLES)}.")
+        if end not in text:
+            raise ValueError(f"the page has no line {end!r} after {begin.strip()!r}. Put it in.")
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{TABLES[name]()}\n\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def main() -> int:
+    """Write the pages, or name those that are out of date."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if one differs")
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if (new := with_tables(text)) != text:
+            stale.append(page)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    for page in stale:
+        print(f"{page.relative_to(REPOSITORY)}: {'out of date' if check else 'written'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
