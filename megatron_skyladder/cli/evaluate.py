@@ -54,6 +54,9 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="DATA", type=Path, help="what --prepare wrote.")
     parser.add_argument("--out", metavar="OUT", type=Path, help="gets a folder for each model.")
     parser.add_argument(
+        "--name", help="of the one MODEL, in tables and in OUT. Default: its folder's name."
+    )
+    parser.add_argument(
         "--tasks",
         default="standard,long",
         metavar="NAME,...",
@@ -173,6 +176,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         device=args.device,
     )
     folders = evaluation.folders_of(_at_most_two(args.models, "MODEL"))
+    if args.name is not None:
+        folders = _named(args.name, folders)
     data = DataFolder(args.data)
     found = [
         evaluation.evaluate(name, model, args.out / name, data, settings, report=print)
@@ -181,6 +186,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     asked = [[each for each in model if each.asked == settings.asked] for model in found]
     _show(asked, list(folders), args, args.out)
     return 0
+
+
+def _named(name: str, folders: dict[str, Path]) -> dict[str, Path]:
+    if len(folders) > 1:
+        raise UsageError("--name names one MODEL, but two are given. Evaluate them one by one.")
+    if not name or "/" in name or name.startswith("."):
+        raise UsageError(f"--name {name!r} is no name for a folder in OUT.")
+    (model,) = folders.values()
+    return {name: model}
 
 
 def _at_most_two(given: list[Path], what: str) -> list[Path]:

@@ -15,7 +15,7 @@ from megatron_skyladder.cli import slurm_status
 from megatron_skyladder.ladder.flags import config_from_args
 from megatron_skyladder.megatron_bridge import command_line
 from megatron_skyladder.planning import pasted, run_flags
-from megatron_skyladder.slurm import script
+from megatron_skyladder.slurm import evaluation, script
 from megatron_skyladder.slurm.settings import BRIDGE_ENTRY, DEFAULT_ENTRY, Settings, from_file
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,12 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     several.add_argument("--chain", type=int, metavar="N", help="N jobs, one after the other.")
     several.add_argument("--array", type=int, metavar="N", help="the same as one job array.")
     parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="the evaluation alone, at once: the job array of the file's section [evaluate]. With "
+        "that section, --submit submits training and, after it, this array.",
+    )
+    parser.add_argument(
         "--allow-changes",
         action="store_true",
         help="go on in a run folder that has a run with another command line.",
@@ -125,10 +131,14 @@ def run(args: argparse.Namespace) -> int:
     jobs = args.array if args.chain is None else args.chain
     if jobs is not None and jobs < 1:
         raise ValueError(f"--chain or --array {jobs}: give at least 1.")
+    if args.evaluate:
+        return _evaluate(settings, submit=args.submit)
     text = script.job_script(settings, jobs=jobs, array=args.array is not None)
     _check_flags(settings)
     if not args.submit:
         return _show(settings, text)
+    if settings.evaluation is not None:
+        evaluation.check(settings)
     ids = script.submit_run(
         settings,
         text,
@@ -137,7 +147,20 @@ def run(args: argparse.Namespace) -> int:
         allow_changes=args.allow_changes,
     )
     print(f"submitted {', '.join(ids)}")
+    if settings.evaluation is not None:
+        array = evaluation.job_script(settings, only_finished=True)
+        number = settings.evaluation.num_jobs
+        print(f"evaluation after it: {evaluation.submit(settings, array, ids)}, {number} jobs")
     print(f"how it stands: {Path(settings.folder) / 'status.txt'}")
+    return 0
+
+
+def _evaluate(settings: Settings, *, submit: bool) -> int:
+    array = evaluation.job_script(settings, only_finished=False)
+    if not submit:
+        return _show(settings, array, evaluating=True)
+    print(f"submitted {evaluation.submit(settings, array)}")
+    print(f"results: {evaluation.of(settings).out}")
     return 0
 
 
@@ -164,7 +187,7 @@ def _check_flags(settings: Settings) -> None:
         limits.refuse(found.findings)
 
 
-def _show(settings: Settings, text: str) -> int:
+def _show(settings: Settings, text: str, *, evaluating: bool = False) -> int:
     """Print the script; let sbatch check it where there is one."""
     print(text, end="")
     code, verdict = 0, "there is no sbatch here, so it has not checked the script"
@@ -179,5 +202,10 @@ def _show(settings: Settings, text: str) -> int:
     print(f"# run folder: {settings.folder}\n# {verdict}", file=sys.stderr)
     for name in settings.environment.passed:
         print(f"# {name}: handed to jobs by sbatch's environment, written nowhere", file=sys.stderr)
+    if settings.evaluation is not None and not evaluating:
+        jobs = settings.evaluation.num_jobs
+        print(
+            f"# evaluation after it: an array of {jobs} jobs; --evaluate shows it", file=sys.stderr
+        )
     print("# nothing was written or submitted: add --submit", file=sys.stderr)
     return code

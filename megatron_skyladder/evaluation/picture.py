@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_skyladder.evaluation.results import Result
 from megatron_skyladder.evaluation.table import CAVEAT, Row
+from megatron_skyladder.evaluation.tasks import RULER
 from megatron_skyladder.hugging_face.output import write_text
 from megatron_skyladder.report import drawing
 
@@ -24,14 +25,17 @@ def draw(
         path: of an SVG file.
         table: the rows.
         names: of the models.
-        models: their results, for the places of the answer in MDQA.
+        models: their results, for RULER by length and the places of the answer in MDQA.
     """
-    places = _by_place(models)
-    figure, panels = drawing.make_panels(1, height=4.2 * (1 + bool(places)), rows=1 + bool(places))
-    axes = panels.reshape(-1)
-    _bars(axes[0], table, names)
+    lengths, places = by_length(models), _by_place(models)
+    rows = 1 + bool(lengths) + bool(places)
+    figure, panels = drawing.make_panels(1, height=4.2 * rows, rows=rows)
+    axes = iter(panels.reshape(-1))
+    _bars(next(axes), table, names)
+    if lengths:
+        _lengths(next(axes), lengths, names)
     if places:
-        _places(axes[1], places, names)
+        _places(next(axes), places, names)
     figure.supxlabel(CAVEAT.split(":")[0] + ".", fontsize=8, color="#555555")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
@@ -65,6 +69,35 @@ def _bars(axis: Any, table: Sequence[Row], names: Sequence[str]) -> None:
     axis.set_xticks(range(len(table)), [row.title for row in table], rotation=35, ha="right")
     axis.set_ylabel("score, %")
     axis.legend(frameon=False)
+
+
+def by_length(models: Sequence[Sequence[Result]]) -> list[dict[int, float]]:
+    """Return tokens -> mean score of RULER in percent, for each model.
+
+    Counted are the tasks that every model has at every one of the lengths; empty where that leaves
+    fewer than two lengths.
+    """
+    scores = [
+        {(each.task, each.length): each.percent for each in model if each.task in RULER}
+        for model in models
+    ]
+    shared = set.intersection(*(set(each) for each in scores)) if scores else set()
+    lengths = sorted({length for _, length in shared if length is not None})
+    tasks = [task for task in RULER if all((task, length) in shared for length in lengths)]
+    if len(lengths) < 2 or not tasks:
+        return []
+    return [
+        {length: sum(each[task, length] for task in tasks) / len(tasks) for length in lengths}
+        for each in scores
+    ]
+
+
+def _lengths(axis: Any, lengths: Sequence[dict[int, float]], names: Sequence[str]) -> None:
+    for number, (name, found) in enumerate(zip(names, lengths, strict=True)):
+        axis.plot([*found], [*found.values()], "o-", color=drawing.colour_of(number), label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([*lengths[0]], [f"{length:,}" for length in lengths[0]])
+    drawing.label(axis, "RULER, mean of the tasks", "tokens of the prompt", "score, %")
 
 
 def _by_place(models: Sequence[Sequence[Result]]) -> list[dict[int, float]]:

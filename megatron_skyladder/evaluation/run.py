@@ -34,6 +34,7 @@ from megatron_skyladder.evaluation.tasks import (
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 EXPORTED = "exported"
 GENERATED = "generated"
+WAIT_SECONDS = 5.0  # between looks at another process's export
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,25 @@ def folders_of(models: list[Path]) -> dict[str, Path]:
     raise UsageError(f"a model is given twice: {', '.join(map(str, models))}.")
 
 
-def exported(model: Path, out: Path) -> Path:
-    """Return a Hugging Face folder of a model: itself, or what it is exported to."""
+def exported(model: Path, out: Path, report: Callable[[str], None]) -> Path:
+    """Return a Hugging Face folder of a model: itself, or what it is exported to.
+
+    Where another process is exporting it, as tasks of one job array do, that one is waited for.
+    """
     if (model / "config.json").is_file():
         return model
     from megatron_skyladder.hugging_face.exporting import export
+    from megatron_skyladder.hugging_face.output import InUseError
 
-    return export(model, out / EXPORTED).folder
+    waiting = False
+    while True:
+        try:
+            return export(model, out / EXPORTED).folder
+        except InUseError as error:
+            if not waiting:
+                report(f"waiting for another process: {error}")
+            waiting = True
+            time.sleep(WAIT_SECONDS)
 
 
 def jobs(
@@ -182,7 +195,7 @@ def evaluate(
         report: gets a line for each task.
     """
     go_offline()
-    folder = exported(model, out)
+    folder = exported(model, out, report)
     weights = identity_of(folder)
     todo = jobs(data, settings, ruler.tokenizer_hash(folder), report)
     done = {(each.task, each.length, each.asked): each for each in results.read(out)}

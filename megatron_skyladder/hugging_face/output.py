@@ -34,6 +34,10 @@ def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     )
 
 
+class InUseError(ValueError):
+    """Another command is making the folder."""
+
+
 class Staging:
     """The folder under its other name; the context manager renames it at the end.
 
@@ -42,7 +46,8 @@ class Staging:
         settings: what decides the content, plain JSON values. Kept in `RECORD`.
 
     Raises:
-        ValueError: another run is writing it, or an unfinished one had other settings.
+        InUseError: another command is writing it.
+        ValueError: an unfinished one had other settings.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -56,10 +61,11 @@ class Staging:
         self._lock = (self.folder / LOCK).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._still_there()
             self._compare()
-        except BlockingIOError:
+        except (BlockingIOError, FileNotFoundError):
             self._lock.close()
-            raise ValueError(
+            raise InUseError(
                 f"{self.folder} is in use: another command is writing it. Wait for it or stop it."
             ) from None
         except BaseException:
@@ -82,6 +88,17 @@ class Staging:
                 sync_folder(self.target.parent)
         finally:
             self._lock.close()
+
+    def _still_there(self) -> None:
+        """Raise FileNotFoundError where another command has finished the folder meanwhile."""
+        assert self._lock is not None
+        mine, now = os.fstat(self._lock.fileno()), os.stat(self.folder / LOCK)
+        if (mine.st_dev, mine.st_ino) != (now.st_dev, now.st_ino):
+            raise FileNotFoundError(self.folder)
+        if self.target.exists():  # the lock is of a folder that was made anew just now
+            (self.folder / LOCK).unlink()
+            self.folder.rmdir()
+            raise FileNotFoundError(self.target)
 
     def _compare(self) -> None:
         record = self.folder / RECORD

@@ -39,11 +39,18 @@ FSDP_FLAGS = {"--use-torch-fsdp2", "--use-megatron-fsdp"}
 logger = logging.getLogger(__name__)
 
 
-def template() -> Path:
-    """Return the job script without settings: installed with the package, or beside it."""
-    installed = Path(__file__).with_name("template") / SCRIPT_NAME
+def template(name: str = SCRIPT_NAME) -> Path:
+    """Return a job script without settings: installed with the package, or beside it."""
+    installed = Path(__file__).with_name("template") / name
     repository = Path(__file__).parents[2]
-    return installed if installed.is_file() else repository / "slurm" / SCRIPT_NAME
+    return installed if installed.is_file() else repository / "slurm" / name
+
+
+def filled(name: str, lines: Iterable[str]) -> str:
+    """Return a job script with lines in the place of its settings."""
+    before, _, rest = template(name).read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + "\n".join(lines) + "\n" + END + after
 
 
 def job_script(settings: Settings, *, jobs: int | None = None, array: bool = False) -> str:
@@ -58,10 +65,8 @@ def job_script(settings: Settings, *, jobs: int | None = None, array: bool = Fal
     Raises:
         ValueError: an option of sbatch that is ours to set.
     """
-    before, _, rest = template().read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    filled = [*_directives(settings, jobs, array), "", *_assignments(settings, jobs)]
-    return before + BEGIN + "\n".join(filled) + "\n" + END + after
+    lines = [*_directives(settings, jobs, array), "", *_assignments(settings, jobs)]
+    return filled(SCRIPT_NAME, lines)
 
 
 def _directives(settings: Settings, jobs: int | None, array: bool) -> Iterable[str]:
@@ -95,6 +100,11 @@ def _directives(settings: Settings, jobs: int | None, array: bool) -> Iterable[s
         options["array"] = f"1-{jobs}%1"
     else:
         options["dependency"] = "singleton"  # never two jobs of one run at the same time
+    yield from directives(options)
+
+
+def directives(options: Mapping[str, Any]) -> Iterable[str]:
+    """Return options of sbatch as lines of a script; an empty value makes a switch."""
     for name, value in options.items():
         yield f"#SBATCH --{name}={value}" if value != "" else f"#SBATCH --{name}"
 
@@ -106,10 +116,10 @@ def _assignments(settings: Settings, jobs: int | None) -> Iterable[str]:
     yield f"PYTHON={shlex.quote(environment.python)}"
     yield "# shellcheck disable=SC2016  # it expands where it runs"
     yield f"SETUP={shlex.quote(environment.setup)}"
-    options, prefix = _container(settings)
-    yield f"SRUN_OPTIONS=({_words(options)})"
-    yield f"PREFIX=({_words(prefix)})"
-    yield f"PASSED=({_words(list(environment.passed))})"
+    options, prefix = container(settings)
+    yield f"SRUN_OPTIONS=({words(options)})"
+    yield f"PREFIX=({words(prefix)})"
+    yield f"PASSED=({words(list(environment.passed))})"
     for name, value in {**_variables_of(settings), **environment.variables}.items():
         yield f"export {name}={shlex.quote(value)}"
 
@@ -121,12 +131,12 @@ def _variables_of(settings: Settings) -> dict[str, str]:
     return {}
 
 
-def _words(words: list[str]) -> str:
+def words(words: Iterable[str]) -> str:
     """Return words for a shell array, all in quotes: a comma outside looks like a slip."""
     return " ".join("'" + word.replace("'", "'\\''") + "'" for word in words)
 
 
-def _container(settings: Settings) -> tuple[list[str], list[str]]:
+def container(settings: Settings) -> tuple[list[str], list[str]]:
     """Return the options of srun, and the command in front of what it starts."""
     environment = settings.environment
     mounts = [f"{path}:{path}" if ":" not in path else path for path in environment.mounts]
@@ -208,7 +218,7 @@ def submit_run(
     ids: list[str] = []
     try:
         write_run_folder(settings, script, allow_changes=allow_changes)
-        words = ["--parsable", *_export(settings), str(Path(settings.folder) / SCRIPT_NAME)]
+        words = ["--parsable", *export_option(settings), str(Path(settings.folder) / SCRIPT_NAME)]
         for _ in range(times):
             ids.append(sbatch(*words, variables=settings.secrets).split(";")[0])
     except (ValueError, OSError) as error:
@@ -271,7 +281,7 @@ def _check_passed(settings: Settings) -> None:
         )
 
 
-def _export(settings: Settings) -> list[str]:
+def export_option(settings: Settings) -> list[str]:
     """Return the option that hands passed variables to jobs, where sbatch would not do it."""
     names = settings.environment.passed
     chosen = os.environ.get("SBATCH_EXPORT") or settings.sbatch.get("export") or "ALL"

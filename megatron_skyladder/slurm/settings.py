@@ -28,8 +28,14 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "slurm": ("nodes", "gpus-per-node", "ranks-per-node"),
     "environment": ("kind", "image", "mounts", "setup", "python"),
     "survival": ("signal-seconds", "max-tries"),
+    "evaluate": (
+        *("data", "out", "name", "checkpoints", "tasks", "length", "full", "python", "setup"),
+        *("gpus", "time", "backend", "batch-size"),
+    ),
     "variables": (),
 }
+_CLOSED = ("run", "environment", "survival", "evaluate")  # sections that take no other keys
+LATEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,40 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated once a run is finished: an array, one task for each checkpoint and group.
+
+    Args:
+        data: the folder that ``skyladder evaluate --prepare`` wrote.
+        out: gets a folder for each checkpoint.
+        name: of the run, in tables and in the names of these folders.
+        checkpoints: iterations; `LATEST` is the newest that there is when the task starts.
+        groups: what a job evaluates: suites or tasks, joined by commas.
+        options: further words of ``skyladder evaluate``.
+        gpus: of a job; 0: none are asked for, and it runs on the CPU.
+        time: limit of a job.
+        python: the interpreter, where it is another one than training's.
+        setup: shell lines before it, likewise.
+    """
+
+    data: str
+    out: str
+    name: str
+    checkpoints: tuple[str, ...] = (LATEST,)
+    groups: tuple[str, ...] = ("standard", "long")
+    options: tuple[str, ...] = ()
+    gpus: int = 1
+    time: str = "04:00:00"
+    python: str = ""
+    setup: str = ""
+
+    @property
+    def num_jobs(self) -> int:
+        """Tasks of the array."""
+        return len(self.checkpoints) * len(self.groups)
+
+
+@dataclass(frozen=True)
 class Settings:
     """A run under SLURM, resolved.
 
@@ -73,6 +113,7 @@ class Settings:
         max_tries: failures in a row, without a new checkpoint, after which nothing is tried again.
         secrets: values that the example file gives to some of the passed variables; they go to
             sbatch, and into no file.
+        evaluation: what follows training; None: nothing.
     """
 
     folder: str
@@ -86,6 +127,7 @@ class Settings:
     signal_seconds: int = 600
     max_tries: int = 3
     secrets: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    evaluation: Evaluation | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -109,6 +151,11 @@ class Settings:
         environment = values.pop("environment")
         for name in ("mounts", "passed"):
             environment[name] = tuple(environment.get(name, ()))
+        evaluation = values.pop("evaluation", None)
+        if evaluation is not None:
+            for name in ("checkpoints", "groups", "options"):
+                evaluation[name] = tuple(evaluation[name])
+            values["evaluation"] = Evaluation(**evaluation)
         return cls(
             **{**values, "flags": tuple(values["flags"]), "environment": Environment(**environment)}
         )
@@ -136,8 +183,9 @@ def from_file(path: Path, overrides: Mapping[tuple[str, str], Any], flags: list[
     all_flags = (*example_flags, *shlex.split(run.get("flags", "")), *flags)
     _refuse_secrets(sections, all_flags)
     variables, passed, given = _split_variables(sections["variables"])
+    folder = _folder(run, path)
     return Settings(
-        folder=str(_folder(run, path)),
+        folder=str(folder),
         flags=all_flags,
         entry=run.get("entry", DEFAULT_ENTRY),
         nodes=_integer(slurm, "nodes", 1),
@@ -148,6 +196,7 @@ def from_file(path: Path, overrides: Mapping[tuple[str, str], Any], flags: list[
         signal_seconds=_integer(sections["survival"], "signal-seconds", 600),
         max_tries=_integer(sections["survival"], "max-tries", 3),
         secrets=given,
+        evaluation=_evaluation(sections["evaluate"], folder, path),
     )
 
 
@@ -172,13 +221,13 @@ def _read_sections(path: Path) -> dict[str, dict[str, str]]:
         for name in SECTIONS
     }
     sections["slurm"] = {key: value.strip(NO_VALUE) for key, value in sections["slurm"].items()}
-    for name in ("run", "environment", "survival"):
+    for name in _CLOSED:
         bare = next((key for key, value in sections[name].items() if value == NO_VALUE), None)
         if bare in SECTIONS[name]:
             raise ValueError(f"{path} has {bare} in [{name}] without a value: give {bare} = ...")
     for name, keys in SECTIONS.items():
         wrong = [key for key in sections[name] if key not in keys]
-        if name in ("run", "environment", "survival") and wrong:
+        if name in _CLOSED and wrong:
             raise ValueError(
                 f"{path} has {wrong[0]} in [{name}]. Known there are: {', '.join(keys)}."
             )
@@ -204,9 +253,7 @@ def _folder(run: dict[str, str], path: Path) -> Path:
             f"{path} names no folder in [run]. Give one that all nodes see, such as "
             "folder = /scratch/me/1b-8k, or --run-dir."
         )
-    folder = Path(run["folder"]).expanduser()
-    if not folder.is_absolute():
-        folder = Path.cwd() / folder
+    folder = _absolute(run["folder"])
     if any(character.isspace() or character in "%'\"$\\:," for character in str(folder)):
         raise ValueError(
             f"the run folder {folder} has a character that job scripts or containers stumble over. "
@@ -215,10 +262,53 @@ def _folder(run: dict[str, str], path: Path) -> Path:
     return folder
 
 
+def _evaluation(section: dict[str, str], run: Path, path: Path) -> Evaluation | None:
+    if not section:
+        return None
+    if "data" not in section:
+        raise ValueError(
+            f"{path} names no data in [evaluate]. Give the folder that skyladder evaluate "
+            "--prepare wrote: data = /data/evaluation."
+        )
+    iterations = tuple(section.get("checkpoints", LATEST).split())
+    wrong = [each for each in iterations if each != LATEST and not each.isdigit()]
+    if wrong or not iterations:
+        raise ValueError(
+            f"checkpoints = {' '.join(iterations)} in [evaluate]: give iterations that are kept, "
+            f"such as 20000 40000, and {LATEST}."
+        )
+    groups = tuple(section.get("tasks", "standard long").split())
+    if not groups:
+        raise ValueError("tasks in [evaluate] is empty. Give groups, such as standard long.")
+    gpus = _integer(section, "gpus", 1, least=0)
+    options = ["--length", str(_integer(section, "length", 8192))]
+    options += ["--full"] if _boolean(section, "full") else []
+    for key in ("backend", "batch-size"):
+        options += [f"--{key}", section[key]] if key in section else []
+    options += ["--device", "cuda" if gpus else "cpu"]
+    return Evaluation(
+        data=str(_absolute(section["data"])),
+        out=str(_absolute(section.get("out", str(run / "evaluation")))),
+        name=section.get("name", run.name),
+        checkpoints=tuple(each if each == LATEST else str(int(each)) for each in iterations),
+        groups=groups,
+        options=tuple(options),
+        gpus=gpus,
+        time=section.get("time", Evaluation.time),
+        python=section.get("python", ""),
+        setup=section.get("setup", "").strip(),
+    )
+
+
+def _absolute(text: str) -> Path:
+    path = Path(text).expanduser()
+    return path if path.is_absolute() else Path.cwd() / path
+
+
 def _refuse_secrets(sections: dict[str, dict[str, str]], flags: Sequence[str]) -> None:
     """Refuse secrets where their values would be written down; [variables] handles its own."""
     masking.refuse(shlex.join(flags), "flags in [run]")
-    for section in ("slurm", "environment"):
+    for section in ("slurm", "environment", "evaluate"):
         for key, value in sections[section].items():
             masking.refuse(value, f"{key} in [{section}]")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_skyladder.evaluation import results, scoring, significance, table
+from megatron_skyladder.evaluation import picture, results, scoring, significance, table
 from megatron_skyladder.evaluation.results import Result
 from megatron_skyladder.evaluation.tasks import PAPER, STANDARD, Metric, Normalization
 
@@ -135,6 +135,21 @@ def test_rulers_mean_is_that_of_one_length() -> None:
         ("RULER 4,096, mean of 2", (100.0,)),
         ("RULER 8,192, mean of 2", (0.0,)),
     ]
+
+
+def test_the_picture_has_ruler_by_length(tmp_path: Path) -> None:
+    def model(name: str, scores: dict[int, float]) -> list[Result]:
+        return [
+            result(name, task, [score, 0.0], [0.0, 0.0], length=length)
+            for length, score in scores.items()
+            for task in ("niah_multikey_2", "niah_multikey_3")
+        ]
+
+    models = [model("a", {4096: 1.0, 8192: 0.0, 32768: 1.0}), model("b", {4096: 1.0, 8192: 1.0})]
+    assert picture.by_length(models) == [{4096: 50.0, 8192: 0.0}, {4096: 50.0, 8192: 50.0}]
+    assert picture.by_length([model("a", {4096: 1.0})]) == []
+    picture.draw(tmp_path / "x.svg", table.rows(models), ("a", "b"), models)
+    assert "<svg" in (tmp_path / "x.svg").read_text()
 
 
 def test_only_the_same_questions_are_compared() -> None:

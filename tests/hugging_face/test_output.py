@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,11 +16,13 @@ import torch
 from random_models import LLAMA, all_weights, assert_same_model, write_model
 from trained import VOCAB_SIZE, Runs
 
+from megatron_skyladder.evaluation import run
+from megatron_skyladder.hugging_face import exporting
 from megatron_skyladder.hugging_face.architecture import Architecture
 from megatron_skyladder.hugging_face.checkpoints import open_checkpoint
 from megatron_skyladder.hugging_face.exporting import export
 from megatron_skyladder.hugging_face.importing import import_model
-from megatron_skyladder.hugging_face.output import Staging
+from megatron_skyladder.hugging_face.output import InUseError, Staging
 from megatron_skyladder.hugging_face.pickles import Foreign
 from megatron_skyladder.testing import requires_megatron
 
@@ -94,6 +98,45 @@ def test_two_at_once_are_refused(checkpoint: Path, tmp_path: Path) -> None:
         Staging(tmp_path / "out", {}),
     ):
         pass
+
+
+def test_an_evaluation_waits_for_anothers_export(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the tasks of a job array do; the second one finds the finished folder."""
+    monkeypatch.setattr(run, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(exporting, "export", functools.partial(export, **PLAIN))
+    busy, said = threading.Event(), []
+    go_on = threading.Event()
+
+    def on_part(done: int, total: int) -> None:
+        busy.set()
+        go_on.wait(60)
+
+    first = threading.Thread(
+        target=export,
+        args=(checkpoint, tmp_path / "exported"),
+        kwargs={**PLAIN, "on_part": on_part},
+    )
+
+    def report(text: str) -> None:
+        said.append(text)
+        go_on.set()
+
+    first.start()
+    busy.wait(60)
+    found = run.exported(checkpoint, tmp_path, report)
+    first.join()
+    assert found == tmp_path / "exported" and len(said) == 1
+    assert "waiting for another process" in said[0]
+    assert not (tmp_path / "exported.partial").exists()
+
+
+def test_a_folder_that_was_finished_meanwhile_is_not_made_again(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InUseError), Staging(tmp_path / "out", {}):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_import_that_fails_leaves_nothing_in_its_place(

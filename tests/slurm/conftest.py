@@ -42,6 +42,7 @@ class Jobs:
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster = cluster
         self.folder = folder
+        self.printed: list[str] = []
 
     def submit(
         self,
@@ -54,8 +55,12 @@ class Jobs:
         survival: str = "max-tries = 2",
         variables: dict[str, str] | None = None,
         options: tuple[str, ...] = (),
+        more: str = "",
     ) -> tuple[RunFolder, list[str]]:
-        """Write an example file, submit it, and return the run and the jobs' ids."""
+        """Write an example file, submit it, and return the run and the jobs' ids.
+
+        `more` are further sections; what was printed is kept in ``printed``.
+        """
         path = self.folder / f"{name}.ini"
         assignments = "\n".join(f"{key} = {value}" for key, value in (variables or {}).items())
         path.write_text(
@@ -65,10 +70,11 @@ class Jobs:
             f"[environment]\npython = {sys.executable}\n"
             f"[survival]\n{survival}\n"
             f"[variables]\nPYTHONPATH = {REPOSITORY}\nSKYLADDER_DEVICE = cpu\n"
-            f"OMP_NUM_THREADS = 1\n{assignments}\n"
+            f"OMP_NUM_THREADS = 1\n{assignments}\n{more}"
         )
         done = self.command(str(path), "--submit", *options)
         assert done.returncode == 0, done.stderr
+        self.printed = done.stdout.splitlines()
         ids = done.stdout.splitlines()[0].removeprefix("submitted ").split(", ")
         return RunFolder(self.folder / name), ids
 

@@ -557,10 +557,10 @@ def test_sites_where_sbatch_exports_nothing(
     monkeypatch.delenv("SBATCH_EXPORT", raising=False)
     passing = replace(settings, environment=Environment(passed=("A_KEY",)))
     with_option = replace(passing, sbatch={"export": chosen} if chosen else {})
-    assert script._export(with_option) == option
+    assert script.export_option(with_option) == option
     monkeypatch.setenv("SBATCH_EXPORT", chosen)
-    assert script._export(passing) == option
-    assert script._export(settings) == []
+    assert script.export_option(passing) == option
+    assert script.export_option(settings) == []
 
 
 NAMES = (

@@ -1,0 +1,169 @@
+"""Evaluation behind a run under SLURM: the section [evaluate], its script, what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_slurm import directives, read
+
+from megatron_skyladder.cli import main
+from megatron_skyladder.slurm import evaluation, script
+from megatron_skyladder.slurm.settings import Evaluation, Settings
+
+RUN = """\
+[run]
+example = 1b-8k
+folder = /runs/ladder
+flags = --data-path d --tokenizer-model t
+[slurm]
+partition = a100
+time = 24:00:00
+exclusive =
+mem = 0
+[environment]
+kind = apptainer
+image = /images/megatron.sif
+setup = source .venv/bin/activate
+"""
+EVALUATE = """\
+[evaluate]
+data = /data/eval
+checkpoints = 0020000 latest
+tasks = standard niah_multikey_2,niah_multikey_3 mdqa
+length = 32768
+full = yes
+time = 2:00:00
+"""
+
+
+def assignments(text: str) -> dict[str, str]:
+    """What the settings in a script assign, as bash reads them."""
+    inside = text.partition(script.BEGIN)[2].partition(script.END)[0]
+    names = ("NAME", "DATA", "OUT", "CHECKPOINTS", "TASKS", "OPTIONS", "PREFIX", "ONLY_FINISHED")
+    printed = "".join(f'\nprintf "%s\\n" "{name}=${{{name}[*]}}"' for name in names)
+    done = subprocess.run(["bash", "-uc", inside + printed], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+
+def test_the_section_by_hand(tmp_path: Path) -> None:
+    settings = read(tmp_path, RUN + EVALUATE)
+    assert settings.evaluation == Evaluation(
+        data="/data/eval",
+        out="/runs/ladder/evaluation",
+        name="ladder",
+        checkpoints=("20000", "latest"),
+        groups=("standard", "niah_multikey_2,niah_multikey_3", "mdqa"),
+        options=("--length", "32768", "--full", "--device", "cuda"),
+        time="2:00:00",
+    )
+    assert settings.evaluation.num_jobs == 6
+    (tmp_path / "settings.json").write_text(settings.to_json())
+    assert Settings.read(tmp_path) == settings
+    assert read(tmp_path, RUN).evaluation is None
+
+
+def test_the_script_by_hand(tmp_path: Path) -> None:
+    settings = read(tmp_path, RUN + EVALUATE)
+    text = evaluation.job_script(settings, only_finished=True)
+    assert directives(text) == {
+        "job-name": "ladder-evaluation",
+        "nodes": "1",
+        "ntasks": "1",
+        "gpus-per-node": "1",
+        "partition": "a100",
+        "time": "2:00:00",
+        "output": "/runs/ladder/evaluation/slurm-%A_%a.out",
+        "open-mode": "append",
+        "requeue": None,
+        "array": "0-5",
+    }
+    found = assignments(text)
+    assert found["CHECKPOINTS"] == "20000 latest"
+    assert found["TASKS"] == "standard niah_multikey_2,niah_multikey_3 mdqa"
+    assert found["OPTIONS"] == "--length 32768 --full --device cuda"
+    assert "--nv --bind /runs/ladder:/runs/ladder --bind /data/eval:/data/eval" in found["PREFIX"]
+    assert found["ONLY_FINISHED"] == "yes"
+    by_hand = assignments(evaluation.job_script(settings, only_finished=False))
+    assert by_hand["ONLY_FINISHED"] == ""
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "words"),
+    [
+        (0, "/runs/ladder/checkpoints/iter_0020000", "--name ladder-20000 --tasks standard"),
+        (2, "/runs/ladder/checkpoints/iter_0020000", "--name ladder-20000 --tasks mdqa"),
+        (3, "/runs/ladder/checkpoints", "--name ladder --tasks standard"),
+        (5, "/runs/ladder/checkpoints", "--name ladder --tasks mdqa"),
+    ],
+)
+def test_which_task_asks_what(tmp_path: Path, task: int, model: str, words: str) -> None:
+    """The script itself under bash, with an srun that prints its words."""
+    text = evaluation.job_script(read(tmp_path, RUN + EVALUATE), only_finished=False)
+    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s " "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", text],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": str(task)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    command = done.stdout.partition("-m megatron_skyladder evaluate ")[2].split()
+    assert command[0] == model
+    given = dict(zip(command[1::2], command[2::2], strict=False))
+    assert f"--name {given['--name']} --tasks {given['--tasks']}" == words
+
+
+def test_an_unfinished_run_is_not_evaluated(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    text = RUN.replace("/runs/ladder", str(folder)) + EVALUATE
+    script_text = evaluation.job_script(read(tmp_path, text), only_finished=True)
+    done = subprocess.run(
+        ["bash", "-c", script_text],
+        env={"PATH": "/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "the run is not finished" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("tasks = standard\n", r"names no data in \[evaluate\]"),
+        ("data = /d\ncheckpoints = newest\n", "checkpoints = newest in .* give iterations"),
+        ("data = /d\ncheckpoint = 1\n", r"has checkpoint in \[evaluate\]. Known there are: data"),
+        ("data = /d\ntasks =\n", r"tasks in \[evaluate\] is empty"),
+        ("data = /d\nlength = long\n", "length = long .* whole number"),
+        ("data\n", r"has data in \[evaluate\] without a value"),
+    ],
+)
+def test_mistakes_in_the_section(tmp_path: Path, section: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, f"{RUN}[evaluate]\n{section}")
+
+
+def test_what_is_missing_is_said_before_anything_queues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.ini"
+    path.write_text(RUN.replace("/runs/ladder", str(tmp_path / "run")))
+    assert main(["slurm", str(path), "--evaluate"]) == 1
+    assert "has no section [evaluate]" in capsys.readouterr().err
+    path.write_text(path.read_text() + EVALUATE)
+    assert main(["slurm", str(path), "--submit"]) == 1
+    assert "data = /data/eval in [evaluate] is not there" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_dry_run_names_the_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.ini"
+    path.write_text(RUN + EVALUATE)
+    main(["slurm", str(path)])
+    assert "evaluation after it: an array of 6 jobs; --evaluate shows it" in capsys.readouterr().err
+    main(["slurm", str(path), "--evaluate"])
+    printed = capsys.readouterr()
+    assert "#SBATCH --array=0-5" in printed.out and "evaluation after it" not in printed.err
