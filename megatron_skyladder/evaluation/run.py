@@ -17,17 +17,20 @@ from typing import Any
 from megatron_skyladder.data.identity import digest
 from megatron_skyladder.data.sources import InputFile
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.evaluation import results, ruler
+from megatron_skyladder.evaluation import reading, results, ruler
 from megatron_skyladder.evaluation.data import DataFolder
 from megatron_skyladder.evaluation.results import Result
 from megatron_skyladder.evaluation.tasks import (
+    CHOICES,
     CLOZE,
     FORMULATIONS,
     GENERATIVE,
+    RACE,
     RULER,
     STANDARD,
     STANDARD_TOKENS,
     SUITES,
+    TITLES,
     Normalization,
 )
 
@@ -147,16 +150,17 @@ def jobs(
         data: what was prepared.
         settings: what to ask.
         tokenizer: of `ruler.tokenizer_hash`.
-        report: gets a line for each task of the suite long that was not prepared.
+        report: gets a line for each task of a suite, but standard, that was not prepared.
 
     Raises:
         UsageError: the data for a task was not prepared, or a name is unknown.
     """
-    known = (*SUITES, *STANDARD, *GENERATIVE)
+    known = (*SUITES, *CHOICES, *GENERATIVE)
     unknown = [name for name in settings.tasks if name not in known]
     if unknown:
         raise UsageError(f"--tasks {unknown[0]} is unknown. Choose of: {', '.join(known)}.")
-    found = []
+    found: list[Job] = []
+    optional: list[Job] = []
     for name in STANDARD:
         if "standard" in settings.tasks or name in settings.tasks:
             files = {each: f"standard/{name}.{each}.jsonl" for each in FORMULATIONS}
@@ -165,11 +169,16 @@ def jobs(
         if not (name in settings.tasks or task.suite in settings.tasks):
             continue
         length = settings.length if name in RULER else None
-        file = ruler.file_name(name, length, tokenizer) if length else f"long/{name}.jsonl"
-        if name in settings.tasks or file in data.entries:
-            found.append(Job(name, length, {GENERATED: file}, settings.length))
+        file = ruler.file_name(name, length, tokenizer) if length else f"{task.suite}/{name}.jsonl"
+        optional.append(Job(name, length, {GENERATED: file}, settings.length))
+    if RACE.name in settings.tasks or "reading" in settings.tasks:
+        optional.append(Job(RACE.name, None, {CLOZE: reading.RACE_PATH}, settings.length))
+    for job in optional:
+        (file,) = job.files.values()
+        if job.task in settings.tasks or file in data.entries:
+            found.append(job)
         else:  # not everything can be had everywhere
-            report(f"{task.title}: left out, as {data.path} has no {file}")
+            report(f"{TITLES[job.task]}: left out, as {data.path} has no {file}")
     for job in found:
         for file in job.files.values():
             data.check(file)
@@ -252,8 +261,8 @@ def _ask(
     scores: dict[str, list[float]] = {}
     rows: list[Any] = []
     for formulation, file in job.files.items():
-        if job.task in STANDARD:
-            task = STANDARD[job.task]
+        if job.task in CHOICES:
+            task = CHOICES[job.task]
             rows = settings.choose(job.task, data.questions(file))
             rule = task.cloze if formulation == CLOZE else Normalization.NONE
             asked: Any = engine.OlmesTask(f"{job.task}_{formulation}", rows, rule)

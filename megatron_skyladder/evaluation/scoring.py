@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 from megatron_skyladder.evaluation.tasks import Metric, Normalization
@@ -61,6 +62,14 @@ def generated(text: str, answers: Sequence[str], metric: Metric) -> float:
             return found / len(answers)
         case Metric.BEST_SUBSPAN:
             return float(any(normalized(answer) in normalized(text) for answer in answers))
+        case Metric.EXACT:
+            first = _decomposed(text.split("\n")[0])
+            return float(any(_decomposed(answer) == first for answer in answers))
+
+
+def _decomposed(text: str) -> str:
+    """Return a text as Zhao et al. compare it: by SQuAD's rules, accents apart from letters."""
+    return normalized(unicodedata.normalize("NFD", text))
 
 
 def normalized(text: str) -> str:

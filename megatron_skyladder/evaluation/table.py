@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_skyladder.evaluation import scoring, significance
 from megatron_skyladder.evaluation.results import Result
-from megatron_skyladder.evaluation.tasks import PAPER, RULER, STANDARD
+from megatron_skyladder.evaluation.tasks import PAPER, READING, RULER, STANDARD
 
 CAVEAT = (
     "Errors and p are over questions: how sure these two models differ on such questions. They say "
@@ -22,7 +22,7 @@ class Row:
     """One task, or the mean of several.
 
     Args:
-        name: of the task, or standard, ruler.
+        name: of the task, or standard, reading, ruler.
         title: in the table.
         length: tokens of RULER's rows; None elsewhere.
         scores: percent, one for each model.
@@ -81,22 +81,26 @@ def _asked_alike(pair: Sequence[Result]) -> bool:
 
 
 def _with_means(made: list[Row], figures: dict[str, tuple[float, float]], suffix: str) -> list[Row]:
-    """Return the rows with the means of the standard tasks, and of RULER's at each length."""
+    """Return the rows with the means of the suites, and of RULER's at each length."""
     standard = [row for row in made if row.name in STANDARD]
     needles = [row for row in made if row.name in RULER]
-    others = [row for row in made if row not in (*standard, *needles)]
-    if len(standard) > 1:
-        whole = len(standard) == len(STANDARD)
-        title = f"mean of {len(standard)}{'' if whole else ' of 9'}{suffix}"
-        figure = figures.get("standard") if whole else None
-        standard = [*standard, _mean("standard", title, standard, figure)]
+    reading = [row for row in made if row.name in READING]
+    others = [row for row in made if row not in (*standard, *needles, *reading)]
+    for name, title, own, tasks in (
+        ("standard", "mean of", standard, len(STANDARD)),
+        ("reading", "reading, mean of", reading, len(READING)),
+    ):
+        if len(own) > 1:
+            whole = len(own) == tasks
+            text = f"{title} {len(own)}{'' if whole else f' of {tasks}'}{suffix}"
+            own.append(_mean(name, text, own, figures.get(name) if whole else None))
     for length in dict.fromkeys(row.length for row in needles):
         own = [row for row in needles if row.length == length]
         if len(own) > 1:
             figure = figures.get("ruler") if len(own) == len(RULER) else None
             title = f"RULER {length:,}, mean of {len(own)}{suffix}"
             needles.insert(needles.index(own[-1]) + 1, _mean("ruler", title, own, figure))
-    return [*standard, *needles, *others]
+    return [*standard, *reading, *needles, *others]
 
 
 def _key(result: Result) -> tuple[str, int | None, str]:

@@ -21,9 +21,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_autobridge_exports_the_same_tensors(
     runs: BridgeRuns, layout: dict[str, int], tmp_path: Path
 ) -> None:
-    run = runs.bridge(
-        2 if layout else 1, ladder=LADDER, save_interval=4, exit_interval=4, **layout
-    )
+    run = runs.bridge(2 if layout else 1, ladder=LADDER, save_interval=4, exit_interval=4, **layout)
     ours = export(run.checkpoint, tmp_path / "ours", without_tokenizer=True, vocab_size=VOCAB)
     other = runs.start(
         "export",

@@ -79,8 +79,6 @@ def test_texts_may_hold_other_line_ends(tmp_path: Path) -> None:
 def test_names_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--prepare", str(tmp_path), "--tasks", "arc"]) == 1
     assert "--tasks arc is unknown. Choose of: standard, long" in capsys.readouterr().err
-    assert main(["evaluate", "--prepare", str(tmp_path), "--tasks", "reading"]) == 1
-    assert "HotpotQA" in capsys.readouterr().err
 
 
 def test_mdqa_from_its_own_files(tmp_path: Path) -> None:
