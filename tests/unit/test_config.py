@@ -271,7 +271,7 @@ def test_round_to_auto_leaves_given_windows_alone(caplog: pytest.LogCaptureFixtu
 def test_round_to_takes_a_number_or_auto(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--skyladder-round-to always")
-    assert "'always' is neither a number nor auto" in capsys.readouterr().err
+    assert "'always' is neither a number, nor auto or pow2" in capsys.readouterr().err
 
 
 # --- the fingerprint ----------------------------------------------------------------------------

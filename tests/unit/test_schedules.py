@@ -77,6 +77,10 @@ TABLES: dict[str, tuple[WindowSchedule, list[tuple[int, int]]]] = {
         WindowSchedule("linear", 40, 100, alpha=1, round_to=16),
         table("0:40 7:40 8:48 23:48 24:64 59:96 60:100 far:100"),
     ),
+    "linear, powers of two": (
+        WindowSchedule("linear", 24, 100, alpha=1, round_to="pow2"),
+        table("0:24 7:24 8:32 39:32 40:64 75:64 76:100 far:100"),
+    ),
     "linear, nothing to grow": (
         WindowSchedule("linear", 64, 64, alpha=1),
         table("0:64 1:64 far:64"),
@@ -249,13 +253,13 @@ def schedules(draw: st.DrawFn, names: list[str] = list(SCHEDULES)) -> WindowSche
             name,
             final_window=final,
             total_steps=draw(st.integers(1, 400)),
-            round_to=draw(st.none() | st.integers(1, 50)),
+            round_to=draw(st.none() | st.just("pow2") | st.integers(1, 50)),
             points=tuple(map(Point, [Fraction(0), *shares], [*windows, final])),
         )
     settings: dict[str, Any] = {
         "start_window": draw(st.integers(1, final)),
         "final_window": final,
-        "round_to": draw(st.none() | st.integers(1, 1500)),
+        "round_to": draw(st.none() | st.just("pow2") | st.integers(1, 1500)),
     }
     if "num_cycles" in SCHEDULES[name].settings():
         settings["num_cycles"] = draw(st.integers(1, 4))
@@ -305,8 +309,13 @@ def test_the_final_window_holds_from_the_end_of_the_ramp(
 def test_rounded_windows_are_multiples_or_an_end(schedule: WindowSchedule, step: int) -> None:
     multiple = schedule.round_to or (1024 if schedule.schedule == "stepwise" else 1)
     window = schedule.window_at(step)
-    ends = (schedule.start_window, schedule.final_window)
-    assert window % multiple == 0 or window in ends
+    if window in (schedule.start_window, schedule.final_window):
+        return
+    if multiple == "pow2":
+        exact_window = replace(schedule, round_to=1).window_at(step)
+        assert window in [2**n for n in range(32)] and window <= exact_window < 2 * window
+    else:
+        assert window % multiple == 0
 
 
 @given(schedules(RATED), STEPS, st.integers(1, 16), st.integers(1, 5000))
@@ -560,7 +569,7 @@ REFUSED += [
         {"schedule": "cyclic", "alpha": 1, "num_cycles": 10**9},
         "num_cycles=1000000000: give at least 1 cycle and at most 10,000",
     ),
-    ({"alpha": 1, "round_to": "often"}, "round_to: 'often' is neither a number nor auto"),
+    ({"alpha": 1, "round_to": "often"}, "round_to: 'often' is neither a number, nor auto or pow2"),
     # what means nothing here
     ({"alpha": 1, "round_to": "auto"}, "round_to=auto needs the run's layout. Give a number here"),
     ({"schedule": "constant", "alpha": 1}, "alpha has no meaning with schedule=constant"),

@@ -23,6 +23,7 @@ from megatron_skyladder.ladder.settings import (
 DEFAULT_START_WINDOW = 32  # the paper's 8K setting
 DEFAULT_EXPAND_FRACTION = "0.64"  # its best share under every budget
 FINAL_WINDOW = -1  # in a stage or a point: stands for the final window
+POWERS_OF_TWO = "pow2"  # in the place of a multiple: windows are rounded down to these
 MAX_WINDOW = 2**31 - 1  # tokens; offsets into sequences are int32
 INT64_LIMIT = 2**62  # products below this are safe on arrays
 
@@ -42,11 +43,11 @@ def read_window(text: str) -> int:
 
 
 def _multiple(value: int | str) -> int | str:
-    """Read a number of tokens, or auto, which needs the run's layout to be worked out."""
+    """Read a number of tokens, pow2, or auto, which needs the run's layout to be worked out."""
     try:
-        return value if value == "auto" else whole(value)
+        return value if value in ("auto", POWERS_OF_TWO) else whole(value)
     except ValueError:
-        raise ValueError(f"{value!r} is neither a number nor auto") from None
+        raise ValueError(f"{value!r} is neither a number, nor auto or pow2") from None
 
 
 @dataclass(frozen=True, init=False)
@@ -64,8 +65,8 @@ class WindowSchedule:
         alpha: tokens per step while the window grows; give this or ``expand_fraction``.
         expand_fraction: share of ``total_steps`` over which the window grows.
         total_steps: steps of the whole run; needed where shares of it are given.
-        round_to: growing windows are rounded down to a multiple of this, never below
-            ``start_window``. The final window is not rounded.
+        round_to: growing windows are rounded down to a multiple of this, or to a power of two
+            (`POWERS_OF_TWO`), never below ``start_window``. The final window is not rounded.
 
     Raises:
         SettingError: a value is out of range, missing, or has no meaning for this schedule.
@@ -111,14 +112,14 @@ class WindowSchedule:
         ),
     )
     total_steps: int | None = None
-    round_to: int | None = field(  # the text auto is read, and refused by the checks
+    round_to: int | str | None = field(  # the text auto is read, and refused by the checks
         default=None,
         metadata=setting(
             read=_multiple,
             metavar="TOKENS",
             help="round growing windows down to a multiple of this; auto: one that fits kernel "
-            "tiles and context-parallel chunks, 128 in most runs. Default: no rounding "
-            "(stepwise: 1024).",
+            "tiles and context-parallel chunks, 128 in most runs; pow2: to powers of two. "
+            "Default: no rounding (stepwise: 1024).",
         ),
     )
 
@@ -233,12 +234,12 @@ class WindowSchedule:
                 f"$final_window={self.final_window} is not a window. Give 1 to {MAX_WINDOW} "
                 "tokens, or leave it out for $seq_length."
             )
-        if isinstance(self.round_to, str):
+        if isinstance(self.round_to, str) and self.round_to != POWERS_OF_TWO:
             raise SettingError(
                 "$round_to=auto needs the run's layout. Give a number here: aligned_multiple"
                 "(seq_length, cp_size) is what auto takes."
             )
-        if self.round_to is not None and self.round_to < 1:
+        if isinstance(self.round_to, int) and self.round_to < 1:
             raise SettingError(
                 f"$round_to={self.round_to} is not a multiple. Give at least 1 token."
             )
@@ -256,16 +257,32 @@ class WindowSchedule:
     @property
     def _rounding_text(self) -> str:
         """The rounding, for the fingerprint."""
-        multiple = self.round_to or 1
+        if self.round_to == POWERS_OF_TWO:
+            return ", rounded to powers of two"
+        multiple = self.multiple
         return f", rounded to {multiple}" if multiple > 1 else ""
 
+    @property
+    def multiple(self) -> int:
+        """What growing windows are multiples of; 1 where they are powers of two."""
+        return self.round_to if isinstance(self.round_to, int) else 1
+
     def _round(self, window: Any, lowest: int) -> Any:
-        """Round a growing window, an integer or an array, down to the multiple."""
-        multiple = self.round_to or 1
-        rounded = window // multiple * multiple
+        """Round a growing window, an integer or an array, down."""
+        if self.round_to == POWERS_OF_TWO:
+            rounded = _power_of_two(window)
+        else:
+            rounded = window // self.multiple * self.multiple
         return (
             np.maximum(rounded, lowest) if isinstance(window, np.ndarray) else max(rounded, lowest)
         )
+
+
+def _power_of_two(window: Any) -> Any:
+    """Return the largest power of two that is at most a window (>= 1), an integer or an array."""
+    if isinstance(window, np.ndarray):
+        return np.left_shift(1, np.frexp(window)[1].astype(np.int64) - 1)
+    return 1 << (int(window).bit_length() - 1)
 
 
 def kind_of(name: str) -> type[WindowSchedule]:

@@ -15,7 +15,7 @@ class Stepwise(Protocol):
     """What is asked of a schedule here; see `base.WindowSchedule`."""
 
     @property
-    def round_to(self) -> int | None: ...
+    def round_to(self) -> int | str | None: ...
 
     def turns(self) -> Iterable[Fraction]: ...
 
@@ -53,7 +53,10 @@ def _monotone_stretches(schedule: Stepwise, total_steps: int) -> Iterator[tuple[
 def _edges(schedule: Stepwise, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps of a monotone stretch at which a window begins, and those windows."""
     distance = abs(schedule.window_at(end - 1) - schedule.window_at(first))
-    num_windows = distance // (schedule.round_to or 1) + 1
+    if isinstance(schedule.round_to, str):  # powers of two
+        num_windows = distance.bit_length() + 1
+    else:
+        num_windows = distance // (schedule.round_to or 1) + 1
     worth = _STEPS_PER_WINDOW_ON_ARRAYS if schedule.on_arrays(end) else _STEPS_PER_WINDOW
     if end - first > num_windows * worth:
         steps = list(_bisected(schedule, first, end))

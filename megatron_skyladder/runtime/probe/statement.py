@@ -57,6 +57,9 @@ def _ramp(
 
 
 def _rounded(schedule: Any, real: Fraction | float, lowest: int) -> int:
+    if schedule.round_to == "pow2":
+        powers = [2**n for n in range(32) if 2**n <= real]
+        return int(min(schedule.final_window, max(lowest, *powers)))
     multiple = schedule.round_to or 1
     return int(min(schedule.final_window, max(lowest, math.floor(real / multiple) * multiple)))
 
