@@ -10,11 +10,11 @@ EXTRAS := training,data,plot,dev
 TRANSFORMERS4 := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
 FA4 := --pre "flash-attn-4[cu13]==4.0.0b36"
 # unit tests that train, or start many processes
-SLOW := examples engine slurm_node benchmarks weights spec flag_rules costs
+SLOW := report_browser examples engine slurm_node benchmarks weights spec flag_rules costs
 SLURM_TOOLS := munged slurmctld slurmd sbatch shellcheck ip
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client shellcheck iproute2
 
-.PHONY: help install demo newcomer test test-quick test-releases test-te test-slurm test-bridge test-evaluate bench docs check format lint types clean
+.PHONY: help install demo newcomer test test-quick test-releases test-te test-slurm test-bridge test-evaluate browser bench docs check format lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,11 @@ test-slurm: $(READY)  ## jobs on a real Slurm on this machine (as root; installs
 	  [ -z "$${missing:-}" ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 	  apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); }
 	$(PYTEST) -m slurm tests/slurm
+
+browser:  ## Chromium, which the report is tested in (installs it with apt where that works)
+	@command -v chromium >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends chromium; } || \
+	  echo "no Chromium here: tests/unit/test_report_browser.py is skipped"
 
 bench: $(READY)  ## what SkyLadder costs and saves beside stock Megatron, as ratios
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/overhead.py

@@ -76,7 +76,7 @@ def _check_packages() -> None:
     Raises:
         ValueError: a package is missing.
     """
-    needed = ("torch", "megatron", "tokenizers", "matplotlib")
+    needed = ("torch", "megatron", "tokenizers", "matplotlib", "bokeh", "jinja2")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -159,7 +159,7 @@ def _conclude(output: Path, runs: list[Any]) -> None:
     print(f"\n{text}\n")
     (output / "table.txt").write_text(text + "\n")
     summary.plot(constant, ladder, output / "demo.png")
-    page, *_ = write_report(load_runs([f"{run.name}={run.log}" for run in runs]), output / "report")
+    page = write_report(load_runs([f"{run.name}={run.log}" for run in runs]), output / "report")
     print(f"plot: {output / 'demo.png'}\ntable: {output / 'table.txt'}\nreport: {page}")
 
 

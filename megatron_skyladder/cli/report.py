@@ -1,4 +1,4 @@
-"""``skyladder report``: one HTML page and PNG files about one or more runs, from their logs."""
+"""``skyladder report``: one HTML page about one or more runs, from their logs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
-Read the console logs of runs and write one self-contained HTML page, and its pictures as PNG files:
-windows, losses against tokens, time and FLOPs, losses by context length, speed, attention,
-stability, settings. It needs the logs only; runs may still be going on, and a requeued run's
-attempts are put together.
+Read the console logs of runs and write one HTML page that needs no other file and no network: a
+sentence for each run, then windows, losses against tokens, time and FLOPs, losses by context
+length, speed, attention, stability, schedules and flags. Pictures can be zoomed, read at a point
+and saved. It needs the logs only; runs may still be going on, a requeued run's attempts are put
+together, and runs that differ in --seed alone are drawn as one band.
 
 examples:
   skyladder report runs/1b-8k-constant runs/1b-8k --output report
@@ -43,7 +44,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "--output",
         default="skyladder-report",
         metavar="DIR",
-        help="where the page and the pictures go (default: %(default)s)",
+        help="where the page goes (default: %(default)s)",
     )
     parser.add_argument(
         "--evaluation",
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the report and say where it is.
 
     Raises:
-        ValueError: a log holds no training, or matplotlib is missing.
+        ValueError: a log holds no training, or bokeh or jinja2 is missing.
     """
     if args.json:
         from megatron_skyladder.report.curves import load_runs
@@ -69,11 +70,14 @@ def run(args: argparse.Namespace) -> int:
 
         print(json.dumps(to_json(load_runs(args.runs)), indent=2, allow_nan=False))
         return 0
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("report draws with matplotlib: pip install megatron-skyladder[plot].")
+    missing = [name for name in ("bokeh", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"the page needs {' and '.join(missing)}, not installed here: pip install "
+            "'megatron-skyladder[plot]'. Without: --json."
+        )
     from megatron_skyladder.report.curves import load_runs
     from megatron_skyladder.report.page import write_report
 
-    files = write_report(load_runs(args.runs), Path(args.output), args.evaluation)
-    print(f"{files[0]} ({len(files) - 1} pictures beside it)")
+    print(write_report(load_runs(args.runs), Path(args.output), args.evaluation))
     return 0

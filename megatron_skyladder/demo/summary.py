@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 from megatron_skyladder.ladder import costs
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.schedules import WindowSchedule
+from megatron_skyladder.report import images
 from megatron_skyladder.report.runlog import RunLog
 
-COLOURS = {"constant": "#7f7f7f", "skyladder": "#0b6e99"}
 LABELS = {"constant": "constant window", "skyladder": "SkyLadder"}
 _SMOOTHING_STEPS = 10
 
@@ -129,17 +128,17 @@ def table(constant: Outcome, ladder: Outcome, saving: tuple[float, float]) -> st
 
 def plot(constant: Outcome, ladder: Outcome, path: Path) -> None:
     """Draw window, losses against tokens and time, and loss by context length."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.5, 7), layout="constrained")
-    window, by_tokens, by_time, by_length = figure.subplots(2, 2).flat
+    figure, panels = images.make_panels(2, 2, (10.5, 7))
+    window, by_tokens, by_time, by_length = panels.flat
     for outcome in (constant, ladder):
         _draw(outcome, window, by_tokens, by_time, by_length)
     tokens = "training tokens (thousands)"
-    _label(window, "Attention window", tokens, "tokens a query may see")
-    _label(by_tokens, "Training loss, within its window", tokens, "loss (nats)")
-    _label(by_time, "Validation loss, whole sequences visible", "training time (s)", "loss (nats)")
-    _label(by_length, "After the last step", "validation context (tokens)", "loss (nats)")
+    images.label(window, "Attention window", tokens, "tokens a query may see")
+    images.label(by_tokens, "Training loss, within its window", tokens, "loss (nats)")
+    images.label(
+        by_time, "Validation loss, whole sequences visible", "training time (s)", "loss (nats)"
+    )
+    images.label(by_length, "After the last step", "validation context (tokens)", "loss (nats)")
     by_length.set_xscale("log", base=2)
     lengths = list(constant.loss_by_length())
     by_length.set_xticks(lengths, [f"{length:,}" for length in lengths])
@@ -150,9 +149,7 @@ def plot(constant: Outcome, ladder: Outcome, path: Path) -> None:
         f"data and kernel, {_less(faster)} time",
         fontsize=12,
     )
-    temporary = path.with_suffix(".partial.png")
-    figure.savefig(temporary, dpi=130)
-    os.replace(temporary, path)
+    images.save(figure, path)
 
 
 def _less(share: float) -> str:
@@ -160,7 +157,10 @@ def _less(share: float) -> str:
 
 
 def _draw(outcome: Outcome, window: Any, by_tokens: Any, by_time: Any, by_length: Any) -> None:
-    style = {"color": COLOURS[outcome.name], "label": LABELS[outcome.name]}
+    style = {
+        "color": images.colour_of(list(LABELS).index(outcome.name)),
+        "label": LABELS[outcome.name],
+    }
     records = outcome.log.iterations
     tokens = [record.iteration * outcome.batch_tokens / 1e3 for record in records]
     window.plot(tokens, [record.window for record in records], linewidth=2, **style)
@@ -176,11 +176,3 @@ def _draw(outcome: Outcome, window: Any, by_tokens: Any, by_time: Any, by_length
     by_time.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=2, **style)
     lengths = outcome.loss_by_length()
     by_length.plot(list(lengths), list(lengths.values()), marker="o", linewidth=2, **style)
-
-
-def _label(axes: Any, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(True, linewidth=0.4, alpha=0.5)
-    axes.spines[["top", "right"]].set_visible(False)

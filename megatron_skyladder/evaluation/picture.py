@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 from megatron_skyladder.evaluation.results import Result
 from megatron_skyladder.evaluation.table import CAVEAT, Row
 from megatron_skyladder.evaluation.tasks import RULER
-from megatron_skyladder.hugging_face.output import write_text
-from megatron_skyladder.report import drawing
+from megatron_skyladder.report import images
 
 _WIDTH = 0.38  # of a bar, where a task has two
 
@@ -29,7 +27,7 @@ def draw(
     """
     lengths, places = by_length(models), _by_place(models)
     rows = 1 + bool(lengths) + bool(places)
-    figure, panels = drawing.make_panels(1, height=4.2 * rows, rows=rows)
+    figure, panels = images.make_panels(rows, 1, (10.5, 4.2 * rows))
     axes = iter(panels.reshape(-1))
     _bars(next(axes), table, names)
     if lengths:
@@ -37,9 +35,7 @@ def draw(
     if places:
         _places(next(axes), places, names)
     figure.supxlabel(CAVEAT.split(":")[0] + ".", fontsize=8, color="#555555")
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    write_text(path, buffer.getvalue())
+    images.save(figure, path)
 
 
 def _bars(axis: Any, table: Sequence[Row], names: Sequence[str]) -> None:
@@ -51,7 +47,7 @@ def _bars(axis: Any, table: Sequence[Row], names: Sequence[str]) -> None:
             [row.scores[number] for row in table],
             width,
             yerr=[row.errors[number] for row in table],
-            color=drawing.colour_of(number),
+            color=images.colour_of(number),
             label=name,
             error_kw={"lw": 1, "capsize": 2},
         )
@@ -94,10 +90,10 @@ def by_length(models: Sequence[Sequence[Result]]) -> list[dict[int, float]]:
 
 def _lengths(axis: Any, lengths: Sequence[dict[int, float]], names: Sequence[str]) -> None:
     for number, (name, found) in enumerate(zip(names, lengths, strict=True)):
-        axis.plot([*found], [*found.values()], "o-", color=drawing.colour_of(number), label=name)
+        axis.plot([*found], [*found.values()], "o-", color=images.colour_of(number), label=name)
     axis.set_xscale("log", base=2)
     axis.set_xticks([*lengths[0]], [f"{length:,}" for length in lengths[0]])
-    drawing.label(axis, "RULER, mean of the tasks", "tokens of the prompt", "score, %")
+    images.label(axis, "RULER, mean of the tasks", "tokens of the prompt", "score, %")
 
 
 def _by_place(models: Sequence[Sequence[Result]]) -> list[dict[int, float]]:
@@ -118,6 +114,6 @@ def _places(axis: Any, places: Sequence[dict[int, float]], names: Sequence[str])
     for number, (name, found) in enumerate(zip(names, places, strict=True)):
         axis.plot(
             sorted(found), [found[place] for place in sorted(found)], "o-",
-            color=drawing.colour_of(number), label=name,
+            color=images.colour_of(number), label=name,
         )  # fmt: skip
-    drawing.label(axis, "MDQA", "place of the document with the answer, of 30", "score, %")
+    images.label(axis, "MDQA", "place of the document with the answer, of 30", "score, %")

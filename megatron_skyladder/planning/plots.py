@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_skyladder.planning.estimate import Plan
 from megatron_skyladder.planning.text import scientific
+from megatron_skyladder.report import images
 
 POINTS = 1000  # along the run
 FORMATS = (".png", ".svg")
-COLOURS = ("#3b6fb6", "#d1662b", "#3f8f5b", "#8f4fa3", "#b03a48", "#6b6b6b", "#b89b2b", "#3aa6a6")
 LINES = ("-", "-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))  # lines may lie on each other
 
 
@@ -22,9 +21,8 @@ def draw_plans(path: str, plans: Sequence[Plan]) -> None:
     Raises:
         ValueError: the file's ending is no picture's, or matplotlib is missing.
     """
-    figure = _figure(path)
+    figure, ((window, work, cost),) = _figure(path)
     cost_unit = "GPU-hours" if plans[0].time else "FLOPs x 1e20"
-    window, work, cost = figure.subplots(1, 3)
     scale, unit = _token_unit(max(plan.tokens for plan in plans))
     for index, plan in enumerate(plans):
         steps = _steps(plan)
@@ -33,7 +31,7 @@ def draw_plans(path: str, plans: Sequence[Plan]) -> None:
         fractions = [100 * plan.fraction(length) for length in windows]
         costs = _cumulated(plan, steps, windows)
         style = {
-            "color": COLOURS[index % len(COLOURS)],
+            "color": images.colour_of(index),
             "linestyle": LINES[index % len(LINES)],
             "label": f"{plan.name}: {_total(plan, costs[-1])}",
         }
@@ -50,7 +48,7 @@ def draw_plans(path: str, plans: Sequence[Plan]) -> None:
     longest = max(plan.config.seq_length for plan in plans)
     window.set_yticks([longest * part // 4 for part in range(5)])
     _legend(figure, (window, work, cost))
-    _save(figure, path)
+    images.save(figure, path)
 
 
 def _total(plan: Plan, cost: float) -> str:
@@ -120,23 +118,15 @@ def _legend(figure: Any, panels: Sequence[Any]) -> None:
     )
 
 
-def _figure(path: str) -> Any:
+def _figure(path: str) -> tuple[Any, Any]:
     if Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"--plot {path}: give a file that ends in {' or '.join(FORMATS)}.")
     if not Path(path).parent.is_dir():
         raise ValueError(f"--plot {path}: there is no folder {Path(path).parent}. Make it first.")
     try:
-        from matplotlib.figure import Figure
+        return images.make_panels(1, 3, (12, 4))
     except ImportError:
         raise ValueError(
             "--plot needs matplotlib, which is not installed here. "
             "pip install 'megatron-skyladder[plot]', or leave --plot out."
         ) from None
-    return Figure(figsize=(12, 4), layout="constrained")
-
-
-def _save(figure: Any, path: str) -> None:
-    """Write under another name first, so that no half a picture is left behind."""
-    partial = f"{path}.partial"
-    figure.savefig(partial, format=Path(path).suffix[1:].lower(), dpi=150)
-    os.replace(partial, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_skyladder.errors import UsageError
@@ -12,7 +12,17 @@ from megatron_skyladder.errors import UsageError
 RESULTS, PICTURE = "results.json", "results.svg"
 
 
-def section(folder: Path) -> str:
+@dataclass(frozen=True)
+class Benchmarks:
+    """The section: a note, the table with its head, the picture in base64 if there is one."""
+
+    note: str
+    head: list[str]
+    lines: list[list[str]]
+    picture: str
+
+
+def read_benchmarks(folder: Path) -> Benchmarks:
     """Return the section for a folder that ``skyladder evaluate --out`` wrote.
 
     Raises:
@@ -20,22 +30,13 @@ def section(folder: Path) -> str:
     """
     try:
         found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        head, *lines = found["cells"]
-        table = "\n".join([_line("th", head), *(_line("td", line) for line in lines)])
-        note = escape(found["note"])
+        head, *lines = [[str(cell) for cell in line] for line in found["cells"]]
+        note = str(found["note"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{folder / RESULTS} cannot be read ({error}). Give the folder that skyladder evaluate "
             "--out names."
         ) from None
-    parts = ["<h2>Benchmarks</h2>", f"<p>{note}</p>"]
-    parts.append(f'<div class="scroll"><table>\n{table}\n</table></div>')
     picture = folder / PICTURE
-    if picture.is_file():
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<img src="data:image/svg+xml;base64,{data}" alt="Benchmarks">')
-    return "\n".join(parts)
-
-
-def _line(tag: str, cells: list[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    data = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else ""
+    return Benchmarks(note, head, lines, data)

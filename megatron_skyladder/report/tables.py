@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_skyladder.report.curves import Run
+from megatron_skyladder.report.groups import PLACES
 from megatron_skyladder.report.runlog import Validation
 from megatron_skyladder.report.stability import VOLATILITY_WIDTH, stability
 
@@ -40,17 +41,7 @@ MAIN_SETTINGS = (
     "data_path",
     "tokenizer_type",
 )
-# Where a run lives says nothing about what it is.
-PLACES = (
-    "save",
-    "load",
-    "tensorboard_dir",
-    "data_cache_path",
-    "wandb_exp_name",
-    "wandb_save_dir",
-    "rank",
-    "wandb_id",
-)
+OURS = "skyladder_"  # how our arguments begin in Megatron's list
 
 
 @dataclass(frozen=True)
@@ -67,14 +58,14 @@ def summary(runs: Sequence[Run]) -> list[Row]:
     rows = [
         Row("Schedule", [run.log.schedule or "SkyLadder off" for run in runs]),
         Row("Iterations", [f"{run.last.iteration:,}" for run in runs]),
-        Row("Training tokens", [_tokens(run) for run in runs]),
-        Row("Training time", [_duration(run.seconds[-1]) for run in runs], _TIME_NOTE),
+        Row("Training tokens", [tokens_text(run) for run in runs]),
+        Row("Training time", [duration(run.seconds[-1]) for run in runs], _TIME_NOTE),
         Row("Compute", [_flops(run) for run in runs], "by Megatron's count, attention as windowed"),
         Row("GPUs", [str(run.log.num_gpus or "?") for run in runs]),
         Row("Started", [_times(run.log.num_attempts) for run in runs]),
         Row("Final training loss", [_loss(_final_training(run)) for run in runs]),
-        Row("Final validation loss", [_loss(_final(run, "validation")) for run in runs]),
-        Row("Test loss", [_loss(_final(run, "test")) for run in runs]),
+        Row("Final validation loss", [_loss(final_loss(run, "validation")) for run in runs]),
+        Row("Test loss", [_loss(final_loss(run, "test")) for run in runs]),
         Row("Losses not finite", [_not_finite(run) for run in runs], "left out of everything else"),
     ]
     rows += _against_first(runs)
@@ -95,21 +86,21 @@ def _against_first(runs: Sequence[Run]) -> list[Row]:
     def flops(run: Run) -> float | None:
         if run.flops is None or first.flops is None:
             return None
-        return _beyond(run.flops[-1], first.flops[-1])
+        return beyond(run.flops[-1], first.flops[-1])
 
     against = f"against {first.name}"
     reached = f"when the validation loss is down to the one {first.name} ends with"
     return [
-        row(f"Time {against}", lambda run: _beyond(run.seconds[-1], first.seconds[-1])),
+        row(f"Time {against}", lambda run: beyond(run.seconds[-1], first.seconds[-1])),
         row(f"Compute {against}", flops),
-        row("Same loss: tokens", lambda run: _saving_at_equal_loss(run, first, "tokens"), reached),
-        row("Same loss: time", lambda run: _saving_at_equal_loss(run, first, "seconds"), reached),
+        row("Same loss: tokens", lambda run: saving_at_equal_loss(run, first, "tokens"), reached),
+        row("Same loss: time", lambda run: saving_at_equal_loss(run, first, "seconds"), reached),
     ]
 
 
-def _saving_at_equal_loss(run: Run, first: Run, axis: str) -> float | None:
+def saving_at_equal_loss(run: Run, first: Run, axis: str) -> float | None:
     """Return how much less a run needs to get to the first one's last validation loss."""
-    target = _final(first, "validation")
+    target = final_loss(first, "validation")
     records = run.validations()
     if target is None or not records:
         return None
@@ -123,10 +114,10 @@ def _saving_at_equal_loss(run: Run, first: Run, axis: str) -> float | None:
     end = int(below[0])
     place = np.interp(-target, -losses[end - 1 : end + 1], places[end - 1 : end + 1])
     whole = first.at(getattr(first, axis), first.validations())[-1]
-    return _beyond(place, whole)
+    return beyond(place, whole)
 
 
-def _beyond(value: float, reference: float) -> float | None:
+def beyond(value: float, reference: float) -> float | None:
     """Return by which share a value is above a reference; None where that is 0."""
     return float(value / reference - 1) if reference else None
 
@@ -225,13 +216,24 @@ def main_settings(runs: Sequence[Run]) -> list[Row]:
     return [row for row in rows if set(row.cells) - {"", "None"}]
 
 
+def schedule_settings(runs: Sequence[Run]) -> list[Row]:
+    """Return the resolved schedule of each run and SkyLadder's flags, those not given left out."""
+    rows = [Row("Schedule", [run.log.schedule or "SkyLadder off" for run in runs])]
+    names = sorted({name for run in runs for name in run.log.settings if name.startswith(OURS)})
+    for name in names:
+        cells = [run.log.settings.get(name, "") for run in runs]
+        if set(cells) - {"", "None", "False"}:
+            rows.append(Row("--" + name.replace("_", "-"), cells))
+    return rows
+
+
 def all_settings(runs: Sequence[Run]) -> list[Row]:
     """Return every argument of every run."""
     names = sorted({name for run in runs for name in run.log.settings})
     return [Row(name, [run.log.settings.get(name, "") for run in runs]) for name in names]
 
 
-def _final(run: Run, dataset: str) -> float | None:
+def final_loss(run: Run, dataset: str) -> float | None:
     """Return the loss of the last validation, as it was logged."""
     records = run.validations(dataset)
     return records[-1].loss if records else None
@@ -266,7 +268,7 @@ def _times(count: int) -> str:
     return {0: "?", 1: "once"}.get(count, f"{count} times")
 
 
-def _tokens(run: Run) -> str:
+def tokens_text(run: Run) -> str:
     if not run.log.seq_length:
         return f"{run.last.consumed_samples:,} samples"
     tokens = float(run.tokens[-1])
@@ -276,7 +278,7 @@ def _tokens(run: Run) -> str:
     return f"{tokens:,.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds >= 2 * 86400:
         return f"{seconds / 86400:.1f} days ({seconds / 3600:,.0f} h)"
     for size, name in ((3600, "h"), (60, "min")):

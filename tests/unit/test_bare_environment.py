@@ -154,7 +154,10 @@ def test_the_doctor_where_parts_are_broken(bare: Bare, tmp_path: Path, failure: 
 
 def test_a_missing_package_is_named(bare: Bare) -> None:
     """Also one that a command asks for in mid-work."""
-    assert "needs torch, megatron, tokenizers, matplotlib too" in bare.run("demo").stderr
+    assert (
+        "needs torch, megatron, tokenizers, matplotlib, bokeh, jinja2 too"
+        in bare.run("demo").stderr
+    )
     text = "import argparse\n\ndef add_parser(s, h): return s.add_parser('demo')\n"
     text += "def run(args): import torch.distributed\n"
     (bare.folder / "late.py").write_text(text)

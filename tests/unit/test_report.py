@@ -13,14 +13,22 @@ from megatron_skyladder.cli import main
 from megatron_skyladder.ladder.schedules import WindowSchedule
 from megatron_skyladder.planning.calibration import calibrate
 from megatron_skyladder.report.curves import Run, axes_of, load_runs
-from megatron_skyladder.report.drawing import smoothed
+from megatron_skyladder.report.groups import Group, group_runs
 from megatron_skyladder.report.page import write_report
+from megatron_skyladder.report.panels import smoothed, spread, thinned
 from megatron_skyladder.report.pictures import PICTURES, Picture
 from megatron_skyladder.report.runlog import parse
+from megatron_skyladder.report.sentences import sentences
 from megatron_skyladder.report.stability import Stability, loss_ratios, stability
-from megatron_skyladder.report.tables import differing_settings, summary, to_json
+from megatron_skyladder.report.tables import (
+    differing_settings,
+    schedule_settings,
+    summary,
+    to_json,
+)
 
-pytest.importorskip("matplotlib")
+for package in ("bokeh", "jinja2"):
+    pytest.importorskip(package)
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +168,8 @@ def test_pictures_of_a_bare_log_are_left_out_or_drawn(picture: Picture) -> None:
         " lm loss: 5.0E+00 | loss scale: 1.0 |"
     )
     run = Run("bare", parse("\n".join(line.format(step) for step in (1, 2, 3))))
-    figure = picture.draw([run])
-    assert (figure is not None) == (picture.name in ("training-loss", "throughput"))
+    panels = picture.draw(group_runs([run]))
+    assert bool(panels) == (picture.name in ("training-loss", "throughput"))
 
 
 def test_the_command_writes_one_page_that_needs_no_other_file(
@@ -169,14 +177,15 @@ def test_the_command_writes_one_page_that_needs_no_other_file(
 ) -> None:
     logs = [str(run.log.path) for run in runs]
     assert main(["report", *logs[:1], f"<b>={logs[1]}", "--output", str(tmp_path / "out")]) == 0
-    assert "report.html (8 pictures beside it)" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith("report.html\n")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 8
-    assert not re.findall(r'(?:src|href)="(?!data:)', page)
-    assert "&lt;b&gt;" in page
-    assert "<b>" not in page
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"report.html", *(f"{picture.name}.png" for picture in PICTURES)}
+    assert len(page) < 2e6
+    body = page.partition("<body>")[2]
+    assert [f'id="{picture.name}"' in body for picture in PICTURES] == [True] * 8
+    assert not re.findall(r'<(?:script|img|iframe)[^>]*src=|href="(?!#)', body)
+    assert "&lt;b&gt;" in body
+    assert "<b>&" in body and "<b><b>" not in body  # a name is text
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
 
 
 def test_figures_for_other_programs(
@@ -236,9 +245,7 @@ def refuse(constant: str) -> float:
 def test_diverged_runs_do_not_break_the_report_for_the_others(
     runs: list[Run], diverged: list[Run], tmp_path: Path
 ) -> None:
-    page, *pictures = write_report([runs[0], *diverged], tmp_path)
-    assert len(pictures) == 8
-    text = page.read_text()
+    text = write_report([runs[0], *diverged], tmp_path).read_text()
     assert "Losses not finite" in text and "log lines, from iteration" in text
     figures = json.loads(json.dumps(to_json([runs[0], *diverged]), allow_nan=False))
     assert [run["losses_not_finite"] > 0 for run in figures] == [
@@ -257,9 +264,8 @@ def test_a_diverged_run_alone_and_as_what_others_are_compared_with(
         for row in summary(compared):
             assert "loss" in row.label or not re.search("nan|inf", "".join(row.cells)), row
         for picture in PICTURES:
-            figure = picture.draw(compared)
-            for axes in figure.axes if figure is not None else []:
-                assert np.isfinite(axes.get_ylim()).all()
+            for panel in picture.draw(group_runs(compared)):
+                assert np.isfinite([end for end in panel.y_range if end is not None]).all()
 
 
 def test_a_run_that_diverged_leaves_the_frame_to_the_others(
@@ -270,10 +276,17 @@ def test_a_run_that_diverged_leaves_the_frame_to_the_others(
     assert axes_of([*runs, *added[:1], *added[2:]]).keys() == axes_of(runs).keys()
     assert {run.name for run in added} == DIVERGED.keys() - {"loss 0", "gradient inf all along"}
     for name in ("training-loss", "validation-loss", "stability"):
-        alone, together = (pictures[name].draw(shown).axes for shown in (runs, [*runs, *added]))
+        alone, together = (
+            pictures[name].draw(group_runs(shown)) for shown in (runs, [*runs, *added])
+        )
         # the run without a single rate leaves no axis of compute to share
         for one, other in zip(alone, together, strict=name == "stability"):
-            np.testing.assert_allclose(one.get_ylim(), other.get_ylim(), rtol=0.2)
+            values = np.concatenate([line.curve[1] for line in one.lines])
+            if one.y_range == (None, None):  # what bokeh frames is all of the data
+                expected = [np.nanmin(values), np.nanmax(values)]
+                np.testing.assert_allclose(other.y_range, expected, rtol=0.2)
+            else:
+                np.testing.assert_allclose(one.y_range, other.y_range, rtol=0.2)
 
 
 def test_what_a_diverged_run_comes_to(diverged: list[Run]) -> None:
@@ -307,7 +320,7 @@ def test_lengths_that_only_one_run_was_validated_at(runs: list[Run]) -> None:
     text = re.sub(r"skyladder/loss_at_512 ", "skyladder/loss_at_256 ", _text_of(runs[1]))
     other = Run("other", parse(text))
     for picture in PICTURES:
-        assert picture.draw([runs[0], other]) is not None
+        assert picture.draw(group_runs([runs[0], other]))
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,12 +328,121 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     assert "skyladder report: no training line of Megatron" in capsys.readouterr().err
 
 
-def test_matplotlib_is_asked_for(
+def test_what_draws_the_page_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["report", "x"]) == 1
-    assert "pip install megatron-skyladder[plot]" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "needs bokeh and jinja2" in message
+    assert "pip install 'megatron-skyladder[plot]'" in message
+
+
+# --- seeds and the opening ----------------------------------------------------------------------
+
+
+def with_settings(run: Run, name: str, *, shift: float = 0.0, **settings: str) -> Run:
+    """Return a run with other arguments, and losses that are shifted."""
+    text = _text_of(run)
+    given = "".join(f"  {key} ..... {value}\n" for key, value in settings.items())
+    text = text.replace("  bf16 ...", f"{given}  bf16 ...")
+
+    def shifted(match: re.Match[str]) -> str:
+        return f"{match[1]}{float(match[2]) + shift:.6E}"
+
+    return Run(name, parse(re.sub(r"(lm loss(?: value)?: )([-+.\dE]+)", shifted, text)))
+
+
+def test_seeds_of_one_configuration_are_a_group(runs: list[Run]) -> None:
+    seeds = [with_settings(runs[1], f"ladder-seed{n}", seed=str(n), save=f"/{n}") for n in "12"]
+    other = with_settings(runs[1], "other", seed="3", lr="1")
+    groups = group_runs([runs[0], seeds[0], other, seeds[1]])
+    assert [(group.name, len(group.runs)) for group in groups] == [
+        ("constant", 1),
+        ("ladder (2 seeds)", 2),
+        ("other", 1),
+    ]
+
+
+def test_what_is_no_group(runs: list[Run]) -> None:
+    """Equal seeds compare something that the arguments do not say; no seed says nothing."""
+    for settings in ({"seed": "1"}, {}):
+        same = [with_settings(runs[1], name, **settings) for name in ("before", "after")]
+        assert [group.name for group in group_runs(same)] == ["before", "after"]
+    constant = with_settings(runs[0], "a", seed="1")
+    assert len(group_runs([constant, with_settings(runs[1], "b", seed="2")])) == 2
+
+
+def test_a_band_by_hand() -> None:
+    """The second curve lies at other places and is shorter; a gap in it is bridged."""
+    first = np.array([0.0, 1, 2, 3]), np.array([1.0, 2, 3, 4])
+    second = np.array([0.5, 1.5, 2.5]), np.array([0.0, np.nan, 4])
+    (x, mean), (low, high) = spread([first, second])
+    np.testing.assert_allclose(x, [1, 2])
+    np.testing.assert_allclose(low, [1, 3])  # the second: 0 at 0.5, 4 at 2.5, so 1 and 3
+    np.testing.assert_allclose(high, [2, 3])
+    np.testing.assert_allclose(mean, [1.5, 3])
+
+
+def test_thinning_keeps_ends_and_spikes() -> None:
+    y = np.zeros(10_000)
+    y[4321] = 7
+    x, thin = thinned((np.arange(10_000.0), y), 100)
+    assert len(x) <= 102 and x[0] == 0 and x[-1] == 9999
+    assert thin[x == 4321] == 7 and (np.diff(x) > 0).all()
+
+
+def said(runs: list[Run]) -> dict[str, str]:
+    found = sentences(group_runs(runs), [picture.name for picture in PICTURES])
+    return {sentence.name: sentence.text for sentence in found}
+
+
+def test_the_opening_says_what_a_run_saved_and_whether_it_is_better(runs: list[Run]) -> None:
+    texts = said(runs)
+    assert texts["constant"].startswith("is what the others are compared with: it took 8.4 days")
+    assert re.match(r"saved 9\.9 % of the time of constant \(20\.\d h\)", texts["ladder"])
+    assert "is better by 0.0300 in validation loss; it had the loss that" in texts["ladder"]
+    worse = said([runs[1], runs[0]])["constant"]
+    assert "took 11." in worse and "is worse by 0.0300" in worse
+    same = said([runs[0], with_settings(runs[1], "same", shift=0.031)])["same"]
+    assert "is as good (+0.0010; the paper counts less than 0.01 as noise)" in same
+
+
+def test_the_opening_on_runs_that_cannot_be_compared_at_their_ends(runs: list[Run]) -> None:
+    text = _text_of(runs[1])
+    half = Run("half", parse(text[: text.index("iteration    52500/")]))
+    found = said([runs[0], half])["half"]
+    assert "is at iteration 50,000 of 100,000" in found
+    assert "has seen 50.0 % less tokens than constant, with" in found
+    assert "is better by 0.0150 in validation loss where both were validated last" in found
+    without = Run("w", parse("\n".join(x for x in text.splitlines() if "validation" not in x)))
+    assert "nothing says whether it is better" in said([runs[0], without])["w"]
+
+
+def test_the_opening_on_seeds(runs: list[Run]) -> None:
+    seeds = [
+        with_settings(runs[1], f"s-{n}", seed=str(n), shift=shift)
+        for n, shift in enumerate((-0.01, 0, 0.01))
+    ]
+    text = said([runs[0], *seeds])["s (3 seeds)"]
+    assert "± 0.0100 (standard deviation of the seeds); -0.0300 against constant: better" in text
+    wide = [
+        with_settings(runs[1], f"s-{n}", seed=str(n), shift=shift)
+        for n, shift in enumerate((-0.1, 0, 0.1))
+    ]
+    assert "no more than seeds or noise make" in said([runs[0], *wide])["s (3 seeds)"]
+
+
+def test_the_opening_on_diverged_runs(runs: list[Run], diverged: list[Run]) -> None:
+    found = sentences([Group(run.name, (run,)) for run in (runs[0], diverged[0])], ["stability"])
+    assert found[1].text.startswith("diverged: no finite loss at iteration 30,000")
+    assert found[1].look_at == ("stability",)
+
+
+def test_resolved_schedules_and_flags_are_shown(runs: list[Run]) -> None:
+    rows = {row.label: row.cells for row in schedule_settings(runs)}
+    assert rows["Schedule"][1].startswith("linear 32 -> 8192, alpha 1/8")
+    assert rows["--skyladder-schedule"] == ["constant", "linear"]
 
 
 def _text_of(run: Run) -> str:

@@ -22,7 +22,7 @@ RESULTS = {  # the part of results.json that the report reads; tests/evaluation 
 
 
 def test_the_table_and_its_picture_are_in_the_page(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("bokeh")
     write_log(tmp_path / "train.log", WindowSchedule(schedule="constant"), interval=50_000)
     scores = tmp_path / "scores"
     scores.mkdir()
@@ -41,7 +41,7 @@ def test_the_table_and_its_picture_are_in_the_page(tmp_path: Path) -> None:
 def test_a_folder_without_results_is_refused_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("bokeh")
     write_log(tmp_path / "train.log", WindowSchedule(schedule="constant"), interval=50_000)
     command = ["report", str(tmp_path / "train.log"), "--output", str(tmp_path / "out")]
     assert main([*command, "--evaluation", str(tmp_path)]) == 1

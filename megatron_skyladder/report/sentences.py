@@ -1,0 +1,171 @@
+"""The report's opening: one sentence for each run, and one for several seeds of it.
+
+What it saved, whether it is better, what to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_skyladder.report.curves import Run
+from megatron_skyladder.report.groups import Group
+from megatron_skyladder.report.panels import SIGNIFICANT
+from megatron_skyladder.report.stability import loss_ratios
+from megatron_skyladder.report.tables import beyond, duration, final_loss, saving_at_equal_loss
+
+STEP_BACK = 1.2  # a smoothed loss this far above its lowest is a spike worth a look
+SAME = 0.002  # runs whose tokens differ by less were trained for as long
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """What is said of a run, and the pictures to look at, by name."""
+
+    group: int
+    name: str
+    text: str
+    look_at: tuple[str, ...]
+
+
+def sentences(groups: Sequence[Group], pictures: Collection[str]) -> list[Sentence]:
+    """Return the opening.
+
+    Args:
+        groups: the first is what the others are compared with.
+        pictures: names of those that the report has.
+    """
+    found = []
+    for place, group in enumerate(groups):
+        if group.is_band:
+            found.append(_of_seeds(place, group, groups[0], pictures))
+        for run in group.runs:
+            found.append(_of_run(place, run, groups[0], pictures))
+    return found
+
+
+def _of_run(place: int, run: Run, first: Group, pictures: Collection[str]) -> Sentence:
+    parts, look = [], []
+    if run.lines_without_loss:
+        parts.append(f"diverged: no finite loss at iteration {run.lines_without_loss[0]:,}")
+        look.append("stability")
+    elif run.has_diverged:
+        parts.append("diverged: its loss ended above where it began")
+        look.append("stability")
+    total = run.log.total_iterations
+    if total and run.last.iteration < total:
+        parts.append(f"is at iteration {run.last.iteration:,} of {total:,}")
+    if run in first.runs:
+        parts.append(_baseline(run, first))
+        look.append("validation-loss")
+    else:
+        verdict, clear = _better(run, first)
+        parts.append(f"{_saved(run, first)} and {verdict}")
+        look += ["validation-loss", "loss-by-length"] if clear else ["training-loss"]
+    ratios = loss_ratios(run.losses)
+    late = ratios[len(ratios) // 10 :]
+    if not run.has_diverged and np.isfinite(late).any() and np.nanmax(late) > STEP_BACK:
+        parts.append(f"its loss stepped back to {np.nanmax(late):.2f} times its lowest")
+        look.append("stability")
+    return Sentence(place, run.name, "; ".join(parts) + ".", _known(look, pictures))
+
+
+def _baseline(run: Run, first: Group) -> str:
+    loss = final_loss(run, "validation")
+    ended = "" if loss is None else f" and ended with a validation loss of {loss:.4f}"
+    role = "is what the others are compared with"
+    if first.is_band:
+        role = "is one of the seeds that the others are compared with"
+    return f"{role}: it took {duration(run.seconds[-1])}{ended}"
+
+
+def _saved(run: Run, first: Group) -> str:
+    """Return the time of a run beside the mean of the first group, for as many tokens or not."""
+    seconds = float(np.mean([other.seconds[-1] for other in first.runs]))
+    tokens = float(np.mean([other.tokens[-1] for other in first.runs]))
+    longer = beyond(run.tokens[-1], tokens)
+    if longer is not None and abs(longer) > SAME:
+        rate = beyond(run.seconds[-1] / run.tokens[-1], seconds / tokens) if seconds else None
+        slower = "" if rate is None else f", with {_less(rate)} time per token so far"
+        return f"has seen {_less(longer)} tokens than {first.name}{slower}"
+    change = beyond(run.seconds[-1], seconds)
+    if change is None:
+        return f"has no times to compare with {first.name}"
+    amount = duration(abs(run.seconds[-1] - seconds))
+    if change <= 0:
+        return f"saved {-100 * change:.1f} % of the time of {first.name} ({amount})"
+    return f"took {100 * change:.1f} % more time than {first.name} ({amount})"
+
+
+def _better(run: Run, first: Group) -> tuple[str, bool]:
+    """Return how a run's validation loss stands, and whether validation tells it."""
+    difference = _difference(run, first)
+    if difference is None:
+        return "shares no validation with it, so nothing says whether it is better", False
+    loss, at_end = difference
+    if abs(loss) < SIGNIFICANT:
+        verdict = f"is as good ({loss:+.4f}; the paper counts less than {SIGNIFICANT} as noise)"
+    else:
+        verdict = f"is {'better' if loss < 0 else 'worse'} by {abs(loss):.4f} in validation loss"
+    if not at_end:
+        return f"{verdict} where both were validated last", True
+    fewer = saving_at_equal_loss(run, first.runs[0], "seconds")
+    if fewer is not None and fewer < 0:
+        verdict += f"; it had the loss that {first.runs[0].name} ends with in "
+        verdict += f"{100 * -fewer:.1f} % less time"
+    return verdict, True
+
+
+def _difference(run: Run, first: Group) -> tuple[float, bool] | None:
+    """Return the difference in validation loss at the last tokens both reached; whether the end."""
+    x, y = _validation(run)
+    references = [_validation(other) for other in first.runs]
+    if not x.size or any(not at.size for at, _ in references):
+        return None
+    reach = min(at[-1] for at, _ in references)
+    within = x[x <= reach * (1 + SAME)]
+    if not within.size or within[-1] < max(at[0] for at, _ in references):
+        return None
+    last = within[-1]
+    known = np.mean([np.interp(last, at, losses) for at, losses in references])
+    at_end = bool(last == x[-1] and last >= reach * (1 - SAME))
+    return float(y[x == last][0] - known), at_end
+
+
+def _validation(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and losses of a run's validations that are finite."""
+    records = run.validations()
+    x, y = run.at(run.tokens, records), run.validation_losses(records)
+    return x[np.isfinite(y)], y[np.isfinite(y)]
+
+
+def _of_seeds(place: int, group: Group, first: Group, pictures: Collection[str]) -> Sentence:
+    """Return what several seeds came to: the mean, its spread, and whether that is a difference."""
+    losses = _final_losses(group)
+    if len(losses) < 2:
+        return Sentence(place, group.name, "no validation to tell their spread.", ())
+    mean, spread = losses.mean(), losses.std(ddof=1)
+    text = f"final validation loss {mean:.4f} ± {spread:.4f} (standard deviation of the seeds)"
+    others = _final_losses(first)
+    if group is not first and others.size:
+        difference = mean - others.mean()
+        margin = max(spread, others.std(ddof=1) if others.size > 1 else 0.0, SIGNIFICANT)
+        word = "better" if difference < 0 else "worse"
+        told = "no more than seeds or noise make" if abs(difference) <= margin else word
+        text += f"; {difference:+.4f} against {first.name}: {told}"
+    return Sentence(place, group.name, text + ".", _known(["validation-loss"], pictures))
+
+
+def _final_losses(group: Group) -> np.ndarray:
+    found = [final_loss(run, "validation") for run in group.runs]
+    return np.array([loss for loss in found if loss is not None and np.isfinite(loss)])
+
+
+def _less(share: float) -> str:
+    return f"{100 * abs(share):.1f} % {'less' if share < 0 else 'more'}"
+
+
+def _known(look_at: Sequence[str], pictures: Collection[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name in look_at if name in pictures))
