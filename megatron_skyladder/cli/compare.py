@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import textwrap
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from megatron_skyladder.cli.plan import to_json as to_plan_json
-from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
+from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE, ROUND_TO_AUTO
 from megatron_skyladder.ladder.flags import name_of
 from megatron_skyladder.ladder.numbers import argument, exact, real
 from megatron_skyladder.ladder.presets import PAPER_RUNS, SCHEDULE_PRESETS
@@ -20,7 +21,11 @@ from megatron_skyladder.planning import budget, estimate, pasted, run_flags, ver
 from megatron_skyladder.planning.budget import Fit
 from megatron_skyladder.planning.devices import list_devices
 from megatron_skyladder.planning.estimate import Plan
-from megatron_skyladder.planning.text import WIDTH, amount, scientific, table, wrap
+from megatron_skyladder.planning.evidence import Measured, nearest
+from megatron_skyladder.planning.text import amount, scientific
+from megatron_skyladder.terminal import NAME, paragraph, remark, styled, table
+
+UNFINISHED = "unfinished"
 
 
 def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
@@ -28,12 +33,15 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "compare",
         help=help_text,
-        usage="skyladder compare [PRESET ...] [--schedule NAME ...] [--alpha RATE ...] [--preset "
+        usage="skyladder compare [PRESET ...] [--schedule NAME ...] [--alpha RATE ...] [--share "
+        "SHARE ...]\n                         [--start-window N ...] [--round-to N ...] [--preset "
         "NAME]\n                         [Megatron's flags] [--skyladder-*] [options]",
         formatter_class=run_flags.HelpFormatter,
         description=textwrap.dedent(f"""\
             Put schedules side by side: window, attention work, FLOPs and predicted time. Name
-            presets first, or schedules and rates for one and the same run.
+            presets first, or give values of one or more of --schedule, --alpha or --share,
+            --start-window and --round-to: each combination is a row. One that does not get to
+            its final window within the run is marked.
 
             presets: {", ".join(PAPER_RUNS)} (with their model),
                      {", ".join(name for name in SCHEDULE_PRESETS if name not in PAPER_RUNS)}
@@ -43,6 +51,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
               skyladder compare recommended shortformer --preset 1b-8k --device h100 --gpus 8
               skyladder compare --preset 1b-8k --schedule linear sinusoidal exponential
               skyladder compare --preset 1b-8k --alpha 1/4 1/8 1/12 --plot rates.svg
+              skyladder compare --preset 1b-8k --share 0.5 0.64 --start-window 8 32 --evidence
               skyladder compare --preset 1b-8k --device h100 --gpus 8 --budget-hours 48"""),
     )
     parser.add_argument("names", nargs="*", metavar="PRESET", help="before any flag")
@@ -58,6 +67,35 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "--alpha", nargs="+", action="extend", type=_rate, metavar="RATE", help="tokens per step"
     )
     parser.add_argument(
+        "--share",
+        nargs="+",
+        action="extend",
+        type=_rate,
+        metavar="SHARE",
+        help="shares of the run over which the window grows, beside --alpha's rates",
+    )
+    parser.add_argument(
+        "--start-window",
+        nargs="+",
+        action="extend",
+        type=_count,
+        metavar="TOKENS",
+        help="windows at the first step",
+    )
+    parser.add_argument(
+        "--round-to",
+        nargs="+",
+        action="extend",
+        type=_multiple,
+        metavar="TOKENS",
+        help="multiples that growing windows are rounded down to, or auto",
+    )
+    parser.add_argument(
+        "--evidence",
+        action="store_true",
+        help="what the paper measured nearest to each row, with its source",
+    )
+    parser.add_argument(
         "--budget-share", type=_rate, metavar="SHARE", help="grow over this share (default: 0.64)"
     )
     parser.add_argument("--budget-tokens", type=_count, metavar="N", help="tokens, such as 20e9")
@@ -66,7 +104,11 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("-v", "--verbose", action="store_true", help="name all that is left out")
-    parser.add_argument("--plot", metavar="FILE", help="draw all of them: FILE.png or .svg")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw window, visible context and what is saved: FILE.png or .svg",
+    )
     pasted.add_source_flags(parser)
     run_flags.add_run_flags(parser)
     return parser
@@ -88,11 +130,11 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from megatron_skyladder.planning import plots
 
-        plots.draw_plans(args.plot, plans)
+        plots.draw_comparison(args.plot, plans)
     if args.json:
-        print(json.dumps(to_json(plans, fits), indent=2))
+        print(json.dumps(to_json(plans, fits, with_evidence=args.evidence), indent=2))
     else:
-        print(to_text(plans, fits, details=args.verbose))
+        print(to_text(plans, fits, details=args.verbose, with_evidence=args.evidence))
     return 0
 
 
@@ -110,6 +152,10 @@ def _count(text: str) -> int:
     return int(_rate(text))
 
 
+def _multiple(text: str) -> int | str:
+    return text if text == ROUND_TO_AUTO else _count(text)
+
+
 # --- the runs to compare ------------------------------------------------------------------------
 
 
@@ -121,7 +167,9 @@ def make_plans(args: argparse.Namespace) -> list[Plan]:
     """
     plans: list[Plan] = []
     for name, preset, changes in _entries(args):
-        own = argparse.Namespace(**{**vars(args), **changes})
+        # what does not finish is a row that is marked; the others are still to be seen
+        allowed = {"skyladder_allow_unfinished": True}
+        own = argparse.Namespace(**{**vars(args), **allowed, **changes})
         plan = estimate.make_plan(own, name=name, preset=preset)
         same = [p for p in plans if (p.shape, p.tokens) == (plan.shape, plan.tokens)]
         same = [p for p in same if p.config.seq_length == plan.config.seq_length]
@@ -147,15 +195,12 @@ def _entries(args: argparse.Namespace) -> Iterator[tuple[str, str | None, dict[s
     for name in args.names:
         preset = name if own_model and name in PAPER_RUNS else None
         yield name, preset, {"skyladder_preset": name}
-    names = args.schedule or ([DEFAULT_SCHEDULE] if args.alpha else [])
+    swept = any((args.schedule, args.alpha, args.share, args.start_window, args.round_to))
+    names = args.schedule or ([DEFAULT_SCHEDULE] if swept else [])
     for name in names:
-        kind = SCHEDULES[name]
-        rates = args.alpha if args.alpha and kind.has_rate() else [None]
-        for alpha in rates:
-            changes = {"skyladder_schedule": name, **_flags_of_other_rows(kind)}
-            if alpha is not None:
-                changes |= {"skyladder_alpha": alpha, "skyladder_expand_fraction": None}
-            yield f"{name} {alpha}" if alpha is not None else name, None, changes
+        for label, changes in _combinations(args, SCHEDULES[name]):
+            of_schedule = {"skyladder_schedule": name, **_flags_of_other_rows(SCHEDULES[name])}
+            yield f"{name}{label}", None, of_schedule | changes
     if not args.names and not names:
         if not (args.budget_hours or args.budget_tokens or args.budget_share):
             raise ValueError(
@@ -163,6 +208,36 @@ def _entries(args: argparse.Namespace) -> Iterator[tuple[str, str | None, dict[s
                 "give --preset 1b-8k --schedule linear sinusoidal."
             )
         yield args.preset or "run", None, {}
+
+
+def _combinations(
+    args: argparse.Namespace, kind: type[WindowSchedule]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (what tells a row from others, flags to set) for each combination of swept values.
+
+    A value that the schedule has no use for is left out, so that it has no rows that are equal.
+    """
+    growth: list[tuple[str, dict[str, Any]]] = [
+        (f" {alpha}", {"skyladder_alpha": alpha, "skyladder_expand_fraction": None})
+        for alpha in args.alpha or []
+    ]
+    growth += [
+        (f" {float(100 * share):g}%", {"skyladder_expand_fraction": share, "skyladder_alpha": None})
+        for share in args.share or []
+    ]
+    starts = [
+        (f" from {start}", {"skyladder_start_window": start}) for start in args.start_window or []
+    ]
+    rounds = [(f" by {each}", {"skyladder_round_to": each}) for each in args.round_to or []]
+    uses = kind.settings()
+    swept = [
+        values
+        for name, values in (("alpha", growth), ("start_window", starts), ("round_to", rounds))
+        if values and name in uses
+    ]
+    for chosen in itertools.product(*swept):
+        changes = {name: value for _, flags in chosen for name, value in flags.items()}
+        yield "".join(label for label, _ in chosen), changes
 
 
 def _flags_of_other_rows(kind: type[WindowSchedule]) -> dict[str, Any]:
@@ -209,9 +284,18 @@ def make_fits(args: argparse.Namespace, plans: list[Plan]) -> list[tuple[str, Fi
 # --- output -------------------------------------------------------------------------------------
 
 
-def to_json(plans: list[Plan], fits: list[tuple[str, Fit | None]]) -> dict[str, Any]:
+def to_json(
+    plans: list[Plan], fits: list[tuple[str, Fit | None]], *, with_evidence: bool = False
+) -> dict[str, Any]:
     """Return the comparison as one JSON object."""
+    found = {plan.name: nearest(plan) for plan in plans} if with_evidence else {}
+    measured = {
+        name: [{"kind": each.kind, "found": each.found, "of": each.run, "source": each.source}
+               for each in records]
+        for name, records in found.items()
+    }  # fmt: skip
     return {
+        **({"evidence": measured} if with_evidence else {}),
         "schedules": [_plan_json(plan) for plan in plans],
         "budgets": [{"asked": asked, "fit": _fit_json(fit)} for asked, fit in fits],
         "notes": _notes(plans),
@@ -221,7 +305,7 @@ def to_json(plans: list[Plan], fits: list[tuple[str, Fit | None]]) -> dict[str, 
 def _plan_json(plan: Plan) -> dict[str, Any]:
     result = to_plan_json(plan, list(estimate.stage_steps(plan)))
     del result["notes"]
-    return {"name": plan.name, **result}
+    return {"name": plan.name, "finishes": plan.finishes, **result}
 
 
 def _fit_json(fit: Fit | None) -> dict[str, Any] | None:
@@ -240,16 +324,24 @@ def _notes(plans: list[Plan]) -> list[str]:
     return list(dict.fromkeys([*notes, *(note for plan in plans for note in plan.notes)]))
 
 
-def to_text(plans: list[Plan], fits: list[tuple[str, Fit | None]], *, details: bool = False) -> str:
-    """Return the comparison as text of at most WIDTH columns, names aside."""
+def to_text(
+    plans: list[Plan],
+    fits: list[tuple[str, Fit | None]],
+    *,
+    details: bool = False,
+    with_evidence: bool = False,
+) -> str:
+    """Return the comparison as text."""
     parts = [_table(plans)]
-    parts += [wrap("Time", f"on {plan.time.basis}") for plan in plans[:1] if plan.time]
+    if with_evidence:
+        parts.append(_evidence(plans))
+    parts += [paragraph("Time", f"on {plan.time.basis}") for plan in plans[:1] if plan.time]
     if fits:
         parts.append(_fit_table(plans, fits))
     notes = _notes(plans)
     if details:
         notes += [*verdict.harmless(plans[0].pasted.findings), *verdict.left_out(plans[0].pasted)]
-    parts += [wrap("Note", note) for note in notes]
+    parts += [paragraph("Note", note) for note in notes]
     return "\n\n".join(parts)
 
 
@@ -258,13 +350,14 @@ def _table(plans: list[Plan]) -> str:
     header = ["schedule", "window", "full from", "attention", "FLOPs", "saved"]
     if timed:
         header += [_hours_unit(plans[0]), "saved"]
-    rows = [header]
+    rows, marked = [header], []
     for plan in plans:
-        full = "never" if plan.full_step is None else f"{plan.full_step / plan.total_steps:.0%}"
+        if not plan.finishes:
+            marked.append(len(rows))
         row = [
             plan.name,
             f"{plan.window(0):,} to {plan.window(plan.total_steps - 1):,}",
-            full,
+            _full_from(plan),
             f"{plan.mean_fraction:.1%}",
             scientific(plan.ladder_flops) if plan.shape else "?",
             f"{1 - plan.ladder_flops / plan.constant_flops:.1%}" if plan.shape else "?",
@@ -275,10 +368,34 @@ def _table(plans: list[Plan]) -> str:
             row += [f"{hours:,.4g}", f"{plan.time.step.saved(ladder, constant):.1%}"]
         rows.append(row)
     legend = (
-        "full from: share of the run after which the window stays at the row's length; attention: "
-        "mean work relative to full causal; saved: against a constant window"
+        "full from: share of the run after which the window stays at the sequence's length; "
+        "attention: mean work relative to full causal; saved: against a constant window"
     )
-    return table(rows, left=1) + "\n" + textwrap.fill(legend, WIDTH)
+    if marked:
+        legend += (
+            f"; {UNFINISHED}: the schedule is longer than the run, which training refuses unless "
+            "--skyladder-allow-unfinished is given"
+        )
+    return table(rows, left=1, marked=marked) + "\n" + remark(legend)
+
+
+def _full_from(plan: Plan) -> str:
+    if not plan.finishes:
+        return UNFINISHED
+    return "never" if plan.full_step is None else f"{plan.full_step / plan.total_steps:.0%}"
+
+
+def _evidence(plans: list[Plan]) -> str:
+    """Return what the paper measured nearest to each row, rows of the same together."""
+    rows: dict[tuple[Measured, ...], list[str]] = {}
+    for plan in plans:
+        if found := nearest(plan):
+            rows.setdefault(tuple(found), []).append(plan.name)
+    parts = ["What the paper measured nearest to each row:"]
+    for records, names in rows.items():
+        parts.append(styled(", ".join(names), NAME))
+        parts += [paragraph(f"  {each.kind}", f"{each.found} ({each.run})", 18) for each in records]
+    return "\n".join(parts)
 
 
 def _hours_unit(plan: Plan) -> str:
@@ -290,6 +407,7 @@ def _fit_table(plans: list[Plan], fits: list[tuple[str, Fit | None]]) -> str:
     rows = [["budget", "share", "alpha", "steps", "tokens"]]
     if timed:
         rows[0].append(_hours_unit(plans[0]))
+    marked = [place for place, (_, fit) in enumerate(fits, start=1) if fit is None]
     for asked, fit in fits:
         if fit is None:
             rows.append([asked, "does not fit", *[""] * (len(rows[0]) - 2)])
@@ -304,4 +422,4 @@ def _fit_table(plans: list[Plan], fits: list[tuple[str, Fit | None]]) -> str:
         "paper found growth over 60 to 64 % of the tokens best, whatever the budget; a longer "
         "growth saves more time and leaves less at full length."
     )
-    return table(rows, left=1) + "\n" + textwrap.fill(advice, WIDTH)
+    return table(rows, left=1, marked=marked) + "\n" + remark(advice)

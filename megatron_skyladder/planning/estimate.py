@@ -26,7 +26,6 @@ from megatron_skyladder.planning.visible_context import Documents, measure
 
 RECOMMENDED_SHARES = (Fraction(60, 100), Fraction(64, 100))  # arXiv:2503.15450
 QUANTILES = (0.1, 0.5, 0.9, 0.99)  # of document lengths and visible context
-PAPER_SAVINGS = {"1b-8k": 13.1, "1b-32k": 22.2}  # percent of wall time, measured (Table 8)
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,11 @@ class Plan:
         """The step from which the window stays at the row's length, or None."""
         first, _, window = self.runs[-1]
         return first if window == self.config.seq_length else None
+
+    @property
+    def finishes(self) -> bool:
+        """Whether the schedule gets to its final window within the run."""
+        return self.config.schedule.ramp_steps <= self.total_steps
 
     def window(self, step: int) -> int:
         """Return the window at a step."""

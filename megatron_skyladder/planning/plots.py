@@ -51,6 +51,41 @@ def draw_plans(path: str, plans: Sequence[Plan]) -> None:
     images.save(figure, path)
 
 
+def draw_comparison(path: str, plans: Sequence[Plan]) -> None:
+    """Draw window, mean visible context and what is saved so far against tokens.
+
+    Raises:
+        ValueError: the file's ending is no picture's, or matplotlib is missing.
+    """
+    figure, ((window, context, saved),) = _figure(path)
+    timed = plans[0].time is not None
+    scale, unit = _token_unit(max(plan.tokens for plan in plans))
+    for index, plan in enumerate(plans):
+        steps = _steps(plan)
+        tokens = [step * plan.batch_tokens / scale for step in [*steps, plan.total_steps]]
+        windows = [plan.window(step) for step in steps]
+        contexts = [plan.context(length) for length in windows]
+        full = _step_cost(plan, plan.config.seq_length)
+        costs = _cumulated(plan, steps, windows)
+        gained = [
+            step * full - cost for step, cost in zip([*steps, plan.total_steps], costs, strict=True)
+        ]
+        style = {
+            "color": images.colour_of(index),
+            "linestyle": LINES[index % len(LINES)],
+            "label": f"{plan.name}: {_total(plan, costs[-1])}",
+        }
+        window.plot(tokens, [*windows, windows[-1]], drawstyle="steps-post", **style)
+        context.plot(tokens, [*contexts, contexts[-1]], drawstyle="steps-post", **style)
+        saved.plot(tokens, gained, **style)
+    titles = ("Window", "Mean visible context", "Saved so far")
+    units = ("tokens", "tokens, of a token", "GPU-hours" if timed else "FLOPs x 1e20")
+    for axes, title, label in zip((window, context, saved), titles, units, strict=True):
+        _label(axes, title, label, f"training tokens ({unit})")
+    _legend(figure, (window, context, saved))
+    images.save(figure, path)
+
+
 def _total(plan: Plan, cost: float) -> str:
     """Return what the run costs, and what it saves against a constant window."""
     constant = plan.total_steps * _step_cost(plan, plan.config.seq_length)

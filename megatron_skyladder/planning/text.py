@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
-
 from megatron_skyladder.planning import estimate, verdict
 from megatron_skyladder.planning.estimate import Plan
+from megatron_skyladder.planning.evidence import PAPER_SAVINGS
 from megatron_skyladder.planning.parallel import parallel_costs
-
-WIDTH = 88
+from megatron_skyladder.terminal import GOOD, HEAD, MARKED, NAME, led, paragraph, remark, table
 
 
 def to_text(plan: Plan, steps: list[int] | None, *, details: bool) -> str:
@@ -20,7 +18,10 @@ def to_text(plan: Plan, steps: list[int] | None, *, details: bool) -> str:
         details: whether to show everything, in at most WIDTH columns.
     """
     findings = plan.pasted.findings
-    parts = ["\n".join(verdict_lines(plan)), f"{'Schedule':13}{plan.config.fingerprint}"]
+    fits = verdict.fit(plan.pasted).fits
+    styles = [GOOD if fits else MARKED, HEAD, HEAD]
+    lines = [led(line, style) for line, style in zip(verdict_lines(plan), styles, strict=True)]
+    parts = ["\n".join(lines), led(f"{'Schedule':13}{plan.config.fingerprint}", NAME)]
     shown = steps if steps is not None else list(estimate.stage_steps(plan))
     if details:
         parts += [_head(plan), _stage_table(plan, shown)]
@@ -31,7 +32,7 @@ def to_text(plan: Plan, steps: list[int] | None, *, details: bool) -> str:
     notes = [*verdict.noted(findings), *plan.notes]
     if details:
         notes += [*verdict.harmless(findings), *verdict.left_out(plan.pasted)]
-    parts += [wrap("Note", note) for note in dict.fromkeys(notes)]
+    parts += [paragraph("Note", note) for note in dict.fromkeys(notes)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -111,13 +112,13 @@ def _head(plan: Plan) -> str:
         )
     return "\n".join(
         [
-            wrap("Model", _model(plan)),
-            wrap(
+            paragraph("Model", _model(plan)),
+            paragraph(
                 "Run",
                 f"{plan.total_steps:,} steps of {config.step_samples} rows of "
                 f"{config.seq_length:,} tokens: {amount(plan.tokens)} tokens",
             ),
-            wrap("Full window", full),
+            paragraph("Full window", full),
         ]
     )
 
@@ -167,7 +168,7 @@ def _stage_table(plan: Plan, steps: list[int]) -> str:
         "visible context: tokens that a token sees on average, itself included; attention work: "
         "relative to the full causal mask"
     )
-    return table(rows) + "\n" + textwrap.fill(legend, WIDTH)
+    return table(rows) + "\n" + remark(legend)
 
 
 def _seconds(value: float) -> str:
@@ -175,7 +176,9 @@ def _seconds(value: float) -> str:
 
 
 def _work(plan: Plan) -> str:
-    attention = wrap("Attention", f"{plan.mean_fraction:.1%} of full causal, mean over the run")
+    attention = paragraph(
+        "Attention", f"{plan.mean_fraction:.1%} of full causal, mean over the run"
+    )
     if plan.shape is None:
         return attention
     masked = ", documents masked" if plan.counts_documents else ""
@@ -183,17 +186,15 @@ def _work(plan: Plan) -> str:
     return "\n".join(
         [
             attention,
-            wrap(
+            paragraph(
                 "FLOPs",
                 f"{scientific(plan.constant_flops)} with a constant window{masked}, "
                 f"{scientific(plan.ladder_flops)} with the ladder: {saved:.1%} saved",
             ),
-            textwrap.fill(
+            paragraph(
+                "",
                 "(6 N + 12 layers hidden S) tokens as in the paper's Table 8: N all (active) "
-                "parameters above, S = mean of sum(l^2) / L over the windows l of a row",
-                WIDTH,
-                initial_indent=" " * 13,
-                subsequent_indent=" " * 13,
+                "parameters above, S = mean of sum(l^2) / L over the windows l of a sequence",
             ),
         ]
     )
@@ -230,12 +231,12 @@ def _documents(plan: Plan) -> str:
         )
     return "\n".join(
         [
-            wrap(
+            paragraph(
                 "Documents",
                 f"{documents.num_documents:,} with {amount(documents.num_tokens)} tokens; "
                 f"length: {spread}, longest {lengths[-1]:,}",
             ),
-            wrap("", f"a token sees, with documents masked and the full window: {seen}"),
+            paragraph("", f"a token sees, with documents masked and the full window: {seen}"),
             table(rows),
         ]
     )
@@ -263,21 +264,21 @@ def _context_parallel(plan: Plan, steps: list[int]) -> str:
         "work that sees keys of another rank, the rest is done while they travel; MB: keys, values "
         "and gradients that a rank receives in bf16; of gather: relative to gathering all keys"
     )
-    head = wrap(
+    head = paragraph(
         "CP",
         f"{plan.context_parallel_size} ranks share a row, in Megatron's zigzag; over the run the "
         f"busiest has {plan.busiest_over_mean - 1:.1%} more attention work than the mean",
     )
-    return "\n".join([head, table(rows), textwrap.fill(legend, WIDTH)])
+    return "\n".join([head, table(rows), remark(legend)])
 
 
 def _time(plan: Plan) -> str:
     time = plan.time
     if time is None:
-        return wrap("Time", "give --device (with --gpus), --tflops or --calibrate LOG")
+        return paragraph("Time", "give --device (with --gpus), --tflops or --calibrate LOG")
     constant, ladder = plan.timed_fractions
     low, high = time.saved_range(ladder, constant)
-    lines = [wrap("Time", f"on {time.basis}")]
+    lines = [paragraph("Time", f"on {time.basis}")]
     for name, fraction in (("constant", constant), ("ladder", ladder)):
         gpu_hours = time.gpu_hours(plan.total_steps, fraction)
         text = f"{name:9}{gpu_hours:,.4g} GPU-hours"
@@ -287,12 +288,12 @@ def _time(plan: Plan) -> str:
             )
         if time.price:
             text += f", costs {gpu_hours * time.price:,.0f}"
-        lines.append(wrap("", text))
+        lines.append(paragraph("", text))
     saved = time.step.saved(ladder, constant)
-    lines.append(wrap("", f"saved    {saved:.1%} of the time ({low:.1%} to {high:.1%})"))
+    lines.append(paragraph("", f"saved    {saved:.1%} of the time ({low:.1%} to {high:.1%})"))
     if time.calibration:
         lines.append(
-            wrap(
+            paragraph(
                 "",
                 f"a step takes {time.step.fixed:.4g} s + {time.step.attention:.4g} s x attention "
                 "work; the range is two standard errors",
@@ -303,11 +304,11 @@ def _time(plan: Plan) -> str:
 
 def _paper_comparison(plan: Plan, saved: float) -> list[str]:
     assert plan.time is not None
-    measured = estimate.PAPER_SAVINGS.get(plan.name)
+    measured = PAPER_SAVINGS.get(plan.name)
     if measured is None or plan.time.calibration or not plan.is_the_papers:
         return []
     return [
-        wrap(
+        paragraph(
             "",
             f"The paper measured {measured:.1f} % on A100-40G; this model says {saved:.1%}. FLOPs "
             "alone overstate the saving, as causal kernels skip half of each window; attention "
@@ -328,29 +329,4 @@ def _advice(plan: Plan) -> str:
     if not 0.95 * low <= share <= 1.05 * high:
         alpha = estimate.alpha_for_share(plan.config, plan.total_steps, high)
         advice += f": --skyladder-expand-fraction={float(high):g}, or alpha {float(alpha):.4g}"
-    return wrap("Advice", advice)
-
-
-def table(rows: list[list[str]], *, left: int = 0) -> str:
-    """Return rows as columns, the first ``left`` of them aligned left and all others right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            f"{cell:<{width}}" if column < left else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def wrap(label: str, text: str) -> str:
-    """Return a labelled paragraph of at most WIDTH columns."""
-    return textwrap.fill(
-        text,
-        WIDTH,
-        initial_indent=f"{label:<13}",
-        subsequent_indent=" " * 13,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return paragraph("Advice", advice)

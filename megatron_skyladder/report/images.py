@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_skyladder import files
 
-PALETTE = "tableau-colorblind10"  # matplotlib's own
+PALETTE = "petroff10"  # matplotlib's own (3.10 on), made for colour-blind readers too
 
 
 def make_panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, np.ndarray]:
@@ -36,10 +36,11 @@ def make_panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any
 
 def colour_of(index: int) -> str:
     """Return the colour of what is drawn by its place."""
-    from matplotlib import style
+    from matplotlib import color_sequences
+    from matplotlib.colors import to_hex
 
-    colours = style.library[PALETTE]["axes.prop_cycle"].by_key()["color"]
-    return str(colours[index % len(colours)])
+    colours = color_sequences[PALETTE]
+    return to_hex(colours[index % len(colours)])
 
 
 def label(axes: Any, title: str, x_label: str, y_label: str) -> None:

@@ -20,6 +20,7 @@ from megatron_skyladder.ladder.flags import add_arguments
 from megatron_skyladder.ladder.schedules import WindowSchedule
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+BASE = ("numpy", "numpy.libs", "argcomplete", "rich", "markdown_it", "mdurl", "pygments")
 LAUNCH = "--seq-length 128 --global-batch-size 8 --train-iters 100 --attention-dropout 0"
 
 
@@ -31,7 +32,7 @@ class Bare:
         venv.create(folder / "venv", symlinks=True)
         packages = Path(np.__file__).parents[1]
         (target,) = (folder / "venv").glob("lib/python*/site-packages")
-        for name in ("numpy", "numpy.libs", "argcomplete"):
+        for name in BASE:
             if (packages / name).exists():
                 (target / name).symlink_to(packages / name)
 
@@ -71,6 +72,7 @@ ENDS = {
     "flags round": 0,
     "flags --megatron": 0,
     "compare 1b-8k 1b-32k": 0,
+    "compare --preset 1b-8k --alpha 1/8 1/100 --evidence": 0,
     "example 1b-8k": 0,
     f"slurm {REPOSITORY}/examples/slurm/1b-8k.ini": None,  # 1 where an sbatch has no cluster
     f"prepare --input d.jsonl --output-prefix d --workers 1 {NULL}": 0,

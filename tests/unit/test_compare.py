@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from megatron_skyladder.cli import main
 from megatron_skyladder.planning import budget, estimate, run_flags
+from megatron_skyladder.planning.evidence import MEASURED
+from megatron_skyladder.report import images
 
 BASE = "--preset 1b-8k"
 TIMED = f"{BASE} --tflops 100 --gpus 8"
@@ -71,6 +74,58 @@ def test_rates(capsys: pytest.CaptureFixture[str]) -> None:
     assert names(both) == ["constant", *expected]
 
 
+def test_every_combination_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = f"{BASE} --schedule linear stepwise --alpha 1/4 --share 0.5 --start-window 8 64"
+    result = compare_json(capsys, f"{flags} --round-to 128")
+    expected = [
+        f"{schedule} {growth} from {start} by 128"
+        for schedule in ("linear", "stepwise")
+        for growth in ("1/4", "50%")
+        for start in (8, 64)
+    ]
+    assert names(result) == ["constant", *expected]
+    for plan, name in zip(result["schedules"][1:], expected, strict=True):
+        share = plan["full_window"]["step"] / 100_000
+        assert share == pytest.approx(0.5 if "50%" in name else (8192 - 32) / 25_000, abs=0.01)
+        assert plan["windows"]["0"] == (8 if "from 8 " in name else 64)
+        middle = [int(w) for w in plan["windows"].values() if 200 < int(w) < 8192]
+        assert middle and all(window % 128 == 0 for window in middle)
+
+
+def test_what_a_schedule_has_no_use_for_is_not_swept(capsys: pytest.CaptureFixture[str]) -> None:
+    """Such rows would be equal."""
+    flags = "--schedule staged linear --skyladder-stages 128:0.5 final:0.5 --start-window 8 16"
+    result = compare_json(capsys, f"{BASE} {flags} --round-to auto")
+    assert names(result) == [
+        *("constant", "staged", "linear from 8 by auto", "linear from 16 by auto"),
+    ]
+
+
+def test_what_does_not_finish_is_a_marked_row(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = f"{BASE} --schedule linear cyclic --alpha 1/8 1/100"
+    rows = {plan["name"]: plan for plan in compare_json(capsys, flags)["schedules"]}
+    ends = {name: plan["finishes"] for name, plan in rows.items()}
+    assert ends == {
+        "constant": True,
+        "linear 1/8": True,
+        "linear 1/100": False,
+        "cyclic 1/8": False,
+        "cyclic 1/100": False,
+    }
+    text = call(capsys, flags)
+    assert re.search(r"linear 1/100 +32 to 1,031 +unfinished", text)
+    assert re.search(r"linear 1/8 +32 to 8,192 +65%", text)
+    assert "training refuses unless --skyladder-allow-unfinished" in " ".join(text.split())
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    coloured = call(capsys, flags)
+    (line,) = (line for line in coloured.splitlines() if "linear 1/100" in line)
+    assert "\x1b[1;33m" in line
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[1;33m" not in call(capsys, flags)
+
+
 def test_our_flags_hold_for_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     result = compare_json(capsys, f"{BASE} --schedule linear stepwise --skyladder-start-window 8")
     assert [plan["windows"]["0"] for plan in result["schedules"]] == [8192, 8, 8]
@@ -98,6 +153,81 @@ def test_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
          f"--plot {tmp_path}/c.svg")  # fmt: skip
     svg = (tmp_path / "c.svg").read_text(encoding="utf-8")
     assert svg.rstrip().endswith("</svg>")
+
+
+def test_the_picture_shows_window_context_and_what_is_saved(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(images, "save", lambda figure, path: drawn.append(figure))
+    result = compare_json(capsys, f"{BASE} --alpha 1/8 --plot c.svg")
+    window, context, saved = drawn[0].axes
+    titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
+    assert titles == ["Window", "Mean visible context", "Saved so far"]
+    _, ladder = window.get_lines()
+    assert (ladder.get_ydata()[0], ladder.get_ydata()[-1]) == (32, 8192)
+    _, ladder = context.get_lines()
+    assert (ladder.get_ydata()[0], ladder.get_ydata()[-1]) == (33 / 2, 8193 / 2)
+    constant, ladder = saved.get_lines()
+    flops = result["schedules"][1]["flops"]
+    assert list(constant.get_ydata()) == pytest.approx([0] * len(constant.get_ydata()), abs=1e-9)
+    end = (flops["constant"] - flops["ladder"]) / 1e20
+    assert ladder.get_ydata()[-1] == pytest.approx(end, rel=0.01)
+
+
+# --- evidence -----------------------------------------------------------------------------------
+
+
+def evidence(capsys: pytest.CaptureFixture[str], flags: str) -> dict[str, dict[str, list[str]]]:
+    """Return row -> kind -> what was found, with its setting."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, records in compare_json(capsys, f"{flags} --evidence")["evidence"].items():
+        for record in records:
+            text = f"{record['found']} ({record['of']})"
+            found.setdefault(name, {}).setdefault(record["kind"], []).append(text)
+    return found
+
+
+def test_evidence_of_the_papers_own_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    found = evidence(capsys, "1b-8k 1b-32k 3b-8k")
+    assert found.keys() == {"1b-8k", "1b-32k", "3b-8k"}  # a constant window has none
+    short, long, large = (found[name] for name in ("1b-8k", "1b-32k", "3b-8k"))
+    assert short["time"][0].startswith("13.1 % less, FLOPs 11.6e20 -> 9.9e20 (1B at 8K, linear")
+    assert long["time"][0].startswith("22.2 % less, FLOPs 25.5e20 -> 18.8e20 (1B at 32K")
+    assert [text.split(" (")[0][-22:] for text in short["benchmarks"]] == [
+        *("46.3/15.3 -> 50.0/14.3", "52.5/11.1 -> 55.2/12.3"),
+    ]
+    assert "57.0/15.8 -> 60.5/19.3" in large["benchmarks"][0]
+    assert "2.732/2.553/2.519" in short["validation loss"][0]
+
+
+def test_evidence_goes_by_schedule_mask_documents_rate_and_start(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = evidence(capsys, f"{BASE} --schedule sinusoidal cyclic --skyladder-expand-fraction 0.2")
+    assert "sinusoidal 54.2/14.2" in found["sinusoidal"]["benchmarks"][0]
+    assert "Table 22" in found["cyclic"]["benchmarks"][0]
+    assert "validation loss" not in found["cyclic"]  # measured for the linear one alone
+    rates = evidence(capsys, f"{BASE} --share 0.1 0.3 0.95 --start-window 8 32")
+    losses = {name: kinds["validation loss"][0][:43] for name, kinds in rates.items()}
+    expected = {"10%": "2.751", "30%": "2.740", "95%": "2.729"}
+    for name, loss in losses.items():
+        assert expected[name.split()[1]] in loss
+    (best,) = evidence(capsys, f"{BASE} --share 0.65 --start-window 8").values()
+    assert "2.725/2.545/2.510" in best["validation loss"][0]
+    (sliding,) = evidence(capsys, f"{BASE} --share 0.65 --skyladder-mask sliding").values()
+    assert "sliding 54.4/12.8" in sliding["benchmarks"][0]
+    (masked,) = evidence(capsys, f"{BASE} --share 0.65 --skyladder-intra-document").values()
+    assert all("documents masked" in text for text in masked["benchmarks"])
+
+
+def test_evidence_is_printed_once_for_rows_of_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    text = call(capsys, f"{BASE} --share 0.62 0.64 --evidence")
+    assert "\nlinear 62%, linear 64%\n" in text
+    assert text.count("13.1 % less") == 1
+    assert all("arXiv:2503.15450" in record.source for record in MEASURED)
+    assert "What the paper measured" not in call(capsys, f"{BASE} --share 0.62")
 
 
 # --- budgets ------------------------------------------------------------------------------------
@@ -191,7 +321,9 @@ def test_budgets_start_from_the_first_ladder(capsys: pytest.CaptureFixture[str])
         (f"{BASE} --budget-tokens 1000", "--budget-tokens=1,000 is less than a batch of 1,048,576"),
         (f"{BASE} --budget-hours 10", "--budget-hours needs a time for each step. Give --device"),
         (f"{TIMED} --budget-hours 1e-9", "--budget-hours=1e-09: a step takes"),
-        (f"{BASE} --schedule cyclic", "takes 261,120 steps, but the run has 100,000"),
+        (f"{BASE} --share 2", "is not a share of the run"),
+        (f"{BASE} --start-window 9000", "is above the final window of 8192"),
+        (f"{BASE} --round-to x", "'x' is not a number above 0"),
         (f"{BASE} --schedule staged", "--skyladder-schedule=staged needs --skyladder-stages"),
     ],
 )
