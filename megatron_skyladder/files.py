@@ -7,22 +7,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PARTIAL = ".partial"  # how the names end that files are written under
+
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """Yield the name to write a file under; it gets its own name when the block ends well.
 
-    The folder is made where it is missing. A block that raises leaves an earlier file as it was.
-    The other name keeps the ending, which libraries such as matplotlib take the format from.
+    A block that raises leaves an earlier file as it was. What was written is on the disk before the
+    name is: no crash leaves an empty file behind. Two processes may write the same file.
 
     Args:
-        path: of the file, in a folder that the process may write to.
+        path: of the file, in a folder that is there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

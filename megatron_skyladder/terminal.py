@@ -6,8 +6,10 @@ take. NO_COLOR and FORCE_COLOR are rich's to honour. rich is loaded when somethi
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
+import time
 from collections.abc import Collection, Sequence
 from typing import IO, Any
 
@@ -37,31 +39,36 @@ def _render(what: Any, *, fold: bool = False) -> str:
 
 
 def table(
-    rows: Sequence[Sequence[str]],
+    rows: Sequence[Sequence[str | Share]],
     *,
-    left: int = 0,
+    left: int | Collection[int] = 0,
     head: bool = True,
     marked: Collection[int] = (),
 ) -> str:
     """Return rows as columns.
 
     Args:
-        rows: cells, as many in each; the first row is the head.
-        left: how many columns are aligned left; the others are aligned right.
+        rows: cells, as many in each: text, or a share of 1; the first row is the head.
+        left: how many columns, or which, are aligned left; the others are aligned right.
         head: whether the first row is a head.
         marked: places of rows (the first has 0) that stand out where there are colours.
     """
     from rich.table import Table
     from rich.text import Text
 
+    console = _console()
+    lefts = range(left) if isinstance(left, int) else left
     shown = Table(box=None, show_header=head, header_style=HEAD, padding=(0, 2, 0, 0))
     for place in range(len(rows[0])):
-        side: Any = "left" if place < left else "right"
-        shown.add_column(Text(rows[0][place]) if head else "", justify=side)
+        side: Any = "left" if place in lefts else "right"
+        shown.add_column(Text(str(rows[0][place])) if head else "", justify=side, overflow="fold")
     for place, row in enumerate(rows):
         if place or not head:
             style = MARKED if place in marked else ""
-            shown.add_row(*(Text(cell) for cell in row), style=style)
+            cells = (
+                cell.render(console) if isinstance(cell, Share) else Text(cell) for cell in row
+            )
+            shown.add_row(*cells, style=style)
     return _render(shown, fold=True)
 
 
@@ -107,3 +114,96 @@ def styled(text: str, style: str) -> str:
     from rich.text import Text
 
     return _render(Text(text, style=style))
+
+
+class Share(float):
+    """A cell of a table that is a share of 1: a bar on a terminal, a percentage elsewhere."""
+
+    WIDTH = 24  # columns of the bar
+
+    def render(self, console: Any) -> Any:
+        """Return what rich draws."""
+        from rich.progress_bar import ProgressBar
+        from rich.text import Text
+
+        if console.is_terminal:
+            return ProgressBar(total=1.0, completed=float(self), width=self.WIDTH)
+        return Text(f"{self:.1%}")
+
+
+class Progress:
+    """How far work is: a bar that changes on a terminal, a plain line now and then elsewhere.
+
+    Nothing is drawn by a thread, so processes may be forked meanwhile.
+
+    Args:
+        name: of the work, in front of the bar.
+        stream: where it goes; by default standard error.
+        every: seconds between two plain lines; None: there are none.
+        stays: whether the bar is left standing at the end.
+    """
+
+    _SECONDS = 0.1  # between two changes of the bar
+
+    def __init__(
+        self,
+        name: str,
+        stream: IO[str] | None = None,
+        *,
+        every: float | None = 30.0,
+        stays: bool = True,
+    ) -> None:
+        self._name, self._stream = name, stream or sys.stderr
+        self._every, self._stays = every, stays
+        self.on_terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._shown_at = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def show(self, share: float, text: str) -> None:
+        """Say that this share, 0 to 1, is done; ``text`` is the whole of a plain line."""
+        if self.on_terminal:
+            self._draw(share, text)
+        elif self._every is not None and time.monotonic() - self._shown_at >= self._every:
+            self._shown_at = time.monotonic()
+            self.line(text)
+
+    def line(self, text: str) -> None:
+        """Print a line; above the bar where there is one."""
+        if self._bar is not None:
+            from rich.text import Text
+
+            self._bar.console.print(Text(text), soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def end(self) -> None:
+        """Leave the terminal to others."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _draw(self, share: float, text: str) -> None:
+        if self._bar is None:
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=Share.WIDTH),
+                TextColumn("{task.fields[text]}", markup=False),
+                console=_console(self._stream),
+                auto_refresh=False,
+                transient=not self._stays,
+            )
+            self._task = self._bar.add_task(self._name, total=1.0, text=text)
+            self._bar.start()
+        elif share < 1 and time.monotonic() - self._shown_at < self._SECONDS:
+            return
+        self._shown_at = time.monotonic()
+        self._bar.update(self._task, completed=share, text=text, refresh=True)

@@ -8,8 +8,12 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from megatron_skyladder.files import write_text
+from megatron_skyladder.terminal import Progress
 
 GENERATING = ("transformers", "safetensors")
 
@@ -48,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     runs = [Run(name, output / name, args.train_iters) for name in SCHEDULES]
     _forget_other_settings(output, args)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "settings").write_text(f"{args.train_iters}\n")
+    write_text(output / "settings", f"{args.train_iters}\n")
     data_prefix, tokenizer = _prepare(output)
     for training in runs:
         if training.is_finished():
@@ -58,13 +62,12 @@ def run(args: argparse.Namespace) -> int:
             f"\n{training.name}: {training.train_iters} steps on {NUM_RANKS} ranks, rows of "
             f"{SEQ_LENGTH} tokens; log in {training.log}"
         )
-        bar = _ProgressBar(training.name)
         try:
-            training.train(data_prefix, tokenizer, bar.show)
+            with Progress(f"  {training.name}", sys.stdout, every=None) as progress:
+                training.train(data_prefix, tokenizer, _show_step(progress))
         except RuntimeError as error:
             print(f"\nskyladder demo: {error}", file=sys.stderr)
             return 1
-        bar.close()
     _conclude(output, runs)
     _generate(output, runs)
     return 0
@@ -113,32 +116,19 @@ def _prepare(output: Path) -> tuple[Path, Path]:
     return output / "corpus_text_document", tokenizer
 
 
-class _ProgressBar:
-    """One line on the terminal; a line every tenth of the run where it is not one."""
+def _show_step(progress: Progress) -> Callable[[int, int, float], None]:
+    """Return what is called after each step: a bar on a terminal, ten lines elsewhere."""
+    started = time.monotonic()
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._started = time.monotonic()
-        self._terminal = sys.stdout.isatty()
-
-    def show(self, step: int, num_steps: int, loss: float) -> None:
-        """Show that ``step`` is done."""
-        seconds = time.monotonic() - self._started
+    def show(step: int, num_steps: int, loss: float) -> None:
+        seconds = time.monotonic() - started
         left = seconds / step * (num_steps - step)
-        filled = 30 * step // num_steps
-        line = (
-            f"  {self._name:10s} [{'#' * filled}{'.' * (30 - filled)}] {step}/{num_steps} "
-            f"loss {loss:.3f}, {seconds:.0f} s, about {left:.0f} s left"
-        )
-        if self._terminal:
-            print(f"\r{line:<100s}", end="", flush=True)
-        elif step % max(1, num_steps // 10) == 0:
-            print(line, flush=True)
+        text = f"{step}/{num_steps} loss {loss:.3f}, {seconds:.0f} s, about {left:.0f} s left"
+        progress.show(step / num_steps, text)
+        if not progress.on_terminal and step % max(1, num_steps // 10) == 0:
+            progress.line(f"  {text}")
 
-    def close(self) -> None:
-        """End the line."""
-        if self._terminal:
-            print()
+    return show
 
 
 def _conclude(output: Path, runs: list[Any]) -> None:
@@ -157,7 +147,7 @@ def _conclude(output: Path, runs: list[Any]) -> None:
     saving = summary.predicted_saving(SHAPE, schedule(runs[1].train_iters), ladder)
     text = summary.table(constant, ladder, saving)
     print(f"\n{text}\n")
-    (output / "table.txt").write_text(text + "\n")
+    write_text(output / "table.txt", text + "\n")
     summary.plot(constant, ladder, output / "demo.png")
     page = write_report(load_runs([f"{run.name}={run.log}" for run in runs]), output / "report")
     print(f"plot: {output / 'demo.png'}\ntable: {output / 'table.txt'}\nreport: {page}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import textwrap
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,8 +13,8 @@ from megatron_skyladder.ladder.numbers import argument, whole
 from megatron_skyladder.planning import doctor, pasted, verdict
 from megatron_skyladder.planning.doctor import Report
 from megatron_skyladder.planning.pasted import Pasted
+from megatron_skyladder.terminal import GOOD, HEAD, MARKED, led, paragraph, styled
 
-_WIDTH = 100
 _INTEGERS = (  # what the schedule is made of, beside our own flags
     *("--seq-length", "--global-batch-size", "--train-iters", "--train-samples"),
     *("--context-parallel-size", "--log-interval"),
@@ -93,22 +92,16 @@ def _page(report: Report, found: Pasted, *, details: bool) -> str:
             ("Integrations", report.integrations),
             ("Notes", {str(n): text for n, text in enumerate(report.notes, 1)}),
         ]
-    lines = [*_verdict(report, found), ""]
+    first = GOOD if not report.problems else MARKED
+    styles = [first, HEAD, HEAD]
+    lines = [led(line, style) for line, style in zip(_verdict(report, found), styles, strict=True)]
+    lines.append("")
     for title, entries in parts:
         if not entries:
             continue
         margin = max(len(name) for name in entries) + 4
-        lines.append(title)
-        for name, text in entries.items():
-            label = f"  {name}".ljust(margin)
-            lines += textwrap.wrap(
-                text,
-                _WIDTH,
-                initial_indent=label,
-                subsequent_indent=" " * margin,
-                break_on_hyphens=False,
-                break_long_words=False,
-            )
+        lines.append(styled(title, HEAD))
+        lines += [paragraph(f"  {name}", text, margin) for name, text in entries.items()]
         lines.append("")
     return "\n".join(lines).rstrip()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_skyladder import hugging_face
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.terminal import Progress
 
 DESCRIPTION = """\
 Evaluate models as the paper did: the nine standard tasks by OLMES' rules (both formulations, five
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     if args.prepare is not None:
         return _prepare(args)
     if args.table is not None:
-        hugging_face.require(("tabulate", "scipy"))
+        hugging_face.require(("scipy",))
         from megatron_skyladder.evaluation import results
 
         found = [results.of_one_model(folder) for folder in _at_most_two(args.table, "--table")]
@@ -164,7 +165,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UsageError("no MODEL is given: one or two Hugging Face folders or checkpoints.")
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit {args.limit}: give at least 1 question.")
-    hugging_face.require((*hugging_face.NEEDED, "transformers", "lm_eval", "tabulate"))
+    hugging_face.require((*hugging_face.NEEDED, "transformers", "lm_eval"))
     import torch
 
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -189,7 +190,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         folders = _named(args.name, folders)
     data = DataFolder(args.data)
     found = [
-        evaluation.evaluate(name, model, args.out / name, data, settings, report=print)
+        _evaluate_one(name, model, args.out / name, data, settings)
         for name, model in folders.items()
     ]
     asked = [[each for each in model if each.asked == settings.asked] for model in found]
@@ -206,6 +207,18 @@ def _named(name: str, folders: dict[str, Path]) -> dict[str, Path]:
     return {name: model}
 
 
+def _evaluate_one(name: str, model: Path, out: Path, data: Any, settings: Any) -> list[Any]:
+    """Evaluate one model, with a bar below the lines of its tasks where there is a terminal."""
+    from megatron_skyladder.evaluation.run import evaluate
+
+    with Progress(name, sys.stdout, every=None, stays=False) as progress:
+
+        def on_task(done: int, tasks: int) -> None:
+            progress.show(done / tasks, f"{done} of {tasks} tasks")
+
+        return evaluate(name, model, out, data, settings, report=progress.line, on_task=on_task)
+
+
 def _at_most_two(given: list[Path], what: str) -> list[Path]:
     if len(given) > 2:
         raise UsageError(f"{what}: {len(given)} are given; a table compares two at most.")
@@ -220,7 +233,7 @@ def _show(
 ) -> None:
     """Print the table, and keep it with its picture in a folder."""
     from megatron_skyladder.evaluation import picture, table
-    from megatron_skyladder.hugging_face.output import write_text
+    from megatron_skyladder.files import write_text
 
     for title in table.asked_differently(models):
         print(f"{title}: not compared, as the two models were asked different questions")

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_skyladder import hugging_face
 from megatron_skyladder.data import tokenizer_flags
+from megatron_skyladder.terminal import Progress
 
 DESCRIPTION = """\
 Write a checkpoint as a Hugging Face folder: Llama, Qwen2 (--add-qkv-bias) or Qwen3
@@ -87,19 +88,24 @@ def run(args: argparse.Namespace) -> int:
     from megatron_skyladder.hugging_face.exporting import export
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    done = export(
-        Path(args.checkpoint),
-        Path(args.out),
-        iteration=args.iteration,
-        tokenizer=args,
-        without_tokenizer=args.without_tokenizer,
-        vocab_size=args.vocab_size,
-        dtype=args.dtype,
-        rope_scaling_factor=args.rope_scaling_factor,
-        trust=args.trust_checkpoint,
-        check=args.check,
-        on_part=_show,
-    )
+    with Progress("export", every=None) as progress:
+
+        def on_part(part: int, parts: int) -> None:
+            progress.show(part / parts, f"part {part} of {parts}")
+
+        done = export(
+            Path(args.checkpoint),
+            Path(args.out),
+            iteration=args.iteration,
+            tokenizer=args,
+            without_tokenizer=args.without_tokenizer,
+            vocab_size=args.vocab_size,
+            dtype=args.dtype,
+            rope_scaling_factor=args.rope_scaling_factor,
+            trust=args.trust_checkpoint,
+            check=args.check,
+            on_part=on_part,
+        )
     made = "" if done.is_new else " (made by an earlier run)"
     print(
         f"{done.folder}: {done.model.family}, iteration {done.checkpoint.iteration:,}, "
@@ -110,9 +116,3 @@ def run(args: argparse.Namespace) -> int:
     if done.comparison is not None:
         print(done.comparison)
     return 0
-
-
-def _show(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        print(f"\rpart {done} of {total}\x1b[K", end=end, file=sys.stderr, flush=True)

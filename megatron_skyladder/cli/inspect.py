@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from megatron_skyladder.data import tokenizer_flags
@@ -12,6 +11,7 @@ from megatron_skyladder.data.indexed import IndexedReader
 from megatron_skyladder.data.output import read_record
 from megatron_skyladder.data.summary import summarize
 from megatron_skyladder.data.tokenizers import Tokenizer
+from megatron_skyladder.terminal import Progress, Share, table
 
 DESCRIPTION = """\
 Show what is in PREFIX.bin and PREFIX.idx: how many documents and tokens, how long documents are,
@@ -28,7 +28,6 @@ examples:
   skyladder inspect data/cc_text_document --json | jq .eod
 """
 
-BAR = 40
 SAMPLE_TOKENS = 64  # shown from the beginning of a document; a quarter of it from its end
 
 
@@ -75,8 +74,13 @@ def run(args: argparse.Namespace) -> int:
     reader = IndexedReader(args.prefix.removesuffix(".bin").removesuffix(".idx"))
     tokenizer = tokenizer_flags.build_tokenizer(args) if args.tokenizer_type else None
     eod, source = _eod(args, reader, tokenizer)
-    report = _show_share if sys.stderr.isatty() else lambda share: None
-    summary = summarize(reader, eod=eod, seq_length=args.seq_length, report=report)
+    with Progress("reading", every=None, stays=False) as progress:
+        summary = summarize(
+            reader,
+            eod=eod,
+            seq_length=args.seq_length,
+            report=lambda share: progress.show(share, f"{share:4.0%}"),
+        )
     summary["eod"]["source"] = source
     summary["sample"] = _sample(reader, args.document, tokenizer)
     if args.json:
@@ -84,11 +88,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n".join(text_report(summary)))
     return 0
-
-
-def _show_share(share: float) -> None:
-    end = "\r\x1b[K" if share == 1 else ""
-    print(f"\rreading {share:4.0%}{end}", end="", file=sys.stderr, flush=True)
 
 
 def _eod(
@@ -146,7 +145,7 @@ def text_report(summary: dict[str, Any]) -> list[str]:
         f"length in tokens: {lengths['min']:,} to {lengths['max']:,}, mean {lengths['mean']:,.1f}, "
         f"half up to {lengths['p50']:,.0f}, 90 % up to {lengths['p90']:,.0f}, "
         f"99 % up to {lengths['p99']:,.0f}",
-        *_histogram(lengths["histogram"]),
+        _histogram(lengths["histogram"], summary["tokens"]),
         "",
         *_eod_lines(eod, summary["documents"] - summary["empty_documents"]),
         "",
@@ -155,15 +154,13 @@ def text_report(summary: dict[str, Any]) -> list[str]:
     return [*lines, "", *_sample_lines(summary["sample"])]
 
 
-def _histogram(histogram: list[tuple[int, int, int, int]]) -> list[str]:
-    most = max(count for _, _, count, _ in histogram)
-    lines = []
+def _histogram(histogram: list[tuple[int, int, int, int]], num_tokens: int) -> str:
+    num_documents = sum(count for _, _, count, _ in histogram)
+    rows: list[list[str | Share]] = [["from", "to", "documents", "", "tokens", ""]]
     for low, high, count, tokens in histogram:
-        bar = "#" * -(-BAR * count // most)
-        lines.append(
-            f"{low:>11,} - {high:<11,} {bar:<{BAR}} {count:,} documents, {tokens:,} tokens"
-        )
-    return lines
+        shares = Share(count / num_documents), Share(tokens / max(1, num_tokens))
+        rows.append([f"{low:,}", f"{high:,}", f"{count:,}", shares[0], f"{tokens:,}", shares[1]])
+    return table(rows)
 
 
 def _eod_lines(eod: dict[str, Any], documents: int) -> list[str]:

@@ -6,9 +6,9 @@ import argparse
 import logging
 import os
 import sys
-import time
 from typing import Any
 
+from megatron_skyladder import terminal
 from megatron_skyladder.data import packed, tokenizer_flags, tool_flags
 from megatron_skyladder.data.prepare import Request, prepare
 from megatron_skyladder.data.progress import Progress
@@ -118,8 +118,8 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "--log-interval",
         type=int,
         metavar="N",
-        help="write how far the run is every N documents. Default: every 30 seconds, and where it "
-        "is a terminal twice a second.",
+        help="write how far the run is every N documents. Default: every 30 seconds; a bar "
+        "where it is a terminal.",
     )
     tokenizer_flags.add_arguments(parser)
     tool_flags.add_arguments(parser)
@@ -190,10 +190,10 @@ def _unpack(args: argparse.Namespace, display: ProgressDisplay) -> list[dict[str
 
 
 class ProgressDisplay:
-    """Writes how far the run is: one line that changes on a terminal, a line a while in a log.
+    """Shows how far the run is: a bar on a terminal, a line a while in a log.
 
     Args:
-        documents: write after so many of them instead.
+        documents: write a line after so many of them instead.
 
     Raises:
         ValueError: there are none.
@@ -202,37 +202,20 @@ class ProgressDisplay:
     def __init__(self, documents: int | None = None) -> None:
         if documents is not None and documents < 1:
             raise ValueError(f"--log-interval={documents}: give 1 document or more.")
-        self._on_terminal = sys.stderr.isatty()
-        self._interval = 0.5 if self._on_terminal else 30.0
+        self._progress = terminal.Progress("prepare")
         self._documents = documents
-        self._shown_at, self._shown_documents = time.monotonic(), 0
-        self._line_open = False
-
-    def _is_due(self, progress: Progress) -> bool:
-        if self._documents is not None:
-            due = progress.documents - self._shown_documents >= self._documents
-            if due:
-                self._shown_documents = progress.documents // self._documents * self._documents
-            return due
-        due = time.monotonic() - self._shown_at >= self._interval
-        if due:
-            self._shown_at = time.monotonic()
-        return due
+        self._shown_documents = 0
 
     def show(self, progress: Progress) -> None:
-        if not self._is_due(progress):
-            return
-        line = progress_line(progress)
-        if self._on_terminal:
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
-            self._line_open = True
-        else:
-            print(line, file=sys.stderr, flush=True)
+        if self._documents is None:
+            share = progress.read_bytes / max(1, progress.total_bytes)
+            self._progress.show(share, progress_line(progress))
+        elif progress.documents - self._shown_documents >= self._documents:
+            self._shown_documents = progress.documents // self._documents * self._documents
+            self._progress.line(progress_line(progress))
 
     def end(self) -> None:
-        if self._line_open:
-            print(file=sys.stderr)
-            self._line_open = False
+        self._progress.end()
 
 
 def progress_line(progress: Progress) -> str:

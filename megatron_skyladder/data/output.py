@@ -24,6 +24,7 @@ from megatron_skyladder.data.encode import Documents
 from megatron_skyladder.data.identity import differences
 from megatron_skyladder.data.indexed import IndexedWriter, WriterPosition
 from megatron_skyladder.data.sources import START, Place
+from megatron_skyladder.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -252,9 +253,7 @@ def read_record(prefix: str) -> dict[str, Any] | None:
 
 
 def write_record(prefix: str, record: dict[str, Any]) -> None:
-    partial = Path(f"{prefix}.prepared.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, f"{prefix}.prepared")
+    write_text(f"{prefix}.prepared", json.dumps(record, indent=1) + "\n")
 
 
 def partial_files(prefixes: Iterable[str]) -> list[Path]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+
+from megatron_skyladder.files import whole
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +41,9 @@ def write_corpus(path: Path) -> int:
     out for validation.
     """
     shuffled = sorted(documents(), key=lambda item: hashlib.sha256(item[0].encode()).digest())
-    temporary = path.with_suffix(".partial")
-    with temporary.open("w", encoding="utf-8") as out:
+    with whole(path) as partial, partial.open("w", encoding="utf-8") as out:
         for name, text in shuffled:
             out.write(json.dumps({"name": name, "text": text}) + "\n")
-    os.replace(temporary, path)
     return len(shuffled)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_skyladder import terminal
 from megatron_skyladder.ladder import costs
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.schedules import WindowSchedule
@@ -89,7 +90,7 @@ def predicted_saving(
 
 def table(constant: Outcome, ladder: Outcome, saving: tuple[float, float]) -> str:
     """Return the table the demo ends with."""
-    rows = [("", LABELS["constant"], LABELS["skyladder"], "difference")]
+    rows: list[tuple[str, ...]] = [("", LABELS["constant"], LABELS["skyladder"], "difference")]
 
     def add(name: str, values: tuple[float, float], digits: int, relative: bool = True) -> None:
         difference = values[1] / values[0] - 1 if relative else values[1] - values[0]
@@ -107,15 +108,7 @@ def table(constant: Outcome, ladder: Outcome, saving: tuple[float, float]) -> st
     equal = min(constant.seconds, ladder.seconds)
     losses = (constant.loss_after(equal), ladder.loss_after(equal))
     add(f"validation loss after {equal:.0f} s", losses, 3, relative=False)
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
+    lines = [terminal.table(rows, left=1)]
     work, attention = saving
     faster = 1 - ladder.seconds / constant.seconds
     lines.append("")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.hugging_face.output import write_text
+from megatron_skyladder.files import write_text
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.evaluation import scoring, significance
 from megatron_skyladder.evaluation.tasks import GENERATIVE, RACE, STANDARD, TITLES
-from megatron_skyladder.hugging_face.output import write_text
+from megatron_skyladder.files import write_text
 
 FOLDER = "results"
 

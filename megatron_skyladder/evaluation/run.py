@@ -192,6 +192,7 @@ def evaluate(
     data: DataFolder,
     settings: Settings,
     report: Callable[[str], None],
+    on_task: Callable[[int, int], None] = lambda done, tasks: None,
 ) -> list[Result]:
     """Evaluate one model on all tasks that are not done yet; return all results of this model.
 
@@ -202,6 +203,7 @@ def evaluate(
         data: what was prepared.
         settings: what to ask.
         report: gets a line for each task.
+        on_task: called with how many tasks are done and how many there are, before each.
     """
     go_offline()
     folder = exported(model, out, report)
@@ -211,6 +213,7 @@ def evaluate(
     loaded: tuple[int, Any] | None = None
     began, ran = time.monotonic(), 0
     for number, job in enumerate(todo, start=1):
+        on_task(number - 1, len(todo))
         known = done.get((job.task, job.length, settings.asked))
         if known is not None and (known.data, known.weights) == (_hashes(data, job), weights):
             report(f"{name}: {number}/{len(todo)} {_line(known)} (done before)")

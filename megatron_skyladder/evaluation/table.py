@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_skyladder import terminal
 from megatron_skyladder.evaluation import scoring, significance
 from megatron_skyladder.evaluation.results import Result
 from megatron_skyladder.evaluation.tasks import PAPER, READING, RULER, STANDARD
@@ -152,11 +153,7 @@ def _mean(name: str, title: str, parts: Sequence[Row], paper: tuple[float, float
 
 def text(table: Sequence[Row], names: Sequence[str]) -> str:
     """Return the table for people."""
-    from tabulate import tabulate
-
-    head, *lines = cells(table, names)
-    drawn: str = tabulate(lines, head, disable_numparse=True, colalign=("left",))
-    return f"{drawn}\n\n{CAVEAT}"
+    return f"{terminal.table(cells(table, names), left=1)}\n\n{CAVEAT}"
 
 
 def cells(table: Sequence[Row], names: Sequence[str]) -> list[list[str]]:

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_skyladder.data import tokenizer_flags
+from megatron_skyladder.files import whole, write_text
 from megatron_skyladder.hugging_face import checking, model_card, weights
 from megatron_skyladder.hugging_face.architecture import (
     PRECISIONS,
@@ -27,7 +27,7 @@ from megatron_skyladder.hugging_face.architecture import (
 )
 from megatron_skyladder.hugging_face.checkpoints import Checkpoint, open_checkpoint
 from megatron_skyladder.hugging_face.folder import INDEX
-from megatron_skyladder.hugging_face.output import Staging, is_finished, write_text
+from megatron_skyladder.hugging_face.output import Staging, is_finished
 from megatron_skyladder.hugging_face.tokenizer import (
     Tokenizer,
     TokenizerMismatchError,
@@ -299,11 +299,8 @@ def _write_shard(
     wanted = getattr(torch, dtype)
     for name in tensors:
         tensors[name] = tensors[name].to(wanted).contiguous()
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with whole(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
 
 
 def _is_written(path: Path, expected: weights.Shapes, dtype: str) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_skyladder.files import write_text
 from megatron_skyladder.hugging_face import torch_dist, weights
 from megatron_skyladder.hugging_face.architecture import (
     Architecture,
@@ -22,7 +23,7 @@ from megatron_skyladder.hugging_face.architecture import (
 )
 from megatron_skyladder.hugging_face.checkpoints import TRACKER
 from megatron_skyladder.hugging_face.folder import HuggingFaceWeights
-from megatron_skyladder.hugging_face.output import sync_folder, write_text
+from megatron_skyladder.hugging_face.output import sync_folder
 from megatron_skyladder.hugging_face.torch_dist import LazyTensor
 
 logger = logging.getLogger(__name__)

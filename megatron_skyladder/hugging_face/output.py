@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from megatron_skyladder import files
+
 RECORD = "skyladder_export.json"
 LOCK = ".lock"
 
@@ -83,6 +85,8 @@ class Staging:
         try:
             if kind is None:
                 (self.folder / LOCK).unlink()
+                for left in self.folder.glob(f"*{files.PARTIAL}"):  # of a run that was killed
+                    left.unlink()
                 sync_folder(self.folder)
                 os.rename(self.folder, self.target)
                 sync_folder(self.target.parent)
@@ -103,7 +107,7 @@ class Staging:
     def _compare(self) -> None:
         record = self.folder / RECORD
         if not record.is_file():
-            write_text(record, json.dumps(self.settings, indent=1) + "\n")
+            files.write_text(record, json.dumps(self.settings, indent=1) + "\n")
             return
         before = json.loads(record.read_text())
         differences = [
@@ -121,16 +125,6 @@ class Staging:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def sync_folder(folder: Path) -> None:

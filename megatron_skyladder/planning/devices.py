@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_skyladder.terminal import table
+
 
 @dataclass(frozen=True)
 class Device:
@@ -59,8 +61,8 @@ def device(name: str) -> Device:
 
 def list_devices() -> str:
     """Return the table as text."""
-    lines = [f"{'device':10} {'bf16':>6} {'fp8':>6} {'GB':>4}  peak dense TFLOP/s, from"]
+    rows = [["device", "bf16", "fp8", "GB", "peak dense TFLOP/s, from"]]
     for name, each in DEVICES.items():
         fp8 = "-" if each.fp8 is None else f"{each.fp8:g}"
-        lines.append(f"{name:10} {each.bf16:>6g} {fp8:>6} {each.memory_gb:>4}  {each.source}")
-    return "\n".join([*lines, "any other: --tflops RATE, as Megatron's log prints it"])
+        rows.append([name, f"{each.bf16:g}", fp8, str(each.memory_gb), each.source])
+    return f"{table(rows, left=(0, 4))}\nany other: --tflops RATE, as Megatron's log prints it"

@@ -53,4 +53,4 @@ def label(axes: Any, title: str, x_label: str, y_label: str) -> None:
 def save(figure: Any, path: str | Path) -> None:
     """Write a figure in the format of the file's ending."""
     with files.whole(path) as partial:
-        figure.savefig(partial)
+        figure.savefig(partial, format=Path(path).suffix[1:].lower())

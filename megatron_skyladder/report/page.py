@@ -73,5 +73,6 @@ def write_report(runs: list[Run], folder: Path, evaluation: Path | None = None) 
         script=Markup(script),
         date=f"{datetime.now():%d %B %Y}",
     )
+    folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / PAGE, text)
     return folder / PAGE

@@ -20,13 +20,13 @@ attempt that ends without a word differs from one that was asked to stop.
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from megatron_skyladder.files import write_text
 from megatron_skyladder.slurm import checkpoints
 from megatron_skyladder.slurm.flags import by_flag
 from megatron_skyladder.slurm.settings import Settings
@@ -131,7 +131,7 @@ class RunFolder:
         path = self.path / "wandb_id"
         if not path.exists():
             name = re.sub(r"[^\w.-]", "-", self.path.name)[:100]  # folders of one name are many
-            write_whole(path, f"{name}-{secrets.token_hex(4)}\n")
+            write_text(path, f"{name}-{secrets.token_hex(4)}\n")
         return path.read_text().strip()
 
     def attempt_folder(self, number: int) -> Path:
@@ -147,8 +147,8 @@ class RunFolder:
         """Write what is known of an attempt, and point to it as the latest."""
         folder = self.attempt_folder(attempt.number)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "attempt.json", json.dumps(asdict(attempt), indent=1) + "\n")
-        write_whole(self.path / "attempt", f"{folder}\n")
+        write_text(folder / "attempt.json", json.dumps(asdict(attempt), indent=1) + "\n")
+        write_text(self.path / "attempt", f"{folder}\n")
 
     def close_earlier(self) -> None:
         """Note how attempts ended that could not say so themselves."""
@@ -212,7 +212,7 @@ class RunFolder:
                 + (f": {attempt.reason}" if attempt.reason else "")
             )
             lines += [f"  skipped {skipped}" for skipped in attempt.skipped]
-        write_whole(self.path / "status.txt", "\n".join(lines) + "\n")
+        write_text(self.path / "status.txt", "\n".join(lines) + "\n")
 
 
 def failure_reason(folder: Path, exit_code: int) -> str:
@@ -230,17 +230,6 @@ def failure_reason(folder: Path, exit_code: int) -> str:
             hint = " (SIGKILL: often out of host memory)" if codes[-1] == "-9" else ""
             return f"a rank ended with {codes[-1]}{hint}, see {log}"
     return f"the training step ended with {exit_code}, see the logs in {folder}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that nobody ever sees a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _from_json(text: str) -> Attempt:

@@ -21,7 +21,6 @@ torch_dist ones in a folder of their own with a tracker file of their own, see `
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import zipfile
@@ -29,6 +28,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from megatron_skyladder.files import write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 SET_ASIDE = "incomplete_"  # prefix of folders that must not be loaded, nor written into
@@ -110,9 +111,7 @@ def settle(folder: Path, ckpt_format: str | None = None) -> Found:
     for skipped in found.incomplete:
         _set_aside(skipped.folder)
     if found.newest and found.named != str(found.newest):
-        temporary = folder / f".{TRACKER}.partial"
-        temporary.write_text(str(found.newest))
-        os.replace(temporary, folder / TRACKER)
+        write_text(folder / TRACKER, str(found.newest))
     elif not found.newest and found.named is not None and found.named != "release":
         (folder / TRACKER).unlink()  # Megatron would end on it
     return found

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_skyladder.files import write_text
 from megatron_skyladder.slurm import script
-from megatron_skyladder.slurm.attempts import write_whole
 from megatron_skyladder.slurm.settings import Evaluation, Settings
 
 SCRIPT_NAME = "evaluate.sbatch"
@@ -62,7 +62,7 @@ def submit(settings: Settings, text: str, after: Sequence[str] = ()) -> str:
     Path(settings.folder).mkdir(parents=True, exist_ok=True)
     Path(evaluation.out).mkdir(parents=True, exist_ok=True)
     path = Path(settings.folder) / SCRIPT_NAME
-    write_whole(path, text)
+    write_text(path, text)
     words = ["--parsable", *script.export_option(settings)]
     if after:  # however they end: a chain may fail once and finish; the script looks for the end
         words.append(f"--dependency=afterany:{':'.join(after)}")

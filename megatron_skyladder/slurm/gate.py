@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_skyladder.files import write_text
 from megatron_skyladder.slurm import attempts, checkpoints
 from megatron_skyladder.slurm.attempts import Attempt, RunFolder
 from megatron_skyladder.slurm.settings import Settings
@@ -136,10 +137,10 @@ def _write_versions(folder: Path) -> None:
         "python": sys.version.split()[0],
         **_installed_versions(),
     }
-    attempts.write_whole(folder / "versions.json", json.dumps(versions, indent=1) + "\n")
+    write_text(folder / "versions.json", json.dumps(versions, indent=1) + "\n")
     changes = _git(package, "diff", "HEAD", "--", ".")
     if changes:
-        attempts.write_whole(folder / "uncommitted.diff", changes + "\n")
+        write_text(folder / "uncommitted.diff", changes + "\n")
 
 
 def _git(folder: Path, *words: str) -> str | None:

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_skyladder.slurm.attempts import RunFolder, write_whole
+from megatron_skyladder.files import write_text
+from megatron_skyladder.slurm.attempts import RunFolder
 from megatron_skyladder.slurm.flags import by_flag
 from megatron_skyladder.slurm.settings import FILE_NAME, Settings
 
@@ -170,8 +171,8 @@ def write_run_folder(settings: Settings, script: str, *, allow_changes: bool = F
         for change in changes:
             logger.warning("changed in %s: %s", run.path, change)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    write_whole(known, settings.to_json())
-    write_whole(run.path / SCRIPT_NAME, script)
+    write_text(known, settings.to_json())
+    write_text(run.path / SCRIPT_NAME, script)
     (run.path / "submitted").touch()
 
 
@@ -256,7 +257,7 @@ class _FilesBefore:
             if text is None:
                 path.unlink(missing_ok=True)
             else:
-                write_whole(path, text)
+                write_text(path, text)
         submitted = self._folder / "submitted"
         if self._submitted is None:
             submitted.unlink(missing_ok=True)

@@ -58,7 +58,7 @@ def test_a_stopped_export_goes_on(source: Path, checkpoint: Path, tmp_path: Path
     assert not out.exists()
     before = {p.name: p.stat().st_mtime_ns for p in partial.glob("*.safetensors")}
     assert len(before) == 3
-    (partial / "model-00004-of-00006.safetensors.partial").write_bytes(b"half a shard")
+    (partial / ".model-00004-of-00006.safetensors.1.partial").write_bytes(b"half a shard")
     done = export(checkpoint, out, **PLAIN)
     assert done.is_new
     after = {p.name: p.stat().st_mtime_ns for p in out.glob("*.safetensors")}
