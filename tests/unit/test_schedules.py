@@ -311,7 +311,7 @@ def test_rounded_windows_are_multiples_or_an_end(schedule: WindowSchedule, step:
     window = schedule.window_at(step)
     if window in (schedule.start_window, schedule.final_window):
         return
-    if multiple == "pow2":
+    if isinstance(multiple, str):
         exact_window = replace(schedule, round_to=1).window_at(step)
         assert window in [2**n for n in range(32)] and window <= exact_window < 2 * window
     else:
