@@ -12,11 +12,11 @@ from fractions import Fraction
 from typing import Any
 
 from megatron_skyladder.cli.plan import to_json as to_plan_json
-from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE, ROUND_TO_AUTO
+from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
 from megatron_skyladder.ladder.flags import name_of
 from megatron_skyladder.ladder.numbers import argument, exact, real
 from megatron_skyladder.ladder.presets import PAPER_RUNS, SCHEDULE_PRESETS
-from megatron_skyladder.ladder.schedules import SCHEDULES, WindowSchedule
+from megatron_skyladder.ladder.schedules import SCHEDULES, WindowSchedule, all_settings
 from megatron_skyladder.planning import budget, estimate, pasted, run_flags, verdict
 from megatron_skyladder.planning.budget import Fit
 from megatron_skyladder.planning.devices import list_devices
@@ -86,9 +86,9 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "--round-to",
         nargs="+",
         action="extend",
-        type=_multiple,
+        type=argument(all_settings()["round_to"].read),
         metavar="TOKENS",
-        help="multiples that growing windows are rounded down to, or auto",
+        help="multiples that growing windows are rounded down to, auto or pow2",
     )
     parser.add_argument(
         "--evidence",
@@ -150,10 +150,6 @@ def _rate(text: str) -> Fraction:
 
 def _count(text: str) -> int:
     return int(_rate(text))
-
-
-def _multiple(text: str) -> int | str:
-    return text if text == ROUND_TO_AUTO else _count(text)
 
 
 # --- the runs to compare ------------------------------------------------------------------------

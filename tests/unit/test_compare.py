@@ -95,9 +95,9 @@ def test_every_combination_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_a_schedule_has_no_use_for_is_not_swept(capsys: pytest.CaptureFixture[str]) -> None:
     """Such rows would be equal."""
     flags = "--schedule staged linear --skyladder-stages 128:0.5 final:0.5 --start-window 8 16"
-    result = compare_json(capsys, f"{BASE} {flags} --round-to auto")
+    result = compare_json(capsys, f"{BASE} {flags} --round-to pow2")
     assert names(result) == [
-        *("constant", "staged", "linear from 8 by auto", "linear from 16 by auto"),
+        *("constant", "staged", "linear from 8 by pow2", "linear from 16 by pow2"),
     ]
 
 
@@ -323,7 +323,7 @@ def test_budgets_start_from_the_first_ladder(capsys: pytest.CaptureFixture[str])
         (f"{TIMED} --budget-hours 1e-9", "--budget-hours=1e-09: a step takes"),
         (f"{BASE} --share 2", "is not a share of the run"),
         (f"{BASE} --start-window 9000", "is above the final window of 8192"),
-        (f"{BASE} --round-to x", "'x' is not a number above 0"),
+        (f"{BASE} --round-to x", "'x' is neither a number, nor auto or pow2"),
         (f"{BASE} --schedule staged", "--skyladder-schedule=staged needs --skyladder-stages"),
     ],
 )

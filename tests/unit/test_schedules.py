@@ -315,7 +315,7 @@ def test_rounded_windows_are_multiples_or_an_end(schedule: WindowSchedule, step:
         exact_window = replace(schedule, round_to=1).window_at(step)
         assert window in [2**n for n in range(32)] and window <= exact_window < 2 * window
     else:
-        assert window % multiple == 0
+        assert window % int(multiple) == 0
 
 
 @given(schedules(RATED), STEPS, st.integers(1, 16), st.integers(1, 5000))
