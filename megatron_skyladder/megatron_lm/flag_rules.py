@@ -13,13 +13,42 @@ from typing import Any
 from megatron_skyladder.attention import limits
 from megatron_skyladder.attention.limits import Effect, Finding, FlagRule, other_than
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder import layer_pattern
 
 logger = logging.getLogger(__name__)
 
 _USE_DOCUMENTS = "To keep documents apart, use --skyladder-intra-document instead."
 _PACKS = "it packs sequences of several lengths and brings masks of its own"
-_HYBRID = "windows reach GPTModel, and this builds Megatron's HybridModel"
-_HYBRID_DO = "Where each layer has attention and an MLP, train it as a GPT: --num-layers."
+_SYMBOLS = {  # of --hybrid-layer-pattern: what a layer does that windows cannot be combined with
+    layer_pattern.LATENT_ATTENTION: "+ is multi-latent attention, and SkyLadder's does not take "
+    "latent keys and values",
+    layer_pattern.SPARSE_ATTENTION: "D is sparse attention: its indexer chooses what is seen",
+    layer_pattern.MAMBA: "M is a Mamba layer: its state carries what a window hides",
+    layer_pattern.GATED_DELTA_NET: "G is a gated delta net layer: its state carries what a window "
+    "hides",
+    layer_pattern.PREDICTION_HEADS: "after / are layers of multi-token prediction, which have no "
+    "window",
+}
+_SET_BY_SYMBOLS = {  # flags that Megatron sets itself, for a pattern that has one of these
+    "--multi-latent-attention": layer_pattern.LATENT_ATTENTION + layer_pattern.SPARSE_ATTENTION,
+    "--mtp-num-layers": layer_pattern.PREDICTION_HEADS,
+}
+_HYBRID_DO = "Use * for attention, - for an MLP and E for experts."
+
+
+def _of_symbols(pattern: Any, lookup: limits.Lookup) -> str:
+    """Return why a pattern cannot be combined with windows, symbol by symbol."""
+    if not limits.is_given(pattern):
+        return ""
+    reasons = [reason for symbol, reason in _SYMBOLS.items() if symbol in pattern]
+    if layer_pattern.ATTENTION not in layer_pattern.layers(pattern):
+        reasons.append("it has no attention (*) whose window could grow")
+    return "; ".join(reasons)
+
+
+def _of_symbols_once(pattern: Any, lookup: limits.Lookup) -> str:
+    """The same, unless the old flag was given, of which Megatron makes the new one."""
+    return "" if lookup("hybrid_override_pattern") else _of_symbols(pattern, lookup)
 
 
 def _packing(flag: str) -> FlagRule:
@@ -111,8 +140,20 @@ RULES = (
         "its layers choose what they see themselves",
         not_counted=True,
     ),
-    FlagRule("--hybrid-layer-pattern", Effect.CHANGES_MASKS, _HYBRID, _HYBRID_DO),
-    FlagRule("--hybrid-override-pattern", Effect.CHANGES_MASKS, _HYBRID, _HYBRID_DO),
+    FlagRule(
+        "--hybrid-layer-pattern",
+        Effect.REFUSED,
+        f"some symbols cannot: {'; '.join(_SYMBOLS.values())}",
+        _HYBRID_DO,
+        explain=_of_symbols_once,
+    ),
+    FlagRule(
+        "--hybrid-override-pattern",
+        Effect.REFUSED,
+        "it is the old name of --hybrid-layer-pattern, and the same holds",
+        _HYBRID_DO,
+        explain=_of_symbols,
+    ),
     FlagRule(
         "--use-legacy-models",
         Effect.CHANGES_MASKS,
@@ -240,7 +281,16 @@ def findings(settings: Any) -> Iterator[Finding]:
     Args:
         settings: Megatron's arguments, parsed; or a mapping of the flags that were given.
     """
-    return limits.find(RULES, settings)
+    found = list(limits.find(RULES, settings))
+    named = " ".join(_pattern_of_finding(finding) for finding in found)
+    for finding in found:
+        if not set(_SET_BY_SYMBOLS.get(finding.rule.flag, "")) & set(named):
+            yield finding
+
+
+def _pattern_of_finding(finding: Finding) -> str:
+    """Return the pattern that a finding is about, or nothing."""
+    return str(finding.value) if finding.rule.do == _HYBRID_DO else ""
 
 
 def check(options: Any) -> None:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_skyladder.attention.layer_spec import with_skyladder
-from megatron_skyladder.ladder import clock
+from megatron_skyladder.ladder import clock, layer_pattern
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.flags import FINGERPRINT
-from megatron_skyladder.megatron_lm import compat, data_check, flag_rules, releases, resume
+from megatron_skyladder.megatron_lm import compat, data_check, flag_rules, hybrid, releases, resume
 from megatron_skyladder.megatron_lm.adapter import MegatronLM
 from megatron_skyladder.megatron_lm.training_log import counting_windows, logging_metrics
 from megatron_skyladder.runtime import trainer
@@ -34,6 +34,7 @@ class Hook:
 
     Args:
         only_in: the release lines that need it; empty: all.
+        of_hybrid_model: whether it is about HybridModel, which not every release has.
     """
 
     module: str
@@ -41,6 +42,7 @@ class Hook:
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
     reason: str
     only_in: tuple[str, ...] = ()
+    of_hybrid_model: bool = False
 
 
 def install(config: SkyLadderConfig, options: Any) -> None:
@@ -66,7 +68,8 @@ def install(config: SkyLadderConfig, options: Any) -> None:
     trainer.install(config, MegatronLM())
     line = releases.installed().line
     for hook in (*HOOKS, *GUARDS):
-        if not hook.only_in or line in hook.only_in:
+        missing = hook.of_hybrid_model and not hybrid.is_in_megatron()
+        if not missing and (not hook.only_in or line in hook.only_in):
             _wrap(hook)
     logger.info("%s", config.fingerprint)
 
@@ -87,6 +90,7 @@ def install_guards() -> None:
 def check_options(config: SkyLadderConfig, options: Any) -> None:
     """Refuse what cannot be combined, before anything is built."""
     flag_rules.check(options)
+    hybrid.check(options)
     if config.intra_document:
         compat.eod_token()
         data_check.check(config, options)
@@ -115,15 +119,37 @@ def _wrap(hook: Hook) -> None:
     setattr(owner, name, wrapped)
 
 
-def _built_with_skyladder(original: Callable[..., Any]) -> Callable[..., Any]:
+def _gpt_with_skyladder(original: Callable[..., Any]) -> Callable[..., Any]:
+    def num_blocks(given: dict[str, Any]) -> int:
+        return int(given["config"].num_layers)
+
+    return _built_with_skyladder(original, "transformer_layer_spec", num_blocks)
+
+
+def _hybrid_with_skyladder(original: Callable[..., Any]) -> Callable[..., Any]:
+    def num_blocks(given: dict[str, Any]) -> int:
+        return layer_pattern.num_blocks(given.get("hybrid_layer_pattern") or "")
+
+    return _built_with_skyladder(original, "hybrid_stack_spec", num_blocks)
+
+
+def _built_with_skyladder(
+    original: Callable[..., Any], spec: str, num_blocks: Callable[[dict[str, Any]], int]
+) -> Callable[..., Any]:
+    """Wrap a model's ``__init__``.
+
+    Args:
+        original: the method.
+        spec: which of its arguments is the layer spec.
+        num_blocks: returns from its arguments how many pairs of attention and MLP it has.
+    """
     signature = inspect.signature(original)
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs)
-        spec = given.arguments["transformer_layer_spec"]
-        given.arguments["transformer_layer_spec"] = with_skyladder(spec)
+        given.arguments[spec] = with_skyladder(given.arguments[spec])
         if clock.current().config.init == "reference":
-            draw_as_reference(given.arguments["config"])
+            draw_as_reference(given.arguments["config"], num_blocks(given.arguments))
         original(*given.args, **given.kwargs)
 
     return __init__
@@ -184,9 +210,16 @@ HOOKS = (
     Hook(
         "megatron.core.models.gpt.gpt_model",
         "GPTModel.__init__",
-        _built_with_skyladder,
+        _gpt_with_skyladder,
         "to build its layers with SkyLadder's core attention, and to draw weights as "
         "--skyladder-init says",
+    ),
+    Hook(
+        hybrid.MODULE,
+        "HybridModel.__init__",
+        _hybrid_with_skyladder,
+        "to do the same in a model of --hybrid-layer-pattern",
+        of_hybrid_model=True,
     ),
     Hook(
         "megatron.training.training",
