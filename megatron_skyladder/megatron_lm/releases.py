@@ -92,7 +92,12 @@ class Megatron:
     @property
     def is_checkout(self) -> bool:
         """Whether it is a source tree with a script of its own that trains."""
-        return any((self.folder / script).exists() for script in SCRIPTS)
+        return bool(self.scripts)
+
+    @property
+    def scripts(self) -> list[str]:
+        """The names of those scripts that it has."""
+        return [name for name in SCRIPTS if (self.folder / name).exists()]
 
 
 def megatron_in(folder: Path) -> Megatron | None:

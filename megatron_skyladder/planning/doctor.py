@@ -196,7 +196,9 @@ def _ways(report: Report, found: Megatron) -> None:
     if not found.is_checkout:
         report.ways["spec"] = report.ways["patch"] = "for checkouts; this Megatron is a wheel"
         return
-    script = found.folder / "pretrain_gpt.py"
+    script = str(found.folder / found.scripts[0])
+    if found.scripts[1:]:
+        script += f" (or {' or '.join(found.scripts[1:])})"
     report.ways["spec"] = (
         f"torchrun ... {script} <flags> --spec megatron_skyladder.layer_specs skyladder; windows "
         "only, from SKYLADDER_* variables"
@@ -290,7 +292,8 @@ def _way_in_and_schedule(report: Report, flags: argparse.Namespace, pasted: Past
             setattr(flags, name, value)
         flags.skyladder_schedule = flags.skyladder_schedule or DEFAULT_SCHEDULE
     elif report.ways.get("patch", "").startswith("applied"):
-        report.run["way in"] = "the patched pretrain_gpt.py, or the entry point"
+        script = _script_of(pasted.launch) or releases.SCRIPTS[0]
+        report.run["way in"] = f"the patched {script}, or the entry point"
     else:
         report.run["way in"] = "the entry point"
     report.run["schedule"] = "off: no --skyladder-* flag was given"
@@ -320,13 +323,19 @@ def _way_in_and_schedule(report: Report, flags: argparse.Namespace, pasted: Past
 
 def _script(report: Report, flags: argparse.Namespace, launch: Launch) -> None:
     stock = report.run["way in"] == "the entry point"
-    named = Path(launch.entry).name == "pretrain_gpt.py"
+    named = _script_of(launch)
     if stock and named and is_requested(flags):
         raise ValueError(
-            "pretrain_gpt.py knows the --skyladder-* flags only in a patched checkout, and this "
+            f"{named} knows the --skyladder-* flags only in a patched checkout, and this "
             "Megatron is none (see Ways in). Patch it, or launch -m "
             "megatron_skyladder.pretrain_gpt."
         )
+
+
+def _script_of(launch: Launch) -> str:
+    """Return which of Megatron's own scripts a launch starts, or nothing."""
+    name = Path(launch.entry).name
+    return name if name in releases.SCRIPTS else ""
 
 
 def fingerprint_of_rank(report: Report) -> dict[str, str]:
