@@ -7,6 +7,7 @@ checkpoint's keys are those of the stack that Transformer Engine runs.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from typing import Any
 
 
@@ -26,7 +27,7 @@ def prepare() -> None:
 
     hybrid_block.TENorm = WrappedTorchNorm  # of the end of the stack, which no spec names
     stack = hybrid_layer_specs.hybrid_stack_spec.submodules  # in place: others have it by now
-    for name, layer in _layers().items():
+    for name, layer in (_layers() | _recurrent_layers()).items():
         setattr(stack, name, layer)
 
 
@@ -62,6 +63,58 @@ def _layers() -> dict[str, Any]:
         "mlp_layer": with_mlp(MLPLayer, dense),
         "moe_layer": with_mlp(MoETransformerLayer, experts),
     }
+
+
+def _recurrent_layers() -> dict[str, Any]:
+    """Return Megatron's own Mamba and gated delta net layers, with its local linear layers.
+
+    They need kernels that no CPU has: for tests, which bring some in plain torch.
+    """
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+    from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+    from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_layer import (
+        TransformerLayer,
+        TransformerLayerSubmodules,
+    )
+
+    into, out_of = (
+        _taking_what_it_knows(ColumnParallelLinear),
+        _taking_what_it_knows(RowParallelLinear),
+    )
+    mamba = MambaMixerSubmodules(in_proj=into, out_proj=out_of)
+    delta = GatedDeltaNetSubmodules(in_proj=into, out_norm=WrappedTorchNorm, out_proj=out_of)
+    layer = MambaLayerSubmodules(
+        norm=WrappedTorchNorm,
+        mixer=ModuleSpec(module=MambaMixer, submodules=mamba),
+        mamba_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+    )
+    attention = TransformerLayerSubmodules(
+        input_layernorm=WrappedTorchNorm,
+        self_attention=ModuleSpec(module=GatedDeltaNet, submodules=delta),
+        self_attn_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={"input_layernorm.": "self_attention.in_proj.layer_norm_"},
+    )
+    return {
+        "mamba_layer": ModuleSpec(module=MambaLayer, submodules=layer),
+        "gdn_layer": ModuleSpec(module=TransformerLayer, submodules=attention),
+    }
+
+
+def _taking_what_it_knows(linear: Any) -> type:
+    """Return a linear layer that is built with the arguments of Transformer Engine's."""
+    known = inspect.signature(linear.__init__).parameters
+
+    class Linear(linear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{name: kwargs[name] for name in kwargs if name in known})
+
+    return Linear
 
 
 def _gpt_layer(num_experts: int | None) -> Any:

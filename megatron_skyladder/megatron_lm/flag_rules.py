@@ -19,13 +19,17 @@ logger = logging.getLogger(__name__)
 
 _USE_DOCUMENTS = "To keep documents apart, use --skyladder-intra-document instead."
 _PACKS = "it packs sequences of several lengths and brings masks of its own"
+RECURRENT_STATE = "skyladder_recurrent_state"  # our flag, by its name in Megatron's arguments
+_CARRIES = (
+    "its state carries what a window hides, so say where it starts anew: "
+    "--skyladder-recurrent-state fragments, documents or free"
+)
 _SYMBOLS = {  # of --hybrid-layer-pattern: what a layer does that windows cannot be combined with
     layer_pattern.LATENT_ATTENTION: "+ is multi-latent attention, and SkyLadder's does not take "
     "latent keys and values",
     layer_pattern.SPARSE_ATTENTION: "D is sparse attention: its indexer chooses what is seen",
-    layer_pattern.MAMBA: "M is a Mamba layer: its state carries what a window hides",
-    layer_pattern.GATED_DELTA_NET: "G is a gated delta net layer: its state carries what a window "
-    "hides",
+    layer_pattern.MAMBA: f"M is a Mamba layer: {_CARRIES}",
+    layer_pattern.GATED_DELTA_NET: f"G is a gated delta net layer: {_CARRIES}",
     layer_pattern.PREDICTION_HEADS: "after / are layers of multi-token prediction, which have no "
     "window",
 }
@@ -33,14 +37,16 @@ _SET_BY_SYMBOLS = {  # flags that Megatron sets itself, for a pattern that has o
     "--multi-latent-attention": layer_pattern.LATENT_ATTENTION + layer_pattern.SPARSE_ATTENTION,
     "--mtp-num-layers": layer_pattern.PREDICTION_HEADS,
 }
-_HYBRID_DO = "Use * for attention, - for an MLP and E for experts."
+_HYBRID_DO = "What fits: * for attention, - for an MLP, E for experts, and M and G with the flag."
 
 
 def _of_symbols(pattern: Any, lookup: limits.Lookup) -> str:
     """Return why a pattern cannot be combined with windows, symbol by symbol."""
     if not limits.is_given(pattern):
         return ""
-    reasons = [reason for symbol, reason in _SYMBOLS.items() if symbol in pattern]
+    answered = layer_pattern.RECURRENT if lookup(RECURRENT_STATE) else ""
+    symbols = (symbol for symbol in _SYMBOLS if symbol in pattern and symbol not in answered)
+    reasons = [_SYMBOLS[symbol] for symbol in symbols]
     if layer_pattern.ATTENTION not in layer_pattern.layers(pattern):
         reasons.append("it has no attention (*) whose window could grow")
     return "; ".join(reasons)
@@ -261,7 +267,7 @@ def given_values(words: Sequence[str]) -> dict[str, Any]:
     """
     names = {rule.flag: rule.name for rule in RULES}
     ours = {rule.only_with[0] for rule in RULES if rule.only_with}
-    names |= {f"--{name.replace('_', '-')}": name for name in ours}
+    names |= {f"--{name.replace('_', '-')}": name for name in (*ours, RECURRENT_STATE)}
     values: dict[str, list[str]] = {}
     name = ""
     for word in words:

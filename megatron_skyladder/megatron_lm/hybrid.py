@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from megatron_skyladder.attention import recurrent
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.megatron_lm import releases
+from megatron_skyladder.ladder import layer_pattern
+from megatron_skyladder.megatron_lm import flag_rules, releases
 
 MODULE = "megatron.core.models.hybrid.hybrid_model"
 
@@ -32,18 +34,70 @@ def is_in_megatron() -> bool:
         return False
 
 
+def recurrent_symbols(options: Any) -> str:
+    """Return those of the pattern's symbols whose layers carry a state along the sequence."""
+    symbols = layer_pattern.layers(pattern_of(options))
+    return "".join(symbol for symbol in layer_pattern.RECURRENT if symbol in symbols)
+
+
 def check(options: Any) -> None:
-    """Refuse a pattern where it builds another model.
+    """Refuse a pattern where it builds another model, and layers whose state cannot be cut.
 
     Raises:
-        UsageError: this Megatron has no HybridModel.
+        UsageError: this Megatron has no HybridModel; or a flag takes another kernel than the one
+            that can start a state anew, or there is no state at all.
     """
+    _check_state(options)
     if is_asked_for(options) and not is_in_megatron():
         raise UsageError(
             f"--hybrid-layer-pattern={pattern_of(options)} builds a MambaModel in "
             f"Megatron {releases.installed().version}, and windows reach GPTModel and, from 0.18 "
             "on, HybridModel. Use a later release, or train a GPT: --num-layers."
         )
+
+
+def _check_state(options: Any) -> None:
+    state, symbols = getattr(options, flag_rules.RECURRENT_STATE, None), recurrent_symbols(options)
+    if state and not symbols:
+        raise UsageError(
+            f"--skyladder-recurrent-state={state} is about the layers M and G of "
+            "--hybrid-layer-pattern, and there are none. Leave it out."
+        )
+    if state == "free" or not state:
+        return
+    for symbol, name, needed, flag in (
+        (layer_pattern.MAMBA, "use_mamba_mem_eff_path", True, "--disable-mamba-mem-eff-path"),
+        (layer_pattern.GATED_DELTA_NET, "deterministic_mode", False, "--deterministic-mode"),
+    ):
+        if symbol in symbols and getattr(options, name, needed) != needed:
+            raise UsageError(
+                f"{flag} takes a kernel for {symbol} layers that cannot start their state anew, as "
+                f"--skyladder-recurrent-state={state} asks for. Drop one of them, or give "
+                "--skyladder-recurrent-state free."
+            )
+
+
+def check_layers(model: Any, state: str) -> None:
+    """Make sure that the layers of a model chunk are those whose state is cut.
+
+    Args:
+        model: a HybridModel.
+        state: of the configuration.
+
+    Raises:
+        UsageError: a spec has built another kind of layer.
+    """
+    if not state or state == "free":
+        return
+    for symbol, layer in zip(model.decoder.layer_type_list, model.decoder.layers, strict=True):
+        part = layer.self_attention if symbol == layer_pattern.GATED_DELTA_NET else layer
+        if symbol in layer_pattern.RECURRENT and recurrent.kind_of(part) is None:
+            kind = type(part)
+            raise UsageError(
+                f"layer {layer.layer_number} ({symbol}) is a {kind.__module__}.{kind.__name__}, "
+                f"whose state SkyLadder cannot start anew. Use Megatron's own stack, or give "
+                "--skyladder-recurrent-state free."
+            )
 
 
 def model(
