@@ -198,6 +198,26 @@ def test_flags_that_do_not_arrive_are_refused() -> None:
     flag_rules.check_arrival(Namespace(), ["--lr", "1"])
 
 
+@pytest.mark.parametrize(
+    "flag", ["--intra-doc-masking", "--use-document-attention-mask", "--isolate-docs=true"]
+)
+def test_a_forks_own_mask_of_documents_is_refused_beside_ours(flag: str) -> None:
+    words = ["--skyladder-intra-document", "--lr", "1", flag]
+    with pytest.raises(UsageError) as refused:
+        flag_names.check_other_masks(words)
+    said = str(refused.value)
+    assert said.startswith(f"{flag.partition('=')[0]} seems to be this Megatron's own mask")
+    assert "--skyladder-intra-document is SkyLadder's" in said
+
+
+def test_other_flags_are_a_forks_own_affair() -> None:
+    words = (
+        "--skyladder-intra-document --reset-attention-mask --goldfish-loss --mask-doc-loss "
+        "--doc-separator 1 --eod-mask-loss --trigger-path docs/attention"
+    )
+    flag_names.check_other_masks(words.split())
+
+
 # --- names --------------------------------------------------------------------------------------
 
 
