@@ -4,8 +4,19 @@ A pattern of attention and MLPs draws the weights that the GPT draws, so every r
 to log what the GPT logs in the same layout. About two minutes for each checkout.
 """
 
+import os
+
 import pytest
-from launches import DOCUMENTS_MASKED, LADDER, copy_checkout, every_figure, figures, launch, require
+from launches import (
+    DOCUMENTS_MASKED,
+    LADDER,
+    REPOSITORY,
+    copy_checkout,
+    every_figure,
+    figures,
+    launch,
+    require,
+)
 from test_checkouts import SPEC, VARIABLE
 
 from megatron_skyladder.cli import main as skyladder
@@ -13,6 +24,7 @@ from megatron_skyladder.testing import requires_megatron
 
 TAGS = ("core_v0.18.2", "core_v0.19.0", "main")
 TP2 = ["--tensor-model-parallel-size", "2"]
+STOCK_SPEC = ["--spec", "megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]
 PATTERNS = {1: "*-*-*-*-", 2: "*-*-|*-*-", 4: "*-|*-|*-|*-"}
 
 pytestmark = requires_megatron
@@ -35,6 +47,8 @@ def stages(num):
 
 def run_hybrid(data, checkout, num_stages, *flags, script="pretrain_hybrid.py", **options):
     options.setdefault("num_processes", num_stages)
+    if "--spec" not in flags and "0.18" in checkout.parent.name:  # its script wants one
+        flags = (*flags, *STOCK_SPEC)
     return launch(
         data,
         *(*flags, *stages(num_stages), f"--hybrid-layer-pattern={PATTERNS[num_stages]}"),
@@ -87,8 +101,6 @@ def test_spec_alone_brings_the_ladder(checkouts, data):
 
 
 def test_without_our_flags_the_patched_script_is_stock(checkouts, data):
-    if checkouts.name == "hybrid-core_v0.18.2":
-        pytest.skip("its script wants --spec; the same lines are tried on the others")
     stock, patched = (
         run_hybrid(data, checkouts / name, 2, stop_time=True)[0] for name in ("stock", "patched")
     )
@@ -104,3 +116,33 @@ def test_a_symbol_that_cannot_be_combined_ends_the_script(checkouts, data):
         fails=True,
     )
     assert "--hybrid-layer-pattern=M-*- cannot be combined" in text
+
+
+KERNELS = REPOSITORY / "tests" / "recurrent_kernels"
+SIZES = (
+    "--mamba-state-dim 8 --mamba-head-dim 8 --mamba-num-groups 2 --mamba-num-heads 8 "
+    "--linear-key-head-dim 8 --linear-value-head-dim 8 --linear-num-key-heads 4 "
+    "--linear-num-value-heads 4 --linear-conv-kernel-dim 4"
+)
+
+
+def test_recurrent_layers_are_cut_in_the_patched_script(checkouts, data):
+    """On reference kernels; what a cut means is tested in tests/distributed."""
+    pytest.importorskip("einops", reason="Megatron's Mamba mixer needs it")
+    has_delta = "0.18" not in checkouts.name  # there its kernels have other places
+    pattern = "M-*-|G-*-" if has_delta else "M-*-|M-*-"
+    cut = ["--skyladder-recurrent-state", "fragments", f"--hybrid-layer-pattern={pattern}"]
+    flags = [*DOCUMENTS_MASKED, *SIZES.split(), *cut, *stages(2)]
+    logs = {}
+    for name, script in (("patched", "pretrain_hybrid.py"), ("stock", None)):
+        folder = checkouts / name
+        logs[name], text = launch(
+            data,
+            *(flags if has_delta else [*flags, *STOCK_SPEC]),
+            megatron=folder,
+            script=folder / script if script else None,
+            num_processes=2,
+            environment={"PYTHONPATH": os.pathsep.join(map(str, (KERNELS, folder, REPOSITORY)))},
+        )
+        assert "attention layers and 1 recurrent ones on this rank" in text
+    assert figures(logs["patched"]) == figures(logs["stock"])
