@@ -1,8 +1,9 @@
-"""Pretrain a GPT with a growing attention window, on Megatron's own trainer.
+"""Pretrain a GPT, or a HybridModel, with a growing attention window, on Megatron's own trainer.
 
     torchrun ... -m megatron_skyladder.pretrain_gpt <Megatron's flags> --skyladder-*
 
 Without a GPU: ``SKYLADDER_DEVICE=cpu``. Without any ``--skyladder-*`` flag this is stock Megatron.
+``--hybrid-layer-pattern`` builds Megatron's HybridModel in the place of its GPTModel.
 """
 
 from __future__ import annotations

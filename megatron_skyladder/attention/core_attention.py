@@ -24,6 +24,7 @@ from megatron_skyladder.attention.segments import (
     Rows,
     Segments,
     grid_segments,
+    split_mask,
 )
 from megatron_skyladder.attention.statistics import LayerStatistics, recording
 from megatron_skyladder.errors import UsageError
@@ -162,6 +163,8 @@ class SkyLadderAttention(MegatronModule):
         if attention_mask is None:
             return grid_segments(rows)
         _check_mask(attention_mask, seq_length * rows.num_rows)
+        if self._clock.config.recurrent_state == "documents":
+            attention_mask, _ = split_mask(attention_mask)
         return _masks.get(attention_mask, rows)
 
 

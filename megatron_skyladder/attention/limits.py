@@ -32,6 +32,9 @@ class Effect(Enum):
         return self in (Effect.REFUSED, Effect.NEEDS_CHANGE, Effect.CHANGES_MASKS)
 
 
+Lookup = Callable[..., Any]  # (name, default=None): a value by its name in Megatron's arguments
+
+
 def is_given(value: Any) -> bool:
     """Return whether a value asks for something, as parsed by Megatron or as text."""
     if isinstance(value, str):
@@ -75,6 +78,8 @@ class FlagRule:
         only_with: a name and a value that the run has to have as well, such as a flag of ours.
         entry_point_always: whether our entry point refuses it without SkyLadder as well, because
             only Megatron's own script reads it.
+        explain: in place of ``when`` and ``why``, where both depend on the value or on other
+            flags: returns the reason, or nothing where the rule is not met.
     """
 
     flag: str
@@ -89,6 +94,7 @@ class FlagRule:
     not_counted: bool = False
     only_with: tuple[str, str] | None = None
     entry_point_always: bool = False
+    explain: Callable[[Any, Lookup], str] | None = None
 
     @property
     def name(self) -> str:
@@ -108,15 +114,17 @@ class Finding:
     Args:
         rule: the row of the table.
         value: what the run has.
+        why: the reason, as the second half of a sentence.
     """
 
     rule: FlagRule
     value: Any
+    why: str
 
     def __str__(self) -> str:
         """Return what was given, why it matters, and what to do."""
         head = "cannot be combined with SkyLadder: " if self.rule.effect.stops else ""
-        return f"{self.given} {head}{self.rule.why}. {self.rule.advice}".rstrip()
+        return f"{self.given} {head}{self.why}. {self.rule.advice}".rstrip()
 
     @property
     def given(self) -> str:
@@ -139,7 +147,7 @@ def find(rules: Iterable[FlagRule], settings: Any) -> Iterator[Finding]:
             Megatron's default only where that is a mapping of the flags that were given.
     """
 
-    def value_of(name: str, default: Any) -> Any:
+    def value_of(name: str, default: Any = None) -> Any:
         if isinstance(settings, Mapping):
             return settings.get(name, default)
         return getattr(settings, name, None)
@@ -147,8 +155,14 @@ def find(rules: Iterable[FlagRule], settings: Any) -> Iterator[Finding]:
     for rule in rules:
         value = value_of(rule.name, rule.default)
         applies = rule.only_with is None or value_of(rule.only_with[0], None) == rule.only_with[1]
-        if applies and rule.when(value):
-            yield Finding(rule, value)
+        if not applies:
+            continue
+        if rule.explain is None:
+            why = rule.why if rule.when(value) else ""
+        else:
+            why = rule.explain(value, value_of)
+        if why:
+            yield Finding(rule, value, why)
 
 
 def refuse(findings: Iterable[Finding]) -> None:

@@ -58,6 +58,12 @@ class Segments:
         return to_device(self.cu_seqlens_k, self.device)
 
     @cached_property
+    def ids_device(self) -> torch.Tensor:
+        """int32 [T]: the number of the segment that each query token lies in."""
+        numbers = np.arange(len(self.lengths_q), dtype=np.int32)
+        return to_device(np.repeat(numbers, self.lengths_q), self.device)
+
+    @cached_property
     def padded_q_device(self) -> torch.Tensor:
         """int32 [padded N + 1], for kernels that plan by the number of segments.
 
@@ -180,6 +186,18 @@ class MaskCache:
             if len(self._entries) > _KEPT_MASKS:
                 self._entries.popitem(last=False)
         return entry[1]
+
+
+def split_mask(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the offsets of fragments and those of documents, where a mask carries both.
+
+    Each begins with 0, and no fragment is empty, so the second 0 is where documents begin.
+
+    Args:
+        mask: int32, on the host; where it carries fragments alone, both are it.
+    """
+    second = int((mask == 0).nonzero()[-1])
+    return (mask[:second], mask[second:]) if second else (mask, mask)
 
 
 @lru_cache(maxsize=8)

@@ -192,11 +192,15 @@ def _measure_batch(
     return sums
 
 
-def by_layer(num_layers: int) -> dict[str, list[float]]:
+def by_layer(num_layers: int) -> dict[str, dict[int, float]]:
     """Return the three measures of every layer, over all ranks, which all have to call this.
 
+    Args:
+        num_layers: of the model, those without attention included.
+
     Returns:
-        By `NAMES`: a value for each layer, NaN where there is none.
+        By `NAMES`: a value for each layer with attention, by its number from 1; NaN where there is
+        none.
     """
     table = torch.zeros(num_layers, 5, dtype=torch.float64, device="cuda")
     table[:, 0] = -torch.inf
@@ -212,21 +216,27 @@ def by_layer(num_layers: int) -> dict[str, list[float]]:
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     torch.distributed.all_reduce(counts)
     values = largest, counts[:, 0] / counts[:, 2], counts[:, 1] / counts[:, 3]
-    return dict(zip(NAMES, (value.tolist() for value in values), strict=True))
+    measured = (counts[:, 2].nonzero().flatten() + 1).tolist()  # a hybrid model has other layers
+    return {
+        name: {number: float(value[number - 1]) for number in measured}
+        for name, value in zip(NAMES, values, strict=True)
+    }
 
 
-def summary(layers: dict[str, list[float]]) -> dict[str, float]:
+def summary(layers: dict[str, dict[int, float]]) -> dict[str, float]:
     """Return the largest logit, and the means over layers of the others, for the console."""
-    means = {name: float(np.mean(layers[name])) for name in NAMES[1:]}
-    found = {NAMES[0]: max(layers[NAMES[0]]), **means}
+    if not layers[NAMES[0]]:
+        return {}
+    means = {name: float(np.mean([*layers[name].values()])) for name in NAMES[1:]}
+    found = {NAMES[0]: max(layers[NAMES[0]].values()), **means}
     return {f"skyladder/{name}": value for name, value in found.items() if np.isfinite(value)}
 
 
-def scalars(layers: dict[str, list[float]]) -> dict[str, float]:
+def scalars(layers: dict[str, dict[int, float]]) -> dict[str, float]:
     """Return every layer's measures by the name under which they are logged."""
     return {
         f"skyladder/{name}/layer_{number}": value
         for name, values in layers.items()
-        for number, value in enumerate(values, start=1)
+        for number, value in values.items()
         if np.isfinite(value)
     }

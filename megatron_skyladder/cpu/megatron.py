@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_skyladder.cpu import older_megatron
+from megatron_skyladder.cpu import hybrid, older_megatron
 
 # Megatron's defaults that need a GPU, by argparse destination. A flag given still wins.
 CPU_DEFAULTS = {
@@ -36,6 +36,7 @@ def prepare() -> None:
     _resume_distributed_optimizer()
     _move_splits_to_numpy()
     older_megatron.prepare()
+    hybrid.prepare()
 
 
 def set_argument_defaults(parser: argparse.ArgumentParser) -> None:

@@ -32,6 +32,7 @@ MASKS = ("local", "sliding")
 BACKENDS = (AUTO, *KERNELS)
 ROUND_TO_AUTO = "auto"
 INITS = ("megatron", "reference")
+RECURRENT_STATES = ("fragments", "documents", "free")
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class SkyLadderConfig:
             as "512,4096"; empty: not.
         attention_stats_interval: iterations between measurements of attention; 0: none.
         init: how weights are drawn: Megatron's way, or that of the paper's code.
+        recurrent_state: where the state of layers without attention starts anew (Mamba, gated delta
+            net); empty: there are no such layers.
         allow_unfinished: whether the schedule may be longer than its ``total_steps``.
 
     Raises:
@@ -73,6 +76,7 @@ class SkyLadderConfig:
     eval_lengths: tuple[int, ...] = ()
     attention_stats_interval: int = 0
     init: str = "megatron"
+    recurrent_state: str = ""
     allow_unfinished: bool = False
 
     def __post_init__(self) -> None:
@@ -83,6 +87,7 @@ class SkyLadderConfig:
         _check_choice("mask", self.mask, MASKS)
         _check_choice("attention_backend", self.attention_backend, BACKENDS)
         _check_choice("init", self.init, INITS)
+        _check_state(self.recurrent_state, self.mask, documents=self.intra_document)
         _check_final_window(self.schedule.final_window, self.seq_length)
         if self.require_documents and not self.intra_document:
             raise SettingError(
@@ -107,6 +112,8 @@ class SkyLadderConfig:
             parts.append(f"from sample {self.begin_samples}")
         parts.append(f"{self.mask} mask")
         parts.append("documents masked" if self.intra_document else "documents not masked")
+        if self.recurrent_state:
+            parts.append(f"recurrent state: {self.recurrent_state}")
         return "; ".join(parts)
 
 
@@ -273,6 +280,23 @@ def _check_final_window(final_window: int, seq_length: int, source: str = "") ->
             f"$final_window={final_window}{source} is above "
             f"$seq_length={seq_length}. A window cannot be longer than the row: lower it, or "
             "raise $seq_length."
+        )
+
+
+def _check_state(state: str, mask: str, *, documents: bool) -> None:
+    if not state:
+        return
+    _check_choice("recurrent_state", state, RECURRENT_STATES)
+    if state == "fragments" and mask == "sliding":
+        raise SettingError(
+            "$recurrent_state=fragments starts a state anew with each window, and the windows of "
+            "$mask=sliding have no beginnings. Give $recurrent_state=documents or free, or "
+            "$mask=local."
+        )
+    if state == "documents" and not documents:
+        raise SettingError(
+            "$recurrent_state=documents needs to know the documents. Add $intra_document, or give "
+            "$recurrent_state=fragments or free."
         )
 
 

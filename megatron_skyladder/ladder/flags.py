@@ -126,6 +126,13 @@ def _add_attention(group: argparse._ArgumentGroup) -> None:
         "windows, and bands of positions, on a part of the validation rows.",
     )
     group.add_argument(
+        "--skyladder-recurrent-state",
+        metavar="NAME",
+        help="where the state of M and G layers (--hybrid-layer-pattern) starts anew. fragments: "
+        "at every window and document, so that a token sees what attention shows it. documents: at "
+        "documents only. free: never within a sequence. No default: such layers need an answer.",
+    )
+    group.add_argument(
         "--skyladder-init",
         metavar="NAME",
         help="reference: draw weights as the paper's code does, normal with std sqrt(2/(5 hidden)),"

@@ -34,7 +34,7 @@ def with_ladder(spec: Callable[..., Any]) -> Callable[..., Any]:
     def layer_spec(config: Any, *args: Any, **kwargs: Any) -> Any:
         show_warnings()  # the first code of ours after Bridge has set up its logging
         if clock.current().config.init == "reference":
-            draw_as_reference(config)
+            draw_as_reference(config, config.num_layers)
         stock = spec(config, *args, **kwargs)
         check_core_attention(stock)
         return with_skyladder(stock)

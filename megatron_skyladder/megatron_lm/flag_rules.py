@@ -13,13 +13,48 @@ from typing import Any
 from megatron_skyladder.attention import limits
 from megatron_skyladder.attention.limits import Effect, Finding, FlagRule, other_than
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder import layer_pattern
 
 logger = logging.getLogger(__name__)
 
 _USE_DOCUMENTS = "To keep documents apart, use --skyladder-intra-document instead."
 _PACKS = "it packs sequences of several lengths and brings masks of its own"
-_HYBRID = "windows reach GPTModel, and this builds Megatron's HybridModel"
-_HYBRID_DO = "Where each layer has attention and an MLP, train it as a GPT: --num-layers."
+RECURRENT_STATE = "skyladder_recurrent_state"  # our flag, by its name in Megatron's arguments
+_CARRIES = (
+    "its state carries what a window hides, so say where it starts anew: "
+    "--skyladder-recurrent-state fragments, documents or free"
+)
+_SYMBOLS = {  # of --hybrid-layer-pattern: what a layer does that windows cannot be combined with
+    layer_pattern.LATENT_ATTENTION: "+ is multi-latent attention, and SkyLadder's does not take "
+    "latent keys and values",
+    layer_pattern.SPARSE_ATTENTION: "D is sparse attention: its indexer chooses what is seen",
+    layer_pattern.MAMBA: f"M is a Mamba layer: {_CARRIES}",
+    layer_pattern.GATED_DELTA_NET: f"G is a gated delta net layer: {_CARRIES}",
+    layer_pattern.PREDICTION_HEADS: "after / are layers of multi-token prediction, which have no "
+    "window",
+}
+_SET_BY_SYMBOLS = {  # flags that Megatron sets itself, for a pattern that has one of these
+    "--multi-latent-attention": layer_pattern.LATENT_ATTENTION + layer_pattern.SPARSE_ATTENTION,
+    "--mtp-num-layers": layer_pattern.PREDICTION_HEADS,
+}
+_HYBRID_DO = "What fits: * for attention, - for an MLP, E for experts, and M and G with the flag."
+
+
+def _of_symbols(pattern: Any, lookup: limits.Lookup) -> str:
+    """Return why a pattern cannot be combined with windows, symbol by symbol."""
+    if not limits.is_given(pattern):
+        return ""
+    answered = layer_pattern.RECURRENT if lookup(RECURRENT_STATE) else ""
+    symbols = (symbol for symbol in _SYMBOLS if symbol in pattern and symbol not in answered)
+    reasons = [_SYMBOLS[symbol] for symbol in symbols]
+    if layer_pattern.ATTENTION not in layer_pattern.layers(pattern):
+        reasons.append("it has no attention (*) whose window could grow")
+    return "; ".join(reasons)
+
+
+def _of_symbols_once(pattern: Any, lookup: limits.Lookup) -> str:
+    """The same, unless the old flag was given, of which Megatron makes the new one."""
+    return "" if lookup("hybrid_override_pattern") else _of_symbols(pattern, lookup)
 
 
 def _packing(flag: str) -> FlagRule:
@@ -111,8 +146,20 @@ RULES = (
         "its layers choose what they see themselves",
         not_counted=True,
     ),
-    FlagRule("--hybrid-layer-pattern", Effect.CHANGES_MASKS, _HYBRID, _HYBRID_DO),
-    FlagRule("--hybrid-override-pattern", Effect.CHANGES_MASKS, _HYBRID, _HYBRID_DO),
+    FlagRule(
+        "--hybrid-layer-pattern",
+        Effect.REFUSED,
+        f"some symbols cannot: {'; '.join(_SYMBOLS.values())}",
+        _HYBRID_DO,
+        explain=_of_symbols_once,
+    ),
+    FlagRule(
+        "--hybrid-override-pattern",
+        Effect.REFUSED,
+        "it is the old name of --hybrid-layer-pattern, and the same holds",
+        _HYBRID_DO,
+        explain=_of_symbols,
+    ),
     FlagRule(
         "--use-legacy-models",
         Effect.CHANGES_MASKS,
@@ -220,7 +267,7 @@ def given_values(words: Sequence[str]) -> dict[str, Any]:
     """
     names = {rule.flag: rule.name for rule in RULES}
     ours = {rule.only_with[0] for rule in RULES if rule.only_with}
-    names |= {f"--{name.replace('_', '-')}": name for name in ours}
+    names |= {f"--{name.replace('_', '-')}": name for name in (*ours, RECURRENT_STATE)}
     values: dict[str, list[str]] = {}
     name = ""
     for word in words:
@@ -240,7 +287,16 @@ def findings(settings: Any) -> Iterator[Finding]:
     Args:
         settings: Megatron's arguments, parsed; or a mapping of the flags that were given.
     """
-    return limits.find(RULES, settings)
+    found = list(limits.find(RULES, settings))
+    named = " ".join(_pattern_of_finding(finding) for finding in found)
+    for finding in found:
+        if not set(_SET_BY_SYMBOLS.get(finding.rule.flag, "")) & set(named):
+            yield finding
+
+
+def _pattern_of_finding(finding: Finding) -> str:
+    """Return the pattern that a finding is about, or nothing."""
+    return str(finding.value) if finding.rule.do == _HYBRID_DO else ""
 
 
 def check(options: Any) -> None:

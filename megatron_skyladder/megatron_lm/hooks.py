@@ -13,11 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_skyladder.attention import recurrent
 from megatron_skyladder.attention.layer_spec import with_skyladder
-from megatron_skyladder.ladder import clock
+from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder import clock, layer_pattern
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.flags import FINGERPRINT
-from megatron_skyladder.megatron_lm import compat, data_check, flag_rules, releases, resume
+from megatron_skyladder.megatron_lm import compat, data_check, flag_rules, hybrid, releases, resume
 from megatron_skyladder.megatron_lm.adapter import MegatronLM
 from megatron_skyladder.megatron_lm.training_log import counting_windows, logging_metrics
 from megatron_skyladder.runtime import trainer
@@ -34,6 +36,9 @@ class Hook:
 
     Args:
         only_in: the release lines that need it; empty: all.
+        of_hybrid_model: whether it is about HybridModel, which not every release has.
+        package: whose function it is, where it is not Megatron's: it may be missing, or wrapped by
+            its own package.
     """
 
     module: str
@@ -41,6 +46,8 @@ class Hook:
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
     reason: str
     only_in: tuple[str, ...] = ()
+    of_hybrid_model: bool = False
+    package: str = ""
 
 
 def install(config: SkyLadderConfig, options: Any) -> None:
@@ -66,8 +73,13 @@ def install(config: SkyLadderConfig, options: Any) -> None:
     trainer.install(config, MegatronLM())
     line = releases.installed().line
     for hook in (*HOOKS, *GUARDS):
-        if not hook.only_in or line in hook.only_in:
+        missing = hook.of_hybrid_model and not hybrid.is_in_megatron()
+        if not missing and (not hook.only_in or line in hook.only_in):
             _wrap(hook)
+    if config.recurrent_state not in ("", "free"):
+        for symbol in hybrid.recurrent_symbols(options):
+            for hook in STATES[symbol]:
+                _wrap(hook)
     logger.info("%s", config.fingerprint)
 
 
@@ -87,17 +99,26 @@ def install_guards() -> None:
 def check_options(config: SkyLadderConfig, options: Any) -> None:
     """Refuse what cannot be combined, before anything is built."""
     flag_rules.check(options)
+    hybrid.check(options)
     if config.intra_document:
         compat.eod_token()
         data_check.check(config, options)
 
 
 def _wrap(hook: Hook) -> None:
-    owner: Any = importlib.import_module(hook.module)
+    try:
+        owner: Any = importlib.import_module(hook.module)
+    except ModuleNotFoundError:
+        owner = None
     *parents, name = hook.name.split(".")
     for parent in parents:
         owner = getattr(owner, parent, None)
     original = None if owner is None else getattr(owner, name, None)
+    if original is None and hook.package:
+        raise UsageError(
+            f"{hook.package} is not installed, whose {name} SkyLadder needs {hook.reason}. "
+            "Megatron's layers of this kind need it, too."
+        )
     if original is None:
         raise compat.MegatronMismatchError(
             f"Megatron has no {hook.module}.{hook.name}, which SkyLadder hooks ({hook.reason}). "
@@ -105,7 +126,7 @@ def _wrap(hook: Hook) -> None:
         )
     if getattr(original, _OWNER, False):
         return
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, "__wrapped__") and not hook.package:
         raise compat.MegatronMismatchError(
             f"{hook.module}.{hook.name} is already wrapped by {original.__module__}, and "
             f"{__name__} needs it too ({hook.reason}). Load only one of them."
@@ -115,15 +136,43 @@ def _wrap(hook: Hook) -> None:
     setattr(owner, name, wrapped)
 
 
-def _built_with_skyladder(original: Callable[..., Any]) -> Callable[..., Any]:
+def _gpt_with_skyladder(original: Callable[..., Any]) -> Callable[..., Any]:
+    def num_blocks(given: dict[str, Any]) -> int:
+        return int(given["config"].num_layers)
+
+    return _built_with_skyladder(original, "transformer_layer_spec", num_blocks)
+
+
+def _hybrid_with_skyladder(original: Callable[..., Any]) -> Callable[..., Any]:
+    def num_blocks(given: dict[str, Any]) -> int:
+        return layer_pattern.num_blocks(given.get("hybrid_layer_pattern") or "")
+
+    build = _built_with_skyladder(original, "hybrid_stack_spec", num_blocks)
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        hybrid.check_layers(self, clock.current().config.recurrent_state)
+
+    return __init__
+
+
+def _built_with_skyladder(
+    original: Callable[..., Any], spec: str, num_blocks: Callable[[dict[str, Any]], int]
+) -> Callable[..., Any]:
+    """Wrap a model's ``__init__``.
+
+    Args:
+        original: the method.
+        spec: which of its arguments is the layer spec.
+        num_blocks: returns from its arguments how many pairs of attention and MLP it has.
+    """
     signature = inspect.signature(original)
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs)
-        spec = given.arguments["transformer_layer_spec"]
-        given.arguments["transformer_layer_spec"] = with_skyladder(spec)
+        given.arguments[spec] = with_skyladder(given.arguments[spec])
         if clock.current().config.init == "reference":
-            draw_as_reference(given.arguments["config"])
+            draw_as_reference(given.arguments["config"], num_blocks(given.arguments))
         original(*given.args, **given.kwargs)
 
     return __init__
@@ -184,9 +233,16 @@ HOOKS = (
     Hook(
         "megatron.core.models.gpt.gpt_model",
         "GPTModel.__init__",
-        _built_with_skyladder,
+        _gpt_with_skyladder,
         "to build its layers with SkyLadder's core attention, and to draw weights as "
         "--skyladder-init says",
+    ),
+    Hook(
+        hybrid.MODULE,
+        "HybridModel.__init__",
+        _hybrid_with_skyladder,
+        "to do the same in a model of --hybrid-layer-pattern",
+        of_hybrid_model=True,
     ),
     Hook(
         "megatron.training.training",
@@ -226,6 +282,48 @@ HOOKS = (
         only_in=("0.11",),
     ),
 )
+_ANEW = "to start the state anew where attention ends"
+_GATED_DELTA_NET = "megatron.core.ssm.gated_delta_net.gdn"
+_FLASH_LINEAR_ATTENTION = "flash-linear-attention"
+STATES = {  # by symbol of --hybrid-layer-pattern, with --skyladder-recurrent-state
+    layer_pattern.MAMBA: (
+        Hook(
+            "megatron.core.ssm.mamba_layer",
+            "MambaLayer.forward",
+            recurrent.with_cut_state(recurrent.MAMBA),
+            "to note the mask that comes along",
+        ),
+        Hook(
+            "megatron.core.ssm.mamba_mixer",
+            "mamba_split_conv1d_scan_combined",
+            recurrent.scanning,
+            _ANEW,
+            package="mamba_ssm",
+        ),
+    ),
+    layer_pattern.GATED_DELTA_NET: (
+        Hook(
+            _GATED_DELTA_NET,
+            "GatedDeltaNet.forward",
+            recurrent.with_cut_state(recurrent.GATED_DELTA_NET),
+            "to note the mask that comes along",
+        ),
+        Hook(
+            _GATED_DELTA_NET,
+            "causal_conv1d",
+            recurrent.convolving,
+            _ANEW,
+            package=_FLASH_LINEAR_ATTENTION,
+        ),
+        Hook(
+            _GATED_DELTA_NET,
+            "chunk_gated_delta_rule",
+            recurrent.applying_rule,
+            _ANEW,
+            package=_FLASH_LINEAR_ATTENTION,
+        ),
+    ),
+}
 GUARDS = (  # installed without any flag of ours, too: they look for what is missing
     Hook(
         "megatron.training.checkpointing",

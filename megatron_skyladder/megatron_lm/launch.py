@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.megatron_lm import compat, releases
+from megatron_skyladder.megatron_lm import compat, hybrid, releases
 from megatron_skyladder.megatron_lm.releases import Trainer
 from megatron_skyladder.megatron_lm.spec import gpt_layer_spec
 
@@ -50,11 +50,17 @@ def launch(
 
     options = parse_and_validate_args(**ours)
     on_arguments(options)
-    model_config, provider = None, [gpt_model]
+    is_hybrid = hybrid.is_asked_for(options)
+    model_config, provider = None, [hybrid.model if is_hybrid else gpt_model]
     if trainer is Trainer.TAKES_MODEL_CONFIG:
-        from megatron.training.argument_utils import gpt_config_from_args
+        from megatron.training import argument_utils
 
-        model_config, provider = gpt_config_from_args(options), []
+        configure = (
+            argument_utils.hybrid_config_from_args
+            if is_hybrid
+            else argument_utils.gpt_config_from_args
+        )
+        model_config, provider = configure(options), []
     pretrain(
         pretrain_cfg_container_from_args(options, model_config),
         datasets_provider,
@@ -85,6 +91,7 @@ def gpt_model(
     from megatron.training.yaml_arguments import core_transformer_config_from_yaml
 
     options = compat.args()
+    hybrid.check(options)
     if options.record_memory_history:  # it is begun by Megatron's script, up to 0.18
         raise UsageError(
             "--record-memory-history has no effect in SkyLadder's entry point on this release of "

@@ -31,7 +31,7 @@ def switch_on() -> None:
 
     The guards of a resume are installed without a flag too.
     """
-    from megatron_skyladder.megatron_lm import compat, flag_rules, hooks, resume
+    from megatron_skyladder.megatron_lm import compat, flag_names, flag_rules, hooks, resume
 
     options = compat.args()
     flag_rules.check_arrival(options, sys.argv[1:])
@@ -42,6 +42,8 @@ def switch_on() -> None:
     if configuration is None:
         hooks.install_guards()
     else:
+        if configuration.intra_document:
+            flag_names.check_other_masks(sys.argv[1:])
         hooks.install(configuration, options)
 
 

@@ -21,6 +21,7 @@ from megatron_skyladder.errors import UsageError
 logger = logging.getLogger(__name__)
 
 ALLOW_VARIABLE = "SKYLADDER_ALLOW_UNTESTED_MEGATRON"
+SCRIPTS = ("pretrain_gpt.py", "pretrain_hybrid.py")  # of a checkout, that the patch is for
 PACKAGE_INFO = "package_info.py"  # in megatron/core: MAJOR, MINOR, PATCH, PRE_RELEASE
 
 
@@ -90,8 +91,13 @@ class Megatron:
 
     @property
     def is_checkout(self) -> bool:
-        """Whether it is a source tree with its own ``pretrain_gpt.py``."""
-        return (self.folder / "pretrain_gpt.py").exists()
+        """Whether it is a source tree with a script of its own that trains."""
+        return bool(self.scripts)
+
+    @property
+    def scripts(self) -> list[str]:
+        """The names of those scripts that it has."""
+        return [name for name in SCRIPTS if (self.folder / name).exists()]
 
 
 def megatron_in(folder: Path) -> Megatron | None:

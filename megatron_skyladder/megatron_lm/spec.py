@@ -61,16 +61,19 @@ def spec_from_environment() -> Any:
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from megatron_skyladder.megatron_lm import from_environment, releases
+    from megatron_skyladder.megatron_lm import from_environment, hybrid, releases
 
     releases.check_for_our_start(releases.installed())
     options = get_args()
-    if options.num_experts:  # Megatron wants one stage's block here, and does not say which
+    is_hybrid = hybrid.is_asked_for(options)
+    if options.num_experts and not is_hybrid:  # of a GPT Megatron wants one stage's block here
         raise UsageError(
             "--spec megatron_skyladder.layer_specs builds dense models, not --num-experts="
             f"{options.num_experts}. Patch the checkout instead (skyladder patch apply DIR)."
         )
     from_environment.switch_on(options)
+    if is_hybrid:
+        return hybrid.stock_spec()
     dense = copy.copy(options)
     dense.spec = None
     return gpt_layer_spec(dense, core_transformer_config_from_args(options))

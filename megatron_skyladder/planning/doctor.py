@@ -198,7 +198,9 @@ def _integrations(report: Report, found: Megatron) -> None:
             "for checkouts; this Megatron is a wheel"
         )
         return
-    script = found.folder / "pretrain_gpt.py"
+    script = str(found.folder / found.scripts[0])
+    if found.scripts[1:]:
+        script += f" (or {' or '.join(found.scripts[1:])})"
     report.integrations["spec"] = (
         f"torchrun ... {script} <flags> --spec megatron_skyladder.layer_specs skyladder; windows "
         "only, from SKYLADDER_* variables"
@@ -294,7 +296,8 @@ def _integration_and_schedule(report: Report, flags: argparse.Namespace, pasted:
             setattr(flags, name, value)
         flags.skyladder_schedule = flags.skyladder_schedule or DEFAULT_SCHEDULE
     elif report.integrations.get("patch", "").startswith("applied"):
-        report.run["integration"] = "the patched pretrain_gpt.py, or the entry point"
+        script = _script_of(pasted.launch) or releases.SCRIPTS[0]
+        report.run["integration"] = f"the patched {script}, or the entry point"
     else:
         report.run["integration"] = "the entry point"
     report.run["schedule"] = "off: no --skyladder-* flag was given"
@@ -324,13 +327,19 @@ def _integration_and_schedule(report: Report, flags: argparse.Namespace, pasted:
 
 def _script(report: Report, flags: argparse.Namespace, launch: Launch) -> None:
     stock = report.run["integration"] == "the entry point"
-    named = Path(launch.entry).name == "pretrain_gpt.py"
+    named = _script_of(launch)
     if stock and named and is_requested(flags):
         raise ValueError(
-            "pretrain_gpt.py knows the --skyladder-* flags only in a patched checkout, and this "
+            f"{named} knows the --skyladder-* flags only in a patched checkout, and this "
             "Megatron is none (see Integrations). Patch it, or launch -m "
             "megatron_skyladder.pretrain_gpt."
         )
+
+
+def _script_of(launch: Launch) -> str:
+    """Return which of Megatron's own scripts a launch starts, or nothing."""
+    name = Path(launch.entry).name
+    return name if name in releases.SCRIPTS else ""
 
 
 def fingerprint_of_rank(report: Report) -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_skyladder.attention.limits import Effect, Finding
 from megatron_skyladder.ladder.schedules import DEFAULT_EXPAND_FRACTION, DEFAULT_START_WINDOW
-from megatron_skyladder.megatron_lm import flag_rules
+from megatron_skyladder.megatron_lm import flag_rules, releases
 from megatron_skyladder.planning.launch import ENTRY_POINT, Launch
 from megatron_skyladder.planning.pasted import Pasted
 
@@ -67,12 +67,9 @@ def _change(finding: Finding, launch: Launch) -> str:
     where = f" ({place})" if place else ""
     rule = finding.rule
     if rule.set_to:
-        return f"{finding.given}{where} to {rule.set_to}, as {rule.why}"
-    return (
-        f"{finding.given}{where} cannot stay: {rule.why}.{f' {rule.do}' if rule.do else ''}".rstrip(
-            "."
-        )
-    )
+        return f"{finding.given}{where} to {rule.set_to}, as {finding.why}"
+    do = f". {rule.do}".rstrip(".") if rule.do else ""
+    return f"{finding.given}{where} cannot stay: {finding.why}{do}"
 
 
 def _start(launch: Launch) -> str:
@@ -80,7 +77,7 @@ def _start(launch: Launch) -> str:
     name = launch.entry.rpartition("/")[2]
     if not launch.entry or launch.is_ours or "megatron_skyladder.layer_specs" in launch.words:
         return ""
-    if name == "pretrain_gpt.py":
+    if name in releases.SCRIPTS:
         return f"-m {ENTRY_POINT} in place of {launch.entry} (or: skyladder patch apply its folder)"
     return (
         f"{launch.entry} once its checkout is patched (skyladder patch apply DIR), or -m "

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_skyladder.attention.segments import split_mask
 from megatron_skyladder.ladder import clock, fragments
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.runtime import metrics, trainer
@@ -55,7 +56,8 @@ def training_mask(row_batch: dict[str, torch.Tensor] | None) -> torch.Tensor:
     window = active.window(training=True)
     mask, rows_with_end = document_mask(row_batch, active.config, window)
     num_rows = int(mask[-1]) // active.config.seq_length
-    metrics.meter().count(mask, window, num_rows, rows_with_end)
+    fragments_alone, _ = split_mask(mask)
+    metrics.meter().count(fragments_alone, window, num_rows, rows_with_end)
     return mask
 
 
@@ -71,8 +73,9 @@ def document_mask(
         window_len: tokens.
 
     Returns:
-        cu_seqlens of the fragments over all rows, int32 [N + 1] on the host; and the number of rows
-        in which a document's end was found.
+        cu_seqlens of the fragments over all rows, int32 [N + 1] on the host, and behind them those
+        of the documents where the state of other layers starts anew at these alone (see
+        `segments.split_mask`); and the number of rows in which a document's end was found.
     """
     group, reads = trainer.current().groups.tp, trainer.current().every_rank_reads
     message = None
@@ -91,7 +94,7 @@ def _fragment_offsets(
     tokens = row_batch["tokens"].numpy()
     given = row_batch.get("cu_seqlens")
     cut = config.seq_length if config.mask == "sliding" else window_len
-    rows, rows_with_end = [], 0
+    rows, documents, rows_with_end = [], [], 0
     for index, row in enumerate(tokens):
         if given is not None:  # the dataset knows its documents; trailing entries are padding
             ends = np.unique(given[index].numpy())
@@ -101,8 +104,13 @@ def _fragment_offsets(
             eod = trainer.current().end_of_document
             ends = fragments.document_ends(row, eod)
             rows_with_end += len(ends) > 1 or row[-1] == eod
-        rows.append(fragments.fragment_cu_seqlens(ends, seq_length=row.shape[0], window_len=cut))
-    return fragments.rows_cu_seqlens(rows), rows_with_end
+        length = row.shape[0]
+        rows.append(fragments.fragment_cu_seqlens(ends, seq_length=length, window_len=cut))
+        documents.append(fragments.fragment_cu_seqlens(ends, seq_length=length, window_len=length))
+    offsets = fragments.rows_cu_seqlens(rows)
+    if config.recurrent_state == "documents":
+        offsets = np.concatenate([offsets, fragments.rows_cu_seqlens(documents)])
+    return offsets, rows_with_end
 
 
 def _broadcast_host(offsets: np.ndarray | None, group: Any) -> torch.Tensor:

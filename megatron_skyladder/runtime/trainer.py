@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_skyladder.attention import core_attention
+from megatron_skyladder.attention import core_attention, recurrent
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.clock import Clock
 from megatron_skyladder.ladder.config import SkyLadderConfig
@@ -122,6 +122,7 @@ def uninstall() -> None:
     _trainer = None
     clock.uninstall()
     core_attention.forget_masks()
+    recurrent.forget_masks()
 
 
 def current() -> Trainer:

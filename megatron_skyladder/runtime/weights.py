@@ -19,11 +19,16 @@ from megatron_skyladder.errors import UsageError
 
 
 def reference_stds(hidden_size: int, num_layers: int) -> tuple[float, float]:
-    """Return the std of all matrices, and that of the output projections."""
+    """Return the std of all matrices, and that of the output projections.
+
+    Args:
+        hidden_size: width of the model.
+        num_layers: pairs of attention and MLP.
+    """
     return math.sqrt(2 / (5 * hidden_size)), 1 / math.sqrt(hidden_size) / num_layers
 
 
-def draw_as_reference(config: Any) -> None:
+def draw_as_reference(config: Any, num_layers: int) -> None:
     """Let a model draw its weights as the paper's code does.
 
     At the model, and not where its configuration is made: a script may make that long before
@@ -32,13 +37,15 @@ def draw_as_reference(config: Any) -> None:
     Args:
         config: Megatron's TransformerConfig, complete, before a model is built with it; doing it
             twice (each model chunk has the same configuration) does no harm.
+        num_layers: pairs of attention and MLP in the whole model; a hybrid model's configuration
+            counts both.
 
     Raises:
         UsageError: the configuration sets another way to draw weights.
     """
     from megatron.core.utils import init_method_normal
 
-    std, output_std = reference_stds(config.hidden_size, config.num_layers)
+    std, output_std = reference_stds(config.hidden_size, num_layers)
     if _is_normal(config.init_method, std):
         return
     _check_nothing_else_is_asked_for(config)

@@ -338,3 +338,74 @@ def weights_not_finite() -> None:
         return model, *others
 
     training.setup_model_and_optimizer = damaging
+
+
+def hybrid_models_stay_stock() -> None:
+    """Build HybridModel as if nobody had asked for windows."""
+    from megatron_skyladder.megatron_lm import hooks
+
+    hooks.HOOKS = tuple(hook for hook in hooks.HOOKS if not hook.of_hybrid_model)
+
+
+def _move_cuts(by: int) -> None:
+    """Let states start anew so many tokens later than they should."""
+    from dataclasses import replace as copy_with
+
+    from megatron_skyladder.attention import recurrent
+
+    segments = recurrent.Cut.segments
+
+    def moved(self: Any, kernel: str, first: Any) -> Any:
+        found = segments(self, kernel, first)
+        offsets = found.cu_seqlens_q.copy()
+        offsets[1:-1] = np.clip(offsets[1:-1] + by, 0, offsets[-1])
+        return copy_with(found, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+
+    recurrent.Cut.segments = moved
+
+
+def state_starts_late() -> None:
+    """A fragment's first token sees the fragment before."""
+    _move_cuts(1)
+
+
+def state_starts_early() -> None:
+    """A fragment sees the last token of the one before, which does not see its own."""
+    _move_cuts(-1)
+
+
+def state_runs_on() -> None:
+    """Cut nothing within a sequence."""
+    from megatron_skyladder.attention import recurrent, segments
+
+    original = recurrent.Cut.segments
+
+    def whole(self: Any, kernel: str, first: Any) -> Any:
+        original(self, kernel, first)
+        rows = segments.Rows(first.shape[1], len(first), first.shape[1], False, first.device)
+        return segments.grid_segments(rows)
+
+    recurrent.Cut.segments = whole
+
+
+def state_starts_everywhere() -> None:
+    """Let no token see another."""
+    from megatron_skyladder.attention import recurrent, segments
+
+    original = recurrent.Cut.segments
+
+    def single(self: Any, kernel: str, first: Any) -> Any:
+        original(self, kernel, first)
+        return segments.grid_segments(
+            segments.Rows(first.shape[1], len(first), 1, False, first.device)
+        )
+
+    recurrent.Cut.segments = single
+
+
+def other_kernel() -> None:
+    """Let gated delta net layers run a rule that nobody has hooked."""
+    from megatron_skyladder.megatron_lm import hooks
+
+    of_delta = hooks.STATES["G"]
+    hooks.STATES["G"] = tuple(hook for hook in of_delta if hook.name != "chunk_gated_delta_rule")

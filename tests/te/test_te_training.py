@@ -13,6 +13,7 @@ from runs import SEQ_LENGTH, Run, Trainer
 from test_parity import (
     CONSTANT,
     LAYOUTS,
+    LOSS_TOLERANCE,
     MASKS,
     RECOMPUTE,
     SAMPLES,
@@ -95,6 +96,19 @@ def test_trains_as_sdpa_does(trainer, reference, backend, spec, mask) -> None:
     assert KERNELS[backend] in calls(run)
     assert tuple(run.windows.values()) == MASKS[mask].windows
     assert_parity(run, reference(mask))
+
+
+@pytest.mark.parametrize("backend", ["te", "sdpa"])
+def test_megatrons_hybrid_stack_trains_as_the_gpt_does(trainer, reference, backend) -> None:
+    """Its only spec is of Transformer Engine's layers."""
+    mask = "ragged+documents"
+    run = train(
+        trainer,
+        f"{MASKS[mask].flags} --skyladder-attention-backend {backend} {UNFUSED} --no-load-optim "
+        "--hybrid-layer-pattern *-*-*-*-",
+    )
+    assert (KERNELS["te"] in calls(run)) == (backend == "te")
+    assert max(loss_errors(run, reference(mask))) < LOSS_TOLERANCE
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -133,10 +133,10 @@ CASES = {
         "--experimental-attention-variant dsa", "choose what they see themselves", parser="parses"
     ),
     "--hybrid-layer-pattern": Case(
-        "--hybrid-layer-pattern *-*-", "this builds Megatron's HybridModel", parser="parses"
+        "--hybrid-layer-pattern +-+-", "+ is multi-latent attention", parser="parses"
     ),
     "--hybrid-override-pattern": Case(
-        "--hybrid-override-pattern *-*-", "--hybrid-override-pattern=*-*- cannot", parser="parses"
+        "--hybrid-override-pattern D-*-", "D is sparse attention", parser="parses"
     ),
     "--use-legacy-models": Case(
         "--use-legacy-models", "do not come from megatron.core", parser="unknown"

@@ -149,6 +149,44 @@ def test_values_that_fit(flags: str) -> None:
     assert list(flag_rules.findings(flag_rules.given_values(words))) == []
 
 
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("*-+-", "+ is multi-latent attention"),
+        ("*-D-", "D is sparse attention: its indexer"),
+        ("*-M-", "M is a Mamba layer"),
+        ("*-G-", "G is a gated delta net"),
+        ("*-/*-/*-", "after / are layers of multi-token prediction"),
+        ("--", "it has no attention (*) whose window"),
+        ("-|-/*-", "it has no attention (*) whose window"),
+    ],
+)
+def test_a_pattern_is_refused_by_symbol(pattern: str, says: str) -> None:
+    """Megatron has set two flags by then, for the symbols: nobody has given them."""
+    options = Namespace(
+        hybrid_layer_pattern=pattern,
+        multi_latent_attention="+" in pattern or "D" in pattern,
+        mtp_num_layers=pattern.count("/") or None,
+    )
+    with pytest.raises(UsageError) as refused:
+        flag_rules.check(options)
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(f"--hybrid-layer-pattern={pattern} cannot be combined") and says in line
+
+
+@pytest.mark.parametrize("pattern", ["*-*-", "*E|*E", "*-*", None])
+def test_patterns_with_attention_alone_fit(pattern: str | None) -> None:
+    flag_rules.check(Namespace(hybrid_layer_pattern=pattern))
+
+
+def test_the_flags_that_a_symbol_sets_are_refused_without_it() -> None:
+    options = Namespace(hybrid_layer_pattern="*-/*-", multi_latent_attention=True, mtp_num_layers=1)
+    with pytest.raises(UsageError) as refused:
+        flag_rules.check(options)
+    assert "--multi-latent-attention cannot" in str(refused.value)
+    assert "--mtp-num-layers" not in str(refused.value)
+
+
 def test_flags_that_do_not_arrive_are_refused() -> None:
     """``--yaml-cfg`` replaces the arguments: ours are gone, and training would be stock's."""
     words = ["--skyladder-start-window=8", "--yaml-cfg", "run.yaml"]
@@ -158,6 +196,26 @@ def test_flags_that_do_not_arrive_are_refused() -> None:
         flag_rules.check_arrival(Namespace(yaml_cfg="run.yaml"), words)
     flag_rules.check_arrival(Namespace(skyladder_start_window=8), words)
     flag_rules.check_arrival(Namespace(), ["--lr", "1"])
+
+
+@pytest.mark.parametrize(
+    "flag", ["--intra-doc-masking", "--use-document-attention-mask", "--isolate-docs=true"]
+)
+def test_a_forks_own_mask_of_documents_is_refused_beside_ours(flag: str) -> None:
+    words = ["--skyladder-intra-document", "--lr", "1", flag]
+    with pytest.raises(UsageError) as refused:
+        flag_names.check_other_masks(words)
+    said = str(refused.value)
+    assert said.startswith(f"{flag.partition('=')[0]} seems to be this Megatron's own mask")
+    assert "--skyladder-intra-document is SkyLadder's" in said
+
+
+def test_other_flags_are_a_forks_own_affair() -> None:
+    words = (
+        "--skyladder-intra-document --reset-attention-mask --goldfish-loss --mask-doc-loss "
+        "--doc-separator 1 --eod-mask-loss --trigger-path docs/attention"
+    )
+    flag_names.check_other_masks(words.split())
 
 
 # --- names --------------------------------------------------------------------------------------

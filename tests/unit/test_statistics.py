@@ -186,18 +186,23 @@ def test_layers_are_reported_over_the_stages(monkeypatch: pytest.MonkeyPatch) ->
         offsets = fragment_cu_seqlens(np.array([]), seq_length=LENGTH, window_len=length)
         record(query, key, segments_of(offsets))
     found = statistics.by_layer(3)
-    assert np.isfinite(found["attention_entropy"]).tolist() == [True, False, True]
-    assert np.isfinite(found["attention_sink"]).tolist() == [True, False, False]
-    assert found["max_attention_logit"][1] == -np.inf
+    assert all(list(values) == [1, 3] for values in found.values())  # 2 has measured nothing
+    assert np.isfinite(list(found["attention_entropy"].values())).all()
+    assert np.isfinite(list(found["attention_sink"].values())).tolist() == [True, False]
     assert layers[0].sums is None  # reported once
 
 
 def test_summary_has_the_largest_logit_and_the_means_over_layers() -> None:
     layers = {
-        "max_attention_logit": [3.0, 7.0],
-        "attention_entropy": [2.0, 3.0],
-        "attention_sink": [float("nan"), float("nan")],
+        "max_attention_logit": {1: 3.0, 3: 7.0},  # 2 is a layer without attention
+        "attention_entropy": {1: 2.0, 3: 3.0},
+        "attention_sink": {1: float("nan"), 3: float("nan")},
     }
+    assert list(statistics.scalars(layers)) == [
+        f"skyladder/{name}/layer_{number}"
+        for name in ("max_attention_logit", "attention_entropy")
+        for number in (1, 3)
+    ]
     assert statistics.summary(layers) == {
         "skyladder/max_attention_logit": 7.0,
         "skyladder/attention_entropy": 2.5,

@@ -125,14 +125,14 @@ def configuration(**values: object) -> Any:
 )
 def test_another_way_to_draw_weights_is_refused(values: dict[str, object], flag: str) -> None:
     with pytest.raises(ValueError, match=f"reference and {flag} both say how weights are drawn"):
-        draw_as_reference(configuration(**values))
+        draw_as_reference(configuration(**values), LAYERS)
 
 
 @requires_megatron
 def test_all_chunks_and_copies_of_a_configuration_draw_alike() -> None:
     config = configuration()
     for again in (config, config, dataclasses.replace(config)):
-        draw_as_reference(again)
+        draw_as_reference(again, LAYERS)
         for method, std in (
             (again.init_method, STD),
             (again.embedding_init_method, STD),

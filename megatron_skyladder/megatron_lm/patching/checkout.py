@@ -77,6 +77,8 @@ def examine(folder: Path, patch: Patch) -> tuple[list[FileState], list[Fit]]:
         wanted = [place for place in patch.places if place.file == name]
         path = (folder / name).resolve()
         if not path.is_file():
+            if all(place.optional for place in wanted):
+                continue
             missing = PatchError(
                 f"{name}: looked for this file; there is none. {_nearest(folder, name)}"
             )
@@ -103,6 +105,8 @@ def _refusal(
     lines.append("What can be done: insert the lines by hand, indented as their neighbours are.")
     where = {fit.place: str(fit) for fit in fits}
     for place in patch.places:
+        if place.optional and not (folder / place.file).is_file():
+            continue
         alternatives = " or ".join(str(anchor) for anchor in place.anchors)
         lines.append(f"  {where.get(place, f'{place.file}, {alternatives} or what stands for it')}")
         lines += [f"      {line}" for line in place.lines]

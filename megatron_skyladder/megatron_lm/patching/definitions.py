@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import configparser
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from megatron_skyladder.errors import UsageError
 
 FILE_NAME = "megatron.ini"
 _KEYS = {"reason", "file", "at", "insert"}
+_ALSO = "also"  # the one key that may be missing
 START, FIRST_RETURN = "start", "first return"
 _SIDES = ("before", "after")
 
@@ -54,6 +56,7 @@ class Place:
         file: path from the root of the checkout.
         anchors: alternatives in order; the first that fits is taken.
         lines: what is inserted, without indentation.
+        optional: whether a checkout may lack the file.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Place:
     file: str
     anchors: tuple[Anchor, ...]
     lines: tuple[str, ...]
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,22 +100,26 @@ def parse(text: str) -> Patch:
     """
     parser = configparser.ConfigParser(interpolation=None)
     parser.read_string(text)
-    return Patch(tuple(_place(name, dict(parser[name])) for name in parser.sections()))
+    sections = ((name, dict(parser[name])) for name in parser.sections())
+    return Patch(tuple(place for name, values in sections for place in _places(name, values)))
 
 
-def _place(name: str, values: dict[str, str]) -> Place:
-    if set(values) != _KEYS:
+def _places(name: str, values: dict[str, str]) -> Iterator[Place]:
+    if set(values) - {_ALSO} != _KEYS:
         raise PatchError(
             f"[{name}] in the patch has the keys {', '.join(sorted(values))}; needed are "
             f"{', '.join(sorted(_KEYS))}."
         )
-    return Place(
+    place = Place(
         name,
         values["reason"],
         values["file"],
         tuple(_anchor(name, line) for line in values["at"].splitlines() if line),
         tuple(line for line in values["insert"].splitlines() if line),
     )
+    yield place
+    if _ALSO in values:
+        yield replace(place, file=values[_ALSO], optional=True)
 
 
 def _anchor(name: str, text: str) -> Anchor:

@@ -7,8 +7,9 @@ step, and each core attention in the model is asked, query by query, which keys 
 
 It is asked for training as it begins, for the first step at which the window is another, and for
 evaluation; and, in the first attention layer of each model chunk, which gradients come back to
-which key (`gradients`). Documents are those of the real sequences, and some that are planted beside
-the boundaries. Nothing is consumed and nothing is left behind (`sequences`, `traces`).
+which key (`gradients`). Recurrent layers whose state is cut are asked by changing what they must
+not see (`states`). Documents are those of the real sequences, and some that are planted beside the
+boundaries. Nothing is consumed and nothing is left behind (`sequences`, `traces`).
 """
 
 from __future__ import annotations
@@ -70,12 +71,13 @@ def probe_mask(
     windows = [times.begins, *([] if times.later is None else [times.later])]
     logger.info(
         "mask probe passed in %.1f s: windows of %s tokens%s, and evaluation; %s answers of %d "
-        "attention layers on this rank",
+        "attention layers%s on this rank",
         time.perf_counter() - started,
         " and ".join(str(moment.window_len) for moment in windows),
         _documents(first) if documents else "",
         f"{found.num_answers:,}",
         found.num_layers,
+        f" and {found.num_states} recurrent ones" if found.num_states else "",
     )
     return data_iterator
 

@@ -25,6 +25,7 @@ class Moment:
         training: False in evaluation.
         sight: who may see whom.
         batch: the sequences, on the host; None on ranks that read nothing.
+        state_sight: the same for the state of recurrent layers; None where it is not cut.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Moment:
     training: bool
     sight: Sight
     batch: HostBatch | None
+    state_sight: Sight | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,11 @@ def moments(clock: Clock, trainer: Trainer, batch: HostBatch | None) -> Moments:
             places = sequences.marks(trainer.seq_length, window_len, run_starts(held))
             asked = sequences.planted(batch, trainer.end_of_document, places, number)
         seen = sight(trainer, config, held, window_len, asked, documents=config.intra_document)
+        state = {"fragments": seen}.get(config.recurrent_state)
+        if config.recurrent_state == "documents":
+            state = sight(trainer, config, held, trainer.seq_length, asked, documents=True)
         name = f"{name} after {samples} samples, with a window of {window_len} tokens"
-        return Moment(name, samples, window_len, True, seen, asked)
+        return Moment(name, samples, window_len, True, seen, asked, state)
 
     length = trainer.seq_length
     whole = sight(trainer, config, held_positions(trainer), length, batch, documents=False)
@@ -79,7 +84,7 @@ def moments(clock: Clock, trainer: Trainer, batch: HostBatch | None) -> Moments:
         begins=training("training", now, 0),
         later=None if change is None else training("training", change, 1),
         evaluates=Moment(
-            "evaluation, which sees whole sequences", now, length, False, whole, batch
+            "evaluation, which sees whole sequences", now, length, False, whole, batch, whole
         ),
     )
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_skyladder.attention import recurrent
 from megatron_skyladder.attention.core_attention import SkyLadderAttention
 from megatron_skyladder.ladder.clock import Clock
 from megatron_skyladder.runtime import document_mask
-from megatron_skyladder.runtime.probe import gradients, questions, words
+from megatron_skyladder.runtime.probe import gradients, questions, states, words
 from megatron_skyladder.runtime.probe.gradients import Attend
 from megatron_skyladder.runtime.probe.moments import Moment, Moments
 from megatron_skyladder.runtime.probe.sequences import Replay
@@ -36,6 +37,7 @@ class Findings:
         lost: of gradients, the same.
         not_finite: the first layer whose own queries, keys or values are not finite, if any.
         num_layers: attention layers that were asked.
+        num_states: layers that were asked for their state.
         num_answers: what they were asked, over all queries.
     """
 
@@ -43,6 +45,7 @@ class Findings:
     lost: list[str] = field(default_factory=list)
     not_finite: str | None = None
     num_layers: int = 0
+    num_states: int = 0
     num_answers: int = 0
 
 
@@ -78,8 +81,11 @@ class Passes:
         self._asked: Counter[str] = Counter()
         self._masks: dict[str, Any] = {}  # of training, by layer
         self._attentions: list[dict[str, SkyLadderAttention]] = []
+        self._states: list[dict[str, torch.nn.Module]] = []
         for index, chunk in enumerate(model):
-            self._attentions.append(self._find(chunk, f" of chunk {index}" * (len(model) > 1)))
+            where = f" of chunk {index}" * (len(model) > 1)
+            self._attentions.append(self._find(chunk, where))
+            self._states.append(_find_states(chunk, where))
 
     def _find(self, chunk: Any, where: str) -> dict[str, SkyLadderAttention]:
         found = {}
@@ -120,10 +126,11 @@ class Passes:
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        for attentions in self._attentions:
-            for name in attentions:
+        for what, chunks_of in (("core attention", self._attentions), ("state", self._states)):
+            for name in (name for layers in chunks_of for name in layers):
                 if not self._asked[name]:
-                    self.findings.faults.append(f"the core attention of {name} is never called")
+                    self.findings.faults.append(f"the {what} of {name} is never called")
+        self.findings.num_states = sum(map(len, self._states))
         self.findings.num_layers = sum(map(len, self._attentions))
         return self.findings
 
@@ -138,6 +145,10 @@ class Passes:
                     attention.forward = partial(  # type: ignore[method-assign]
                         self._answer, name, attention, attention.forward, index == 0
                     )
+            for layers in self._states:
+                for name, layer in layers.items():
+                    undo.callback(_set_or_delete, layer, "forward", vars(layer).get("forward"))
+                    layer.forward = partial(self._ask_state, name, layer, layer.forward)
             yield
 
     def _step(self, iterator: Any, chunk: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
@@ -146,8 +157,8 @@ class Passes:
         self._now = moment
         attentions = self._attentions[index]
         chunk.training = moment.training  # of the outermost module alone: the step asks for it
-        for attention in attentions.values():
-            attention.train(moment.training)
+        for layer in (*attentions.values(), *self._states[index].values()):
+            layer.train(moment.training)
         batch = Replay(moment.batch) if moment.batch is not None and self._reads[index] else None
         handle = chunk.register_forward_pre_hook(self._check_tokens, with_kwargs=True)
         with self._trainer.at_samples(moment.samples):
@@ -225,6 +236,37 @@ class Passes:
             attention.eval()
         return out
 
+    def _ask_state(
+        self,
+        name: str,
+        layer: torch.nn.Module,
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Stand for a recurrent layer's forward: run it with other inputs, too.
+
+        Args:
+            name: of the layer.
+            layer: the module.
+            forward: its own.
+        """
+        self._asked[name] += 1
+        moment, kind = self._now, recurrent.kind_of(layer)
+        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            out = forward(hidden, *args[1:], **kwargs)
+            return out[0] if isinstance(out, tuple) else out
+
+        assert moment.state_sight is not None and kind is not None
+        groups = self._trainer.groups
+        with states.without_dropout(layer):
+            fault = states.faults(kind, moment.state_sight, groups, hidden, run)
+            if fault:
+                self.findings.faults.append(f"in {moment.name} the state of {name}: {fault}")
+            return forward(hidden, *args[1:], **kwargs)
+
     def _mask_of(self, moment: Moment) -> torch.Tensor | None:
         if not self._clock.config.intra_document:
             return None
@@ -260,6 +302,12 @@ class Passes:
                 lost = gradients.wrong_softmax(moment.sight, *tensors, scale, attend)
             self.findings.lost += [words.of_gradient(where, moment.sight, it) for it in lost]
         return outputs[0]
+
+
+def _find_states(chunk: Any, where: str) -> dict[str, torch.nn.Module]:
+    """Return the layers of a model chunk whose state is cut, by name."""
+    modules = [module for module in chunk.modules() if recurrent.kind_of(module) is not None]
+    return {f"layer {getattr(it, 'layer_number', '?')}{where}": it for it in modules}
 
 
 def _set_or_delete(owner: Any, name: str, value: Any) -> None:
