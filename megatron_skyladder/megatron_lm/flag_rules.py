@@ -222,6 +222,17 @@ RULES = (
         "overlaps the linear layers' communication, whose sizes no window changes",
     ),
     FlagRule(
+        "--use-megatron-fsdp",
+        Effect.HARMLESS,
+        "shards parameters, of which attention has none",
+    ),
+    FlagRule(
+        "--use-torch-fsdp2",
+        Effect.NOTED,
+        "was never run with SkyLadder: the CPU engine cannot shard for it",
+        "Compare the first steps with --use-megatron-fsdp or --use-distributed-optimizer.",
+    ),
+    FlagRule(
         "--fp8-recipe",
         Effect.HARMLESS,
         "is about the linear layers, MXFP8 too: attention stays in 16 bits",

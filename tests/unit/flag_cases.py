@@ -199,6 +199,15 @@ CASES = {
         stops=False,
         parser="parses",
     ),
+    "--use-megatron-fsdp": Case(
+        "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params",
+        "shards parameters, of which attention has none",
+        stops=False,
+        parser="parses",
+    ),
+    "--use-torch-fsdp2": Case(
+        "--use-torch-fsdp2", "was never run with SkyLadder", stops=False, parser="parses"
+    ),
     "--fp8-recipe": Case(
         "--fp8-format e4m3 --fp8-recipe mxfp8",
         "is about the linear layers, MXFP8 too",
