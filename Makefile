@@ -10,7 +10,7 @@ EXTRAS := training,data,plot,dev
 TRANSFORMERS4 := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
 FA4 := --pre "flash-attn-4[cu13]==4.0.0b36"
 # unit tests that train, or start many processes
-SLOW := report_browser examples engine slurm_node benchmarks weights spec flag_rules costs
+SLOW := report_browser check_gpu examples engine slurm_node benchmarks weights spec flag_rules costs
 SLURM_TOOLS := munged slurmctld slurmd sbatch shellcheck ip
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client shellcheck iproute2
 

@@ -7,9 +7,11 @@ configuration as well, because models are also built without a command line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
@@ -76,6 +78,7 @@ class FlagRule:
         of_model: whether the attention asks a model's configuration too.
         not_counted: whether the model or its work is one that ``plan`` cannot count.
         only_with: a name and a value that the run has to have as well, such as a flag of ours.
+        unless: asked with a look-up of the run's other settings, excuses the flag.
         entry_point_always: whether our entry point refuses it without SkyLadder as well, because
             only Megatron's own script reads it.
         explain: in place of ``when`` and ``why``, where both depend on the value or on other
@@ -93,6 +96,7 @@ class FlagRule:
     of_model: bool = False
     not_counted: bool = False
     only_with: tuple[str, str] | None = None
+    unless: Callable[[Callable[[str], Any]], bool] | None = None
     entry_point_always: bool = False
     explain: Callable[[Any, Lookup], str] | None = None
 
@@ -155,7 +159,7 @@ def find(rules: Iterable[FlagRule], settings: Any) -> Iterator[Finding]:
     for rule in rules:
         value = value_of(rule.name, rule.default)
         applies = rule.only_with is None or value_of(rule.only_with[0], None) == rule.only_with[1]
-        if not applies:
+        if not applies or (rule.unless and rule.unless(partial(value_of, default=None))):
             continue
         if rule.explain is None:
             why = rule.why if rule.when(value) else ""
@@ -177,8 +181,32 @@ def refuse(findings: Iterable[Finding]) -> None:
 
 
 _IN_16_BITS = "its attention runs in 16 bits"
-_NO_GRAPH = "a CUDA graph would replay the window that it was captured with"
-_NO_GRAPH_DO = "Drop --cuda-graph-impl (or --enable-cuda-graph, --external-cuda-graph)."
+_NO_GRAPH = "a CUDA graph of attention would replay the window that it was captured with"
+_NO_GRAPH_DO = (
+    "Name modules without attention, such as --cuda-graph-modules mlp (--cuda-graph-scope up to "
+    "0.17), or drop --cuda-graph-impl (or --enable-cuda-graph, --external-cuda-graph)."
+)
+# Megatron's settings for the same thing, by release; the last while its arguments are parsed
+GRAPHED_MODULES = ("cuda_graph_modules", "cuda_graph_scope", "cuda_graph_scope_deprecated")
+_WITHOUT_ATTENTION = {"mlp", "moe", "moe_router", "moe_preprocess", "mamba"}
+
+
+def leaves_attention_out(modules: Any) -> bool:
+    """Return whether CUDA graphs of these modules have no attention in them.
+
+    Args:
+        modules: Megatron's list of names or of its enumeration, or text; empty is the whole layer.
+    """
+    parts = modules if isinstance(modules, (list, tuple)) else [modules]
+    names = [
+        name for part in parts for name in re.split(r"[\s,]+", getattr(part, "name", str(part)))
+    ]
+    return bool(is_given(modules)) and set(filter(None, names)) <= _WITHOUT_ATTENTION
+
+
+def _graphs_leave_attention_out(setting: Callable[[str], Any]) -> bool:
+    return any(leaves_attention_out(setting(name)) for name in GRAPHED_MODULES)
+
 
 RULES = (
     FlagRule(
@@ -249,9 +277,19 @@ RULES = (
         _NO_GRAPH_DO,
         when=other_than("none"),
         of_model=True,
+        unless=_graphs_leave_attention_out,
     ),
-    FlagRule("--enable-cuda-graph", Effect.REFUSED, _NO_GRAPH, _NO_GRAPH_DO, of_model=True),
-    FlagRule("--external-cuda-graph", Effect.REFUSED, _NO_GRAPH, _NO_GRAPH_DO, of_model=True),
+    *(
+        FlagRule(
+            flag,
+            Effect.REFUSED,
+            _NO_GRAPH,
+            _NO_GRAPH_DO,
+            of_model=True,
+            unless=_graphs_leave_attention_out,
+        )
+        for flag in ("--enable-cuda-graph", "--external-cuda-graph")
+    ),
 )
 
 
@@ -265,7 +303,8 @@ def check_model(config: Any, attention_dropout: float | None = None) -> None:
     Raises:
         UsageError: it asks for what a rule of the model refuses.
     """
-    values = {rule.name: getattr(config, rule.name, None) for rule in RULES if rule.of_model}
+    names = [rule.name for rule in RULES if rule.of_model]
+    values = {name: getattr(config, name, None) for name in (*names, *GRAPHED_MODULES)}
     if attention_dropout is not None:
         values["attention_dropout"] = attention_dropout
     refuse(find((rule for rule in RULES if rule.of_model), values))

@@ -18,10 +18,9 @@ import numpy as np
 import torch
 
 from megatron_skyladder.ladder.fragments import fragment_cu_seqlens, rows_cu_seqlens
+from megatron_skyladder.ladder.geometry import padded_count, whole_tiles
 from megatron_skyladder.ladder.key_exchange import KernelCall, RankPlan, exchange_plan
 
-_MIN_PADDED_SEGMENTS = 16
-_TILE = 128  # tokens: FlashAttention's block of queries; cuDNN wants multiples of 64
 _KEPT_MASKS = 256  # more than the micro-batches in flight of any pipeline schedule
 
 
@@ -85,12 +84,12 @@ class Segments:
         Grids and plans are sized by it: a bound such as the window would launch blocks for tokens
         that are not there, and the bare length would be another plan at every step.
         """
-        return _whole_tiles(self.lengths_q)
+        return whole_tiles(self.lengths_q)
 
     @cached_property
     def max_seqlen_k(self) -> int:
         """The same for keys; equal where the offsets are, which kernels look at."""
-        return _whole_tiles(self.lengths_k)
+        return whole_tiles(self.lengths_k)
 
     def of_one_sequence(self, num_tokens: int) -> Segments:
         """Return the grid's windows of a single sequence, for calls in which sequences join heads.
@@ -247,19 +246,13 @@ def _one_sequence(num_tokens: int, window_len: int, device: torch.device) -> Seg
     return Segments(offsets, offsets, None, window_len, device)
 
 
-def _whole_tiles(lengths: np.ndarray) -> int:
-    longest = int(lengths.max(initial=1))
-    return -(-longest // _TILE) * _TILE
-
-
 def _pad_count(cu_seqlens: np.ndarray) -> np.ndarray:
     """Repeat the last offset until the number of segments is a power of two.
 
     Kernels plan, and Transformer Engine caches, by the number of segments: one that changed with
     every row would cost a plan per micro-batch.
     """
-    num_segments = max(_MIN_PADDED_SEGMENTS, len(cu_seqlens) - 1)
-    padded = 1 << (num_segments - 1).bit_length()
+    padded = padded_count(len(cu_seqlens) - 1)
     return np.pad(cu_seqlens, (0, padded + 1 - len(cu_seqlens)), mode="edge")
 
 

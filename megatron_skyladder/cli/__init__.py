@@ -26,6 +26,7 @@ COMMANDS = {
     "import-hf": "a Hugging Face folder as a checkpoint to go on training from",
     "evaluate": "the paper's benchmarks: prepare their data, run models, the table of two",
     "doctor": "what is installed, how SkyLadder would enter, what does not fit and what to do",
+    "check-gpu": "check the kernels on the GPU here, and find the fastest; --toy without a GPU",
     "patch": "put SkyLadder into a Megatron-LM checkout, by lines that are only inserted",
     "report": "what runs did, from their logs: one HTML page and pictures",
     "completion": "tab completion for bash, zsh and fish",

@@ -29,7 +29,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         usage="skyladder doctor [-v] [--json] [--from-script FILE | torchrun ... pretrain_gpt.py "
         "<flags>]",
         allow_abbrev=False,
-        description="Say what is installed, which attention backend and which integration into Megatron "
+        description="Say what is installed, which attention backend and which integration "
         "will be used, what does not fit and what to do. With a launch, pasted or in a script, "
         "also its schedule; nothing is started. Under torchrun (torchrun ... -m megatron_skyladder "
         "doctor <flags>) all ranks compare versions, flags and schedule.",

@@ -249,6 +249,43 @@ RULES = (
         Effect.HARMLESS,
         "captures the optimizer alone, which has no window",
     ),
+    *(
+        FlagRule(
+            flag,
+            Effect.HARMLESS,
+            "leaves attention out of the CUDA graphs, so that windows may grow",
+            when=limits.leaves_attention_out,
+        )
+        for flag in ("--cuda-graph-modules", "--cuda-graph-scope")
+    ),
+    FlagRule(
+        "--num-experts",
+        Effect.HARMLESS,
+        "adds experts behind attention, which alone has windows",
+    ),
+    FlagRule(
+        "--tp-comm-overlap",
+        Effect.HARMLESS,
+        "overlaps the linear layers' communication, whose sizes no window changes",
+    ),
+    FlagRule(
+        "--use-megatron-fsdp",
+        Effect.HARMLESS,
+        "shards parameters, of which attention has none",
+    ),
+    FlagRule(
+        "--use-torch-fsdp2",
+        Effect.NOTED,
+        "was never run with SkyLadder: the CPU engine cannot shard for it",
+        "Compare the first steps with --use-megatron-fsdp or --use-distributed-optimizer.",
+    ),
+    FlagRule(
+        "--fp8-recipe",
+        Effect.HARMLESS,
+        "is about the linear layers, MXFP8 too: attention stays in 16 bits",
+        when=other_than("delayed"),
+        default="delayed",
+    ),
     FlagRule(
         "--reset-position-ids",
         Effect.HARMLESS,

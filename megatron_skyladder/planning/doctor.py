@@ -98,6 +98,7 @@ def examine(flags: argparse.Namespace, pasted: Pasted) -> Report:
     if has_torch(report):
         report.try_to(lambda: _device(report), "the device")
         report.try_to(lambda: _backend(report, flags, launch_flags), "the attention backend")
+        report.try_to(lambda: _kernels(report, launch_flags), "the attention kernels")
     else:
         report.run["device"] = report.run["attention backend"] = "unknown without torch"
     report.run["flags"] = " ".join(launch_flags) or "none given"
@@ -262,6 +263,8 @@ def _device(report: Report) -> None:
             "no CUDA device is visible to torch. Run where there is one, or set "
             f"{cpu_engine.DEVICE_VARIABLE}=cpu for small runs on the CPU."
         )
+    major, minor = torch.cuda.get_device_capability()
+    report.run["compute capability"] = f"{major}.{minor}"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     counted = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
     report.run["device"] = ", ".join(counted)
@@ -286,6 +289,31 @@ def _backend(report: Report, flags: argparse.Namespace, launch_flags: list[str])
         f"{name}: {reason}" if len(by_reason) == 1 else f"{name} for {', '.join(calls)}: {reason}"
         for (name, reason), calls in by_reason.items()
     )
+
+
+def _kernels(report: Report, launch_flags: list[str]) -> None:
+    """Versions of what runs on a GPU, and what Transformer Engine would take there."""
+    import torch
+
+    from megatron_skyladder.attention.backends import facts
+
+    report.installed["cudnn"] = facts.cudnn_version()
+    for distribution in facts.FLASH_ATTENTIONS.values():
+        if distribution not in report.installed:
+            report.installed[distribution] = facts.version(distribution)
+    if "compute capability" not in report.run:
+        return
+    kind = torch.float16 if "--fp16" in launch_flags else torch.bfloat16
+    deterministic = "--deterministic-mode" in launch_flags
+    chosen = facts.te_sub_backends(qkv_dtype=kind, deterministic=deterministic)
+    for call, name in (chosen or {}).items():
+        report.run[f"Transformer Engine, {call}"] = name
+        if name == facts.UNFUSED:
+            report.notes.append(
+                f"Transformer Engine would attend unfused for {call} calls, which runs out of "
+                "memory on long sequences. Install a flash-attn that it takes, or another kernel: "
+                "pip install 'megatron-skyladder[gpu]'."
+            )
 
 
 def _integration_and_schedule(report: Report, flags: argparse.Namespace, pasted: Pasted) -> None:

@@ -180,6 +180,40 @@ CASES = {
     "--optimizer-cuda-graph": Case(
         "--optimizer-cuda-graph", "captures the optimizer alone", stops=False, parser="parses"
     ),
+    "--cuda-graph-modules": Case(
+        "--cuda-graph-impl local --cuda-graph-modules mlp",
+        "leaves attention out of the CUDA graphs",
+        stops=False,
+        parser="parses",
+    ),
+    "--cuda-graph-scope": Case(
+        "--cuda-graph-impl transformer_engine --cuda-graph-scope moe_router moe_preprocess",
+        "leaves attention out of the CUDA graphs",
+        stops=False,
+        parser="parses",
+    ),
+    "--num-experts": Case("--num-experts 4", "adds experts behind attention", stops=False),
+    "--tp-comm-overlap": Case(
+        "--tp-comm-overlap",
+        "overlaps the linear layers' communication",
+        stops=False,
+        parser="parses",
+    ),
+    "--use-megatron-fsdp": Case(
+        "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params",
+        "shards parameters, of which attention has none",
+        stops=False,
+        parser="parses",
+    ),
+    "--use-torch-fsdp2": Case(
+        "--use-torch-fsdp2", "was never run with SkyLadder", stops=False, parser="parses"
+    ),
+    "--fp8-recipe": Case(
+        "--fp8-format e4m3 --fp8-recipe mxfp8",
+        "is about the linear layers, MXFP8 too",
+        stops=False,
+        parser="parses",
+    ),
     "--reset-position-ids": Case(
         "--reset-position-ids", "is honoured as without SkyLadder", stops=False
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,9 @@ from megatron_skyladder.attention.backends import (  # noqa: E402
 )
 from megatron_skyladder.attention.segments import Rows, Segments, grid_segments  # noqa: E402
 from megatron_skyladder.cpu import engine as cpu_engine  # noqa: E402
+from megatron_skyladder.ladder import measured  # noqa: E402
 from megatron_skyladder.ladder.kernels import KERNELS, PREFERENCES, Call, preference  # noqa: E402
+from megatron_skyladder.ladder.measured import Measured  # noqa: E402
 
 CPU = torch.device("cpu")
 SCALE = 0.25
@@ -87,6 +90,31 @@ def test_every_kernel_that_is_described_has_a_backend_and_a_place() -> None:
         assert row.order[-1] == "sdpa" and row.reason
         assert set(row.order) <= set(KERNELS)
     assert {name for row in PREFERENCES for name in row.order} == set(KERNELS)
+
+
+def test_auto_takes_what_was_measured_here(
+    monkeypatch: pytest.MonkeyPatch, device: Callable[[int, int], None], tmp_path: Path
+) -> None:
+    """The fastest that is still installed, with that reason; the full window stays stock's."""
+    install_all(monkeypatch)
+    times = {Call.WINDOWS: {"fa3": 0.5, "fa4": 0.25}, Call.PACKED: {"flash": 0.75, "varlen": 1.0}}
+    file = measured.write(Measured("NVIDIA H100", "2026-11-29", times), tmp_path / "m.json")
+    monkeypatch.setenv(measured.VARIABLE, str(file))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    device(9, 0)
+    full, windows, packed = choose_backends("auto")
+    assert (full.name, windows.name, packed.name) == ("te", "fa4", "flash")
+    assert windows.reason == "measured here on 2026-11-29: fa4 0.25 ms, fa3 0.5 ms"
+    assert "measured" not in full.reason
+    assert names("fa3") == ("fa3", "fa3", "fa3")
+    device(9, 0)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert names() == ("te", "fa3", "varlen")
+    device(9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert "FlashAttention 3 and 4 are made for Hopper" in choose_backends("auto")[1].reason
 
 
 @pytest.mark.parametrize(
@@ -180,6 +208,19 @@ def test_deterministic_transformer_engine_leaves_packed_calls_to_flash_attention
     device(9, 0)
     assert names("te", deterministic=True) == ("te", "te", "fa3")
     assert names("te") == ("te", "te", "te")
+
+
+def test_flash_attention_4_in_deterministic_mode(
+    monkeypatch: pytest.MonkeyPatch, device: Callable[[int, int], None]
+) -> None:
+    """On Hopper and data-centre Blackwell it has such a backward, on compute capability 12 not."""
+    install_all(monkeypatch)
+    for capability, expected in ((9, "fa4"), (10, "fa4"), (12, "flash")):
+        device(capability, 0)
+        assert names("fa4", deterministic=True)[1:] == (expected, expected)
+        assert names("fa4")[1:] == ("fa4", "fa4")
+    device(12, 0)
+    assert "it has no such backward" in choose_backends("auto", deterministic=True)[1].reason
 
 
 # --- what the libraries are called with ---------------------------------------------------------

@@ -87,6 +87,8 @@ ENDS = {
     "import-hf run out": 1,
     "evaluate run --data d --out out": 1,
     "evaluate --prepare d --tasks none": 1,
+    "check-gpu": 1,
+    "check-gpu --toy": 1,
     "completion bash": 0,
     "completion fish": 0,
     "completion tcsh": 2,

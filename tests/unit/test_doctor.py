@@ -59,6 +59,57 @@ def test_a_wheel(tmp_path, megatron, capsys):
     assert "for checkouts" in report["integrations"]["patch"]
 
 
+def test_kernels_on_a_gpu(tmp_path, megatron, capsys, monkeypatch):
+    """Compute capability, cuDNN, the FlashAttentions, and what Transformer Engine would take."""
+    import torch
+
+    from megatron_skyladder.attention.backends import facts
+
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    _, report = ask(capsys)
+    assert {"cudnn", "flash-attn", "flash_attn_3", "flash-attn-4"} <= set(report["installed"])
+    assert "compute capability" not in report["run"]
+    monkeypatch.delenv("SKYLADDER_DEVICE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    asked = {}
+
+    def te_sub_backends(**changes):
+        asked.update(changes)
+        return {"batched": "cuDNN (FusedAttention)", "packed": facts.UNFUSED}
+
+    monkeypatch.setattr(facts, "te_sub_backends", te_sub_backends)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    code, report = ask(capsys, *LAUNCH, "--fp16", "--deterministic-mode")
+    assert code == 0 and asked == {"qkv_dtype": torch.float16, "deterministic": True}
+    assert report["installed"]["cudnn"] == "9.10.2"
+    assert report["run"]["device"] == "2 x NVIDIA H100"
+    assert report["run"]["compute capability"] == "9.0"
+    assert report["run"]["Transformer Engine, batched"] == "cuDNN (FusedAttention)"
+    (note,) = [note for note in report["notes"] if "unfused for packed calls" in note]
+    assert "pip install 'megatron-skyladder[gpu]'" in note
+
+
+def test_what_was_measured_is_said(tmp_path, megatron, capsys, monkeypatch):
+    from megatron_skyladder.attention.backends import choose
+    from megatron_skyladder.cpu import engine
+    from megatron_skyladder.ladder.kernels import Call
+    from megatron_skyladder.ladder.measured import Measured
+
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    times = {Call.WINDOWS: {"sdpa": 1.5}, Call.PACKED: {"sdpa": 2.0}}
+    monkeypatch.setattr(choose, "_measured", lambda: Measured("GPU", "2026-11-29", times))
+    monkeypatch.setattr(engine, "is_installed", lambda: False)
+    monkeypatch.setattr(engine, "is_requested", lambda: False)
+    choose._choose.cache_clear()
+    _, report = ask(capsys)
+    choose._choose.cache_clear()
+    found = report["run"]["attention backend"]
+    assert "sdpa for windows: measured here on 2026-11-29: sdpa 1.5 ms" in found
+
+
 def test_a_checkout_before_and_after_the_patch(tmp_path, megatron, capsys):
     tree = write_tree(tmp_path)
     found = doctor.releases.megatron_in(tree)
@@ -190,7 +241,8 @@ def test_gpus_are_counted(monkeypatch, tmp_path, megatron, capsys):
     monkeypatch.delenv("SKYLADDER_DEVICE")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "AAB"[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "AAB"[index])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     assert ask(capsys)[1]["run"]["device"] == "2 x A, 1 x B"
 
 
@@ -227,7 +279,7 @@ def test_the_schedule_of_a_launch_whose_batch_grows(tmp_path, megatron, capsys):
         ("--reset-attention-mask", "--reset-attention-mask cannot be combined with SkyLadder: "),
         ("--window-size 128,0", "--window-size=128,0 cannot be combined with SkyLadder: "),
         ("--softmax-type=learnable", "--softmax-type=learnable cannot be combined"),
-        ("--cuda-graph-impl local", "a CUDA graph would replay the window"),
+        ("--cuda-graph-impl local", "a CUDA graph of attention would replay the window"),
         ("--attention-dropout 0.2", "--attention-dropout=0.2 cannot be combined"),
     ],
 )

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from flag_cases import CASES, FITS, Case
 
+from megatron_skyladder.attention import limits
 from megatron_skyladder.cli import main
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.megatron_lm import flag_names, flag_rules
@@ -66,6 +67,42 @@ def test_plan_says_it_with_the_row_and_not_without(
     monkeypatch.setattr(flag_rules, "RULES", rows)
     _, said = planned(capsys, case)
     assert case.says not in said
+
+
+@pytest.mark.parametrize(
+    ("modules", "fits"),
+    [
+        ("mlp", True),
+        ("moe_router moe_preprocess", True),
+        ("moe_router,moe_preprocess", True),
+        ("attn", False),
+        ("mlp attn", False),
+        ("full", False),
+        ("full_iteration", False),
+    ],
+)
+@pytest.mark.parametrize("impl", ["--cuda-graph-impl local", "--external-cuda-graph"])
+@pytest.mark.parametrize("flag", ["--cuda-graph-modules", "--cuda-graph-scope"])
+def test_cuda_graphs_without_attention_fit(
+    capsys: pytest.CaptureFixture[str], flag: str, impl: str, modules: str, fits: bool
+) -> None:
+    found, said = planned(capsys, Case(f"{impl} {flag} {modules}", ""))
+    assert found == fits
+    assert ("would replay the window" in said) != fits
+
+
+def test_a_model_with_graphs_beside_attention_is_built() -> None:
+    """As Megatron's configuration has them: a list of its enumeration, empty for whole layers."""
+
+    def config(*modules: str) -> Namespace:
+        members = [Namespace(name=name) for name in modules]
+        return Namespace(cuda_graph_impl="local", cuda_graph_modules=members)
+
+    limits.check_model(config("mlp"))
+    limits.check_model(config("moe_router", "moe_preprocess"))
+    for modules in ((), ("attn",), ("mlp", "attn")):
+        with pytest.raises(UsageError, match="--cuda-graph-impl=local cannot be combined"):
+            limits.check_model(config(*modules))
 
 
 @requires_megatron

@@ -21,7 +21,9 @@ from megatron_skyladder.attention.backends.te import TransformerEngineBackend
 from megatron_skyladder.attention.segments import Segments
 from megatron_skyladder.cpu import engine as cpu_engine
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder import measured
 from megatron_skyladder.ladder.kernels import AUTO, KERNELS, Call, preference
+from megatron_skyladder.ladder.measured import Measured
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +110,8 @@ def choose_backends(
     """Return what runs the full window, windows, and packed calls here.
 
     Args:
-        name: a key of ``KERNELS``, or ``auto``, which takes the first of `kernels.PREFERENCES`
+        name: a key of ``KERNELS``, or ``auto``, which takes the fastest of those that
+            ``skyladder check-gpu`` measured here, or else the first of `kernels.PREFERENCES`
             that is installed.
         dtype: of the model's parameters.
         deterministic: whether the model is.
@@ -138,6 +141,11 @@ def _choose(name: str, call: Call, dtype: torch.dtype, deterministic: bool) -> C
         return Choice(call, "sdpa", "the CPU engine runs, the others need a GPU")
     elif dtype == torch.float32:
         return Choice(call, "sdpa", "the model is float32, the others take float16 and bfloat16")
+    found = _measured()
+    if found is not None:
+        for candidate in found.order(call):
+            if (_missing(candidate) or _unfit(candidate, call, deterministic)) is None:
+                return Choice(call, candidate, found.reason(call, candidate))
     row = preference(call, _capability())
     passed_over: list[str] = []
     for candidate in row.order:
@@ -146,6 +154,13 @@ def _choose(name: str, call: Call, dtype: torch.dtype, deterministic: bool) -> C
             return Choice(call, candidate, "; ".join([*passed_over, row.reason]))
         passed_over.append(f"no {unfit}")
     raise AssertionError("sdpa ends every row and is always there")
+
+
+def _measured() -> Measured | None:
+    """Return what ``skyladder check-gpu`` measured on this kind of GPU, where it did."""
+    if not torch.cuda.is_available():
+        return None
+    return measured.read(torch.cuda.get_device_name())
 
 
 def _capability() -> tuple[int, int]:
@@ -172,6 +187,8 @@ def _unfit(name: str, call: Call, deterministic: bool) -> str | None:
     lowest = KERNELS[name].capability
     if capability < lowest:
         return f"{name} below compute capability {lowest[0]}.{lowest[1]}"
+    if name == "fa4" and deterministic and capability[0] == 12:
+        return "fa4 in --deterministic-mode on compute capability 12: it has no such backward"
     if name != "te" or call is not Call.PACKED:
         return None
     if deterministic:  # cuDNN's backward would hold [heads, tokens, tokens] twice over

@@ -1,0 +1,78 @@
+"""``skyladder check-gpu``: does all of this hold on the GPU here, and which kernel is fastest."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
+    """Add this command to the ``skyladder`` parser."""
+    parser = subparsers.add_parser(
+        "check-gpu",
+        help=help_text,
+        allow_abbrev=False,
+        description="Check every installed attention kernel on the GPU here, and train Megatron's "
+        "1B model for a few steps: numerics against float32, time against the window, plans, "
+        "memory, hidden synchronisations, determinism, context-parallel launches. Writes "
+        "check.json and check.html, and the table from which --skyladder-attention-backend auto "
+        "then takes the fastest kernel. About half an hour on one H100, in phases of less than ten "
+        "minutes; what is done is kept, so the same command goes on where it ended.",
+        epilog="Exit code: 0 passed, 1 something failed or there is no GPU, 2 wrong usage.",
+    )
+    parser.add_argument("--output", metavar="DIR", default="gpu-check", help="default: gpu-check")
+    parser.add_argument(
+        "--phase",
+        action="append",
+        metavar="NAME",
+        help="run this one only (may be given again): facts, numerics, timings, churn, memory, "
+        "no-sync, determinism, exchange, megatron, smokes",
+    )
+    parser.add_argument(
+        "--backends", metavar="NAMES", help="kernels to try, such as te,fa4; default: all there are"
+    )
+    parser.add_argument("--fresh", action="store_true", help="do again what was done before")
+    parser.add_argument(
+        "--toy", action="store_true", help="the same phases at toy size on the CPU, in minutes"
+    )
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the phases that are left, write what they found, and print the verdict."""
+    import torch  # noqa: F401  first, so that its absence is what is said
+
+    warnings.filterwarnings("ignore", module=r"megatron\.")  # what is not installed, every time
+    from megatron_skyladder.cpu import engine as cpu_engine
+
+    if arguments.toy:
+        cpu_engine.install()
+    from megatron_skyladder.gpu_check import page, phases
+    from megatron_skyladder.gpu_check.bench import Bench
+
+    names = arguments.phase or list(phases.PHASES)
+    unknown = [name for name in names if name not in phases.PHASES]
+    if unknown:
+        raise ValueError(f"--phase {unknown[0]} is unknown. Phases are {', '.join(phases.PHASES)}.")
+    backends = arguments.backends.split(",") if arguments.backends else None
+    bench = Bench(toy=arguments.toy, backends=backends)
+    folder = Path(arguments.output)
+    print(f"skyladder check-gpu on {bench.name}: {', '.join(bench.backends)}")
+
+    def tell(line: str) -> None:
+        print(line, flush=True)
+
+    report = phases.run(bench, folder, names, fresh=arguments.fresh, tell=tell)
+    table = phases.write_table(bench, report, folder)
+    wrong = phases.failures(report)
+    for text in wrong:
+        print(f"FAILED {text}")
+    print(f"report: {page.write_page(report, folder)}, figures: {folder / phases.FILE}")
+    if table is not None:
+        print(f"measured times, for --skyladder-attention-backend auto: {table}")
+    left = [name for name in phases.PHASES if name not in report["phases"]]
+    more = f"; not done yet: {', '.join(left)}" if left else ""
+    print(f"{f'{len(wrong)} failures' if wrong else 'passed'}{more}")
+    return 1 if wrong else 0

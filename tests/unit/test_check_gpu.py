@@ -1,0 +1,227 @@
+"""skyladder check-gpu at toy size on the CPU: every phase by the code that runs on a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("megatron.core")
+
+from megatron_skyladder.attention import sdpa  # noqa: E402
+from megatron_skyladder.attention.backends.sdpa import SdpaBackend  # noqa: E402
+from megatron_skyladder.errors import UsageError  # noqa: E402
+from megatron_skyladder.gpu_check import bench as benches  # noqa: E402
+from megatron_skyladder.gpu_check import costs, kernels, page, phases, training  # noqa: E402
+from megatron_skyladder.gpu_check.bench import Bench  # noqa: E402
+from megatron_skyladder.gpu_check.kernels import Result  # noqa: E402
+from megatron_skyladder.ladder import measured  # noqa: E402
+from megatron_skyladder.ladder.kernels import Call  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench(toy=True)
+
+
+def command(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_skyladder", "check-gpu", *words],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_all_of_it_end_to_end(tmp_path: Path) -> None:
+    """Passes, leaves figures, a page and a table that is read; a second call has nothing to do."""
+    done = command(tmp_path, "--toy", "--output", "out", SKYLADDER_MEASURED=str(tmp_path / "none"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert list(report["phases"]) == list(phases.PHASES)
+    assert not (tmp_path / "none").exists()  # a toy's times are not for training
+    table = measured.read("CPU (toy)", tmp_path / "out" / "attention.json")
+    assert table is not None and table.order(Call.WINDOWS) == ("sdpa",)
+    runs = report["phases"]["megatron"]["figures"]
+    assert set(runs) == {"stock", "window 8", "window 64", "documents"}
+    assert all(figures["ms"] > 0 for figures in runs.values())
+    assert runs["window 64"]["loss"] == pytest.approx(runs["stock"]["loss"], abs=1e-4)
+    assert runs["window 8"]["loss"] != runs["stock"]["loss"]
+    text = (tmp_path / "out" / "check.html").read_text()
+    assert all(f"<h2>{name}: " in text for name in phases.PHASES)
+    assert "data:image/png" in text and "passed" in text
+    again = command(tmp_path, "--toy", "--output", "out")
+    assert again.returncode == 0 and again.stdout.count("done before") == len(phases.PHASES)
+
+
+def test_without_a_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("here is one")
+    done = command(tmp_path)
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "torch sees no CUDA device" in done.stderr and "--toy" in done.stderr
+
+
+def test_wrong_words(tmp_path: Path) -> None:
+    done = command(tmp_path, "--toy", "--phase", "timing")
+    assert done.returncode == 1 and "--phase timing is unknown. Phases are facts," in done.stderr
+    with pytest.raises(UsageError, match="fa3 needs FlashAttention 3"):
+        Bench(toy=True, backends=["fa3"])
+
+
+def test_a_wrong_window_fails_the_numerics(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = sdpa.attend_grid
+
+    def off_by_one(query: Any, key: Any, value: Any, window_len: int, scale: float) -> Any:
+        return grid(query, key, value, min(window_len + 1, query.shape[0]), scale)
+
+    monkeypatch.setattr(sdpa, "attend_grid", off_by_one)
+    found = kernels.numerics(bench)
+    assert any("window 8" in text and "times that of plain" in text for text in found.failures)
+    assert any("an output moves where a hidden token" in text for text in found.failures)
+    assert not any("full" in text for text in found.failures)
+
+
+def test_a_value_that_leaks_from_another_segment(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times zero it is nothing, but for an Inf."""
+    attend_grid = sdpa.attend_grid
+
+    def leaking(query: Any, key: Any, value: Any, window_len: int, scale: float) -> Any:
+        return attend_grid(query, key, value, window_len, scale) + 0.0 * value.sum()
+
+    monkeypatch.setattr(sdpa, "attend_grid", leaking)
+    found = kernels.numerics(bench)
+    assert found.failures
+    assert all("another segment has an Inf" in text for text in found.failures)
+
+
+def test_chance_fails_the_determinism(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = SdpaBackend.forward
+
+    def noisy(self: SdpaBackend, *arguments: Any) -> Any:
+        return forward(self, *arguments) + 1e-2 * torch.rand(())
+
+    monkeypatch.setattr(SdpaBackend, "forward", noisy)
+    found = kernels.determinism(bench)
+    assert found.failures and all("two passes differ" in text for text in found.failures)
+
+
+def test_keys_from_the_wrong_place_fail_the_exchange(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = SdpaBackend.forward
+
+    def shifted(self: SdpaBackend, query: Any, key: Any, value: Any, segments: Any) -> Any:
+        if segments.cu_seqlens_k is not segments.cu_seqlens_q:
+            value = value.roll(1, 0)
+        return forward(self, query, key, value, segments)
+
+    monkeypatch.setattr(SdpaBackend, "forward", shifted)
+    found = kernels.exchange(bench)
+    assert any("4 ranks: an output is" in text for text in found.failures)
+
+
+def test_what_is_slow_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times decide on a GPU: a window slower than the full one, calls that plan."""
+    monkeypatch.setattr(benches, "TOY", replace(benches.TOY, judged=True))
+    bench = Bench(toy=True)
+    times = {"full": 1.0, "window 8": 1.2}
+    monkeypatch.setattr(costs, "_time", lambda _, __, mask, *___: times.get(mask.name, 0.5))
+    found = costs.timings(bench)
+    assert len(found.failures) == 2  # of two micro-batches
+    assert all("window 8, 128 tokens" in text for text in found.failures)
+    row = found.figures["rows"][1]
+    assert row["percent_of_full"] == pytest.approx(120) and row["stock_ms"] == 1.0
+
+
+def test_a_phase_that_breaks_is_reported_and_tried_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def sometimes(bench: Bench, folder: Path) -> Result:
+        calls.append(folder)
+        if len(calls) == 1:
+            raise RuntimeError("CUDA error: an illegal memory access\nmore")
+        return Result({"fine": 1})
+
+    monkeypatch.setitem(phases.PHASES, "facts", phases.Phase("facts", "", sometimes, 1))
+    report = phases.run(bench, tmp_path, ["facts"])
+    assert phases.failures(report) == [
+        "facts: the phase ended early: RuntimeError: CUDA error: an illegal memory access"
+    ]
+    assert "illegal" in (tmp_path / "facts.traceback.txt").read_text()
+    assert "illegal memory" in page.write_page(report, tmp_path).read_text()
+    for _ in range(2):
+        report = phases.run(bench, tmp_path, ["facts"])
+        assert phases.failures(report) == [] and len(calls) == 2
+    phases.run(bench, tmp_path, ["facts"], fresh=True)
+    assert len(calls) == 3
+    (tmp_path / "check.json").write_text("{")  # cut off while it was written
+    phases.run(bench, tmp_path, ["facts"])
+    assert len(calls) == 4
+
+
+def test_a_wrong_kernel_is_not_in_the_table() -> None:
+    def row(backend: str, kind: str, ms: float, **more: Any) -> dict[str, Any]:
+        return {
+            "backend": backend,
+            "kind": kind,
+            "ms": ms,
+            "seq_length": 8,
+            "micro_batch": 1,
+        } | more
+
+    rows = [
+        row("te", "FULL", 1.0),
+        row("fa4", "WINDOWS", 1.0),
+        row("fa4", "WINDOWS", 3.0),
+        row("flash", "WINDOWS", 1.5),
+        row("flash", "PACKED", 2.5),
+        row("flash", "PACKED", 99.0, micro_batch=2),
+        row("flash", "PACKED", 99.0, seq_length=16),
+    ]
+    report: dict[str, Any] = {
+        "device": "NVIDIA H100",
+        "date": "2026-11-29",
+        "phases": {"timings": {"figures": {"rows": rows}}, "numerics": {"failures": []}},
+    }
+    found = phases.table(report, 8)
+    assert found is not None
+    assert found.milliseconds == {
+        Call.WINDOWS: {"fa4": 2.0, "flash": 1.5},
+        Call.PACKED: {"flash": 2.5},
+    }
+    report["phases"]["numerics"]["failures"] = ["flash, window 8, heads 4/2 of 16: wrong"]
+    found = phases.table(report, 8)
+    assert found is not None and found.order(Call.WINDOWS) == ("fa4",)
+    del report["phases"]["numerics"]
+    assert phases.table(report, 8) is None
+
+
+def test_training_that_fails_is_reported(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(bench: Bench, words: list[str], log: Path) -> int:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        slow = "--skyladder-final-window" in words
+        line = f" elapsed time per iteration (ms): {150 if slow else 100}.0 | lm loss: 1.0E+00\n"
+        log.write_text("RuntimeError: out of memory\n" if "8" in words else line * 5)
+        return int("8" in words)
+
+    monkeypatch.setattr(training, "_train", train)
+    found = training.megatron(bench, tmp_path)
+    assert any("window 8: training ended with 1" in text for text in found.failures)
+    assert any("window 64: no word of the mask probe" in text for text in found.failures)
+    assert found.figures["window 64"]["times stock"] == pytest.approx(1.5)
