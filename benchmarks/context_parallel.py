@@ -29,6 +29,7 @@ from megatron_skyladder.ladder.exchange_costs import (
     rank_costs,
 )
 from megatron_skyladder.ladder.fragments import fragment_cu_seqlens, rows_cu_seqlens
+from megatron_skyladder.ladder.sequence_layout import zigzag
 
 SEED = 1
 
@@ -53,8 +54,7 @@ def costs_of(window_len: int, options: argparse.Namespace) -> RankCosts:
         rows.append(fragment_cu_seqlens(ends, seq_length=length, window_len=cut))
     return rank_costs(
         rows_cu_seqlens(rows),
-        cp_size=options.context_parallel_size,
-        seq_length=length,
+        [zigzag(length, options.context_parallel_size)] * options.rows,
         sliding_window=window_len if sliding else None,
     )
 

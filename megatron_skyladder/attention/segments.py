@@ -19,6 +19,7 @@ import torch
 
 from megatron_skyladder.ladder.fragments import fragment_cu_seqlens, rows_cu_seqlens
 from megatron_skyladder.ladder.key_exchange import KernelCall, RankPlan, exchange_plan
+from megatron_skyladder.ladder.sequence_layout import zigzag
 
 _MIN_PADDED_SEGMENTS = 16
 _TILE = 128  # tokens: FlashAttention's block of queries; cuDNN wants multiples of 64
@@ -201,13 +202,8 @@ def _make_segments(
     grid = rows.cut if not documents and rows.sliding_window is None else None
     if rows.cp_size == 1:
         return Segments(cu_seqlens, cu_seqlens, rows.sliding_window, grid, rows.device)
-    plan = exchange_plan(
-        cu_seqlens,
-        cp_size=rows.cp_size,
-        rank=rows.cp_rank,
-        seq_length=rows.seq_length,
-        sliding_window=rows.sliding_window,
-    )
+    layouts = [zigzag(rows.seq_length, rows.cp_size)] * rows.num_rows
+    plan = exchange_plan(cu_seqlens, layouts, rank=rows.cp_rank, sliding_window=rows.sliding_window)
     if plan.exchanges:
         own, joined = (
             None if call is None else _call_segments(call, rows, grid=None)

@@ -58,7 +58,7 @@ class Piece(NamedTuple):
     rank: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Who holds what of one sequence.
 

@@ -15,6 +15,7 @@ from megatron_skyladder.ladder.exchange_costs import (
     rank_costs,
 )
 from megatron_skyladder.ladder.fragments import fragment_cu_seqlens
+from megatron_skyladder.ladder.sequence_layout import zigzag
 
 
 class PlannedRun(Protocol):
@@ -78,9 +79,8 @@ def parallel_costs(plan: PlannedRun, window: int) -> ParallelCosts:
     length, cp_size = plan.config.seq_length, plan.context_parallel_size
     num_rows = int(cu_seqlens[-1]) // length
     sliding_window = window if plan.config.mask == "sliding" else None
-    costs: RankCosts = rank_costs(
-        cu_seqlens, cp_size=cp_size, seq_length=length, sliding_window=sliding_window
-    )
+    layouts = [zigzag(length, cp_size)] * num_rows
+    costs: RankCosts = rank_costs(cu_seqlens, layouts, sliding_window=sliding_window)
     tokens = float(costs.received.mean()) / num_rows
     size = None
     if plan.shape is not None:

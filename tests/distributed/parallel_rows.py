@@ -25,6 +25,7 @@ from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.exchange_costs import rank_costs
 from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens
 from megatron_skyladder.ladder.schedules import WindowSchedule
+from megatron_skyladder.ladder.sequence_layout import zigzag
 
 HEAD_DIM = 4
 
@@ -275,7 +276,7 @@ def order_of_calls() -> None:
                 with _NoLookAtTheDevice():
                     with_gradients(lambda *x, call=attention: call(*x, None), qkv, direction)
             assert " ".join(recorder.calls) == f"{forward} {backward}".strip(), window
-            costs = rank_costs(case.cu_seqlens(), cp_size=4, seq_length=64)
+            costs = rank_costs(case.cu_seqlens(), [zigzag(64, 4)] * case.num_rows)
             counted = [costs.received[group.rank()], costs.sent[group.rank()]]
             assert recorder.received == (counted if forward else []), window
 
