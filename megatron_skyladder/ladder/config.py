@@ -32,6 +32,7 @@ MASKS = ("local", "sliding")
 BACKENDS = (AUTO, *KERNELS)
 ROUND_TO_AUTO = "auto"
 INITS = ("megatron", "reference")
+CP_LAYOUTS = ("balanced", "zigzag")
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,9 @@ class SkyLadderConfig:
             as "512,4096"; empty: not.
         attention_stats_interval: iterations between measurements of attention; 0: none.
         init: how weights are drawn: Megatron's way, or that of the paper's code.
+        context_parallel_layout: which tokens a context-parallel rank holds in training:
+            ``balanced`` (the same attention work for all, where the trainer can), or Megatron's
+            ``zigzag``. No part of the fingerprint: it changes no mask.
         allow_unfinished: whether the schedule may be longer than its ``total_steps``.
 
     Raises:
@@ -73,6 +77,7 @@ class SkyLadderConfig:
     eval_lengths: tuple[int, ...] = ()
     attention_stats_interval: int = 0
     init: str = "megatron"
+    context_parallel_layout: str = "zigzag"
     allow_unfinished: bool = False
 
     def __post_init__(self) -> None:
@@ -83,6 +88,7 @@ class SkyLadderConfig:
         _check_choice("mask", self.mask, MASKS)
         _check_choice("attention_backend", self.attention_backend, BACKENDS)
         _check_choice("init", self.init, INITS)
+        _check_choice("context_parallel_layout", self.context_parallel_layout, CP_LAYOUTS)
         _check_final_window(self.schedule.final_window, self.seq_length)
         if self.require_documents and not self.intra_document:
             raise SettingError(

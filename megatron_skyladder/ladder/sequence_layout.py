@@ -34,7 +34,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -234,6 +236,66 @@ def by_positions(seq_length: int, cp_size: int, window_len: int) -> Layout:
         left = remaining
     pieces += [Piece(start, stop, cp_size - 1) for start, stop in left]
     return Layout(cp_size, tuple(sorted(pieces)))
+
+
+@lru_cache(maxsize=512)
+def _of_sequence(lengths: tuple[int, ...], cp_size: int) -> Layout:
+    return by_fragments(lengths, cp_size)
+
+
+class Kind(Enum):
+    """What decides who holds what."""
+
+    ZIGZAG = "zigzag"  # Megatron: the number of ranks alone
+    WINDOW = "window"  # the window: every sequence of a step has the same layout
+    SEQUENCE = "sequence"  # the window and the sequence's own documents
+
+
+@dataclass(frozen=True)
+class LayoutRule:
+    """Which layout the sequences of a micro-batch have: the one answer for all who ask.
+
+    The batch is cut by it, the rotary embedding takes its positions from it, and keys are exchanged
+    by it. Should two of them differ, a model would train on wrong positions, in silence.
+
+    Args:
+        kind: what decides.
+        seq_length: tokens in a sequence.
+        cp_size: context-parallel ranks.
+        window_len: tokens, 1 <= window_len <= seq_length.
+        sliding: whether the window moves along with the query.
+    """
+
+    kind: Kind
+    seq_length: int
+    cp_size: int
+    window_len: int
+    sliding: bool
+
+    def layouts(
+        self, num_sequences: int, cu_seqlens: np.ndarray | None = None
+    ) -> tuple[Layout, ...]:
+        """Return the layout of each sequence.
+
+        Args:
+            num_sequences: in the micro-batch.
+            cu_seqlens: int [num_fragments + 1], over all sequences; None where the window alone
+                cuts them, which the layouts by the sequence then go by.
+        """
+        if self.kind is Kind.ZIGZAG:
+            return (zigzag(self.seq_length, self.cp_size),) * num_sequences
+        if self.sliding:  # documents or not: the last keys before a query cost the most everywhere
+            layout = by_positions(self.seq_length, self.cp_size, self.window_len)
+            return (layout,) * num_sequences
+        if self.kind is Kind.WINDOW or cu_seqlens is None:
+            layout = by_window(self.seq_length, self.cp_size, self.window_len)
+            return (layout,) * num_sequences
+        bounds = np.arange(num_sequences + 1) * self.seq_length
+        first, *last = np.searchsorted(cu_seqlens, bounds).tolist()
+        assert cu_seqlens[last[-1]] == bounds[-1]
+        lengths = np.diff(cu_seqlens).tolist()
+        edges = pairwise([first, *last])
+        return tuple(_of_sequence(tuple(lengths[a:b]), self.cp_size) for a, b in edges)
 
 
 @dataclass(frozen=True)
