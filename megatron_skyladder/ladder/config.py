@@ -77,7 +77,7 @@ class SkyLadderConfig:
     eval_lengths: tuple[int, ...] = ()
     attention_stats_interval: int = 0
     init: str = "megatron"
-    context_parallel_layout: str = "zigzag"
+    context_parallel_layout: str = "balanced"
     allow_unfinished: bool = False
 
     def __post_init__(self) -> None:

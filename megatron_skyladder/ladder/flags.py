@@ -123,7 +123,7 @@ def _add_attention(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="which tokens a context-parallel rank holds in training. balanced: chosen by the "
         "window (and the documents), so that all ranks have the same attention work. zigzag: "
-        "Megatron's. Default: zigzag.",
+        "Megatron's. Default: balanced, where the forward step can reorder sequences.",
     )
     group.add_argument(
         "--skyladder-eval-lengths",

@@ -355,7 +355,8 @@ def rotary_kept_by_length() -> None:
 
     from megatron_skyladder.attention import rotary
 
-    at, latest = rotary._at, {}
+    at = rotary._at
+    latest: dict[str, Any] = {}
 
     @lru_cache
     def cached(module: Any, seq_length: int, offset: int) -> Any:

@@ -209,7 +209,7 @@ def test_parity_sees_layouts_that_differ(
     reference,  # noqa: F811
     broken: str,
 ) -> None:
-    """Embeddings are relative: where ranks hold whole windows, a wrong start alone shows nothing."""
+    """Embeddings are relative: where ranks hold whole windows a wrong start alone is not seen."""
     run = trainer.train(
         f"{TWO_RANKS} {MASKS['ragged'].flags} --skyladder-no-probe",
         num_processes=2,

@@ -43,7 +43,7 @@ FIELD_OF_FLAG = {
     "--skyladder-attention-backend sdpa": "attention_backend",
     "--skyladder-eval-lengths 512": "eval_lengths",
     "--skyladder-init reference": "init",
-    "--skyladder-context-parallel-layout balanced": "context_parallel_layout",
+    "--skyladder-context-parallel-layout zigzag": "context_parallel_layout",
     "--skyladder-attention-stats-interval 10": "attention_stats_interval",
     "--skyladder-no-probe": "probe",
     "--skyladder-allow-unfinished": "allow_unfinished",
@@ -179,10 +179,10 @@ EFFECTS = {
         UNFINISHED, says(r"takes \d steps, but the run has 2"), True, False, exit_codes=(1, 0)
     ),
     "context_parallel_layout": Effect(
-        "--skyladder-context-parallel-layout balanced",
+        "--skyladder-context-parallel-layout zigzag",
         says("shares out tokens by the window"),
-        False,
         True,
+        False,
         "--context-parallel-size 2",
     ),
     # sqrt(2 / (5 * 32)) after a step that is too small to be seen
