@@ -32,11 +32,11 @@ the sequence: positions lie on the line as they are, and nothing has to be cut i
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -189,7 +189,14 @@ def by_fragments(lengths: Sequence[int], cp_size: int, *, align: int = 1) -> Lay
     for length, shares in zip(lengths, _shares(lengths, cp_size, align), strict=True):
         pieces += _shells(start, start + length, shares, align)
         start += length
-    return Layout(cp_size, tuple(pieces))
+    return Layout(cp_size, tuple(_merged(pieces)))
+
+
+def _merged(pieces: list[Piece]) -> Iterator[Piece]:
+    """Join neighbours that one rank holds: hundreds of whole windows are one piece."""
+    for rank, group in groupby(pieces, key=lambda piece: piece.rank):
+        first, *more = group
+        yield Piece(first.start, more[-1].stop if more else first.stop, rank)
 
 
 @lru_cache(maxsize=64)
@@ -239,7 +246,8 @@ def by_positions(seq_length: int, cp_size: int, window_len: int) -> Layout:
 
 
 @lru_cache(maxsize=512)
-def _of_sequence(lengths: tuple[int, ...], cp_size: int) -> Layout:
+def of_sequence(lengths: tuple[int, ...], cp_size: int) -> Layout:
+    """Return `by_fragments` of one sequence's fragments; the latest few hundred are kept."""
     return by_fragments(lengths, cp_size)
 
 
@@ -295,7 +303,7 @@ class LayoutRule:
         assert cu_seqlens[last[-1]] == bounds[-1]
         lengths = np.diff(cu_seqlens).tolist()
         edges = pairwise([first, *last])
-        return tuple(_of_sequence(tuple(lengths[a:b]), self.cp_size) for a, b in edges)
+        return tuple(of_sequence(tuple(lengths[a:b]), self.cp_size) for a, b in edges)
 
 
 @dataclass(frozen=True)
