@@ -263,15 +263,19 @@ def order_of_calls() -> None:
     both = "send own wait joined", "joined backward send own backward wait"
     only_own = "send own wait", "send own backward wait"
     only_joined = "send wait joined", "joined backward send wait"
-    expected = {  # by window, then by rank; chunks are of 8 tokens
-        8: [("", "")] * 4,  # windows end with chunks: no message
-        12: [both, both, only_joined, only_own],  # windows start at 0, 12, 24, 36, 48, 60
-        64: [both, only_joined, only_joined, only_joined],
+    full = [both, only_joined, only_joined, only_joined]
+    expected = {  # by layout and window, then by rank; chunks are of 8 tokens
+        (Kind.ZIGZAG, 8): [("", "")] * 4,  # windows end with chunks: no message
+        (Kind.ZIGZAG, 12): [both, both, only_joined, only_own],  # they start at 0, 12, 24, ...
+        (Kind.ZIGZAG, 64): full,
+        (Kind.WINDOW, 8): [("", "")] * 4,
+        (Kind.WINDOW, 16): [("", "")] * 4,  # each rank has one whole window
+        (Kind.WINDOW, 64): full,
     }
     with gloo():
         group = torch.distributed.group.WORLD
-        for window, of_rank in expected.items():
-            case = Case(64, window, None)
+        for (kind, window), of_rank in expected.items():
+            case = Case(64, window, None, kind=kind)
             forward, backward = of_rank[group.rank()]
             recorder = _Recorder()
             *qkv, direction = (case.own_part(x, group) for x in case.tensors(0, torch.float32))

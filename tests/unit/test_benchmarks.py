@@ -40,6 +40,15 @@ def test_key_exchange(mask):
     assert "all-gather" in out and len(out.splitlines()) == 7
 
 
+@requires_megatron
+def test_ranks():
+    out = run("context_parallel_ranks.py", "--ranks=2", "--seq-length=256", "--windows=100")
+    assert [line.split()[:2] for line in out.splitlines()[-2:]] == [
+        ["100", "zigzag"],
+        ["100", "balanced"],
+    ]
+
+
 def test_key_exchange_as_json():
     """32K on 4 ranks, over a ramp: the figures that the documentation names."""
     found = json.loads(run("context_parallel.py", "--windows", "ramp", "--rows", "1", "--json"))
