@@ -8,10 +8,12 @@ in a hook on the module itself; nothing of Megatron's classes is touched.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_skyladder.attention.core_attention import context_parallel_group
 from megatron_skyladder.attention.segments import to_device
@@ -120,8 +122,29 @@ def follow_layout(model: Any, *, checks_ids: bool) -> None:
         checks_ids: see `RotaryPositions`.
     """
     group = context_parallel_group(model.config, getattr(model, "pg_collection", None))
-    if group is not None and hasattr(model, "rotary_pos_emb"):
+    if group is not None and is_rotary(getattr(model, "rotary_pos_emb", None)):
         RotaryPositions(model, group, checks_ids=checks_ids)
+
+
+def is_rotary(module: Any) -> bool:
+    """Return whether a module can make the embedding of all positions; see `whole_embedding`.
+
+    Multimodal ones take their positions from elsewhere, and YaRN of 0.12 always cuts.
+    """
+    if not isinstance(module, RotaryEmbedding):
+        return False
+    return (
+        hasattr(module, "get_emb") or "packed_seq" in inspect.signature(module.forward).parameters
+    )
+
+
+def whole_embedding(rotary: Any, seq_length: int, offset: int = 0) -> tuple[torch.Tensor, ...]:
+    """Return the embedding of all positions, [seq_length, 1, 1, d], and a factor of YaRN's."""
+    if hasattr(rotary, "get_emb"):
+        whole = rotary.get_emb(seq_length, offset)
+    else:  # up to 0.12: of packed sequences nothing is cut, and "packed" changes nothing else
+        whole = type(rotary).forward(rotary, seq_length, offset, True)
+    return whole if isinstance(whole, tuple) else (whole,)
 
 
 def _at(rotary: Any, seq_length: int, offset: int, positions: np.ndarray) -> Any:
@@ -136,8 +159,7 @@ def _at(rotary: Any, seq_length: int, offset: int, positions: np.ndarray) -> Any
     Returns:
         [s, 1 or b, 1, d].
     """
-    whole = rotary.get_emb(seq_length, offset)
-    embedding, *factor = whole if isinstance(whole, tuple) else (whole,)
+    embedding, *factor = whole_embedding(rotary, seq_length, offset)
     index = to_device(np.ascontiguousarray(positions.T), embedding.device)
     at = embedding[:, 0, 0][index][:, :, None]
     return (at, *factor) if factor else at

@@ -62,7 +62,15 @@ def _keeps_zigzag(options: Any, forward_step: Callable[..., Any]) -> str:
     positions = getattr(options, "position_embedding_type", "rope")
     if positions not in ("rope", "yarn", "learned_absolute", "none"):
         return f"--position-embedding-type {positions} takes its positions from elsewhere."
+    if positions == "yarn" and not _follows_yarn():
+        return "YaRN's embeddings cannot have another order in this release of Megatron."
     return ""
+
+
+def _follows_yarn() -> bool:
+    from megatron.core.models.common import embeddings
+
+    return hasattr(getattr(embeddings, "YarnRotaryEmbedding", None), "get_emb")
 
 
 def _shares_by_window(options: Any, config: Any) -> str:

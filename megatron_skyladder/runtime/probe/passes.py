@@ -18,6 +18,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_skyladder.attention.core_attention import SkyLadderAttention
+from megatron_skyladder.attention.rotary import is_rotary, whole_embedding
 from megatron_skyladder.ladder.clock import Clock
 from megatron_skyladder.runtime import document_mask
 from megatron_skyladder.runtime.probe import gradients, questions, words
@@ -177,16 +178,12 @@ class Passes:
     def _rotaries(self, chunk: Any) -> list[Any]:
         """Return the rotary embeddings of a chunk."""
         found = (getattr(module, "rotary_pos_emb", None) for module in chunk.modules())
-        return [each for each in found if isinstance(each, torch.nn.Module)]
+        return [each for each in found if is_rotary(each)]
 
     def _check_rotary(self, rotary: Any, args: tuple[Any, ...], output: Any) -> None:
         """See that the rotary embedding is that of the positions that this rank holds."""
-        if not (args and hasattr(rotary, "get_emb")):
-            return
-        whole, found = (
-            each[0] if isinstance(each, tuple) else each
-            for each in (rotary.get_emb(args[0]), output)
-        )
+        whole, *_ = whole_embedding(rotary, args[0])
+        found = output[0] if isinstance(output, tuple) else output
         expected = whole[:, 0, 0][self._now.sight.own_in_sequence].transpose(0, 1)
         if found.shape[0] != len(expected) or not torch.equal(
             found[:, :, 0].expand_as(expected), expected
