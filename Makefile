@@ -95,6 +95,7 @@ browser:  ## Chromium, which the report is tested in (installs it with apt where
 
 bench: $(READY)  ## what SkyLadder costs and saves beside stock Megatron, as ratios
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/context_parallel_ranks.py
 
 $(VENV)/.docs: $(READY) pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

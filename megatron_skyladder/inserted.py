@@ -9,6 +9,14 @@ from megatron_skyladder.megatron_lm.patch_calls import (
     document_mask,
     switch_on,
     watch,
+    watch_sequences,
 )
 
-__all__ = ["add_arguments", "dataset_is_built_on_rank", "document_mask", "switch_on", "watch"]
+__all__ = [
+    "add_arguments",
+    "dataset_is_built_on_rank",
+    "document_mask",
+    "switch_on",
+    "watch",
+    "watch_sequences",
+]

@@ -66,7 +66,7 @@ class SkyLadderAttention(MegatronModule):
         _check_model(config, attn_mask_type, attention_type, attention_dropout)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self._clock = clock.current()
-        self._cp_group = _context_parallel_group(config, pg_collection)
+        self._cp_group = context_parallel_group(config, pg_collection)
         self.backend = make_backend(
             self._clock.config.attention_backend,
             config=config,
@@ -159,6 +159,7 @@ class SkyLadderAttention(MegatronModule):
             device=query.device,
             cp_size=cp_size,
             cp_rank=cp_rank,
+            layout=self._clock.layout_rule(seq_length, cp_size, training=self.training),
         )
         if attention_mask is None:
             return grid_segments(rows)
@@ -168,8 +169,13 @@ class SkyLadderAttention(MegatronModule):
         return _masks.get(attention_mask, rows)
 
 
-def _context_parallel_group(config: TransformerConfig, pg_collection: Any) -> Any:
-    """Return the group over which rows are shared out, or None where they are whole."""
+def context_parallel_group(config: TransformerConfig, pg_collection: Any) -> Any:
+    """Return the group over which sequences are shared out, or None where they are whole.
+
+    Args:
+        config: of the model.
+        pg_collection: the groups it was built with; None: those of the process.
+    """
     if config.context_parallel_size == 1:
         return None
     if pg_collection is None:

@@ -20,6 +20,7 @@ import torch
 from megatron_skyladder.ladder.fragments import fragment_cu_seqlens, rows_cu_seqlens
 from megatron_skyladder.ladder.geometry import padded_count, whole_tiles
 from megatron_skyladder.ladder.key_exchange import KernelCall, RankPlan, exchange_plan
+from megatron_skyladder.ladder.sequence_layout import LayoutRule, zigzag
 
 _KEPT_MASKS = 256  # more than the micro-batches in flight of any pipeline schedule
 
@@ -138,6 +139,7 @@ class Rows:
         device: where attention runs.
         cp_size: context-parallel ranks.
         cp_rank: this one among them.
+        layout: which tokens each of them holds; None: as Megatron shares them out.
     """
 
     seq_length: int
@@ -147,6 +149,7 @@ class Rows:
     device: torch.device
     cp_size: int = 1
     cp_rank: int = 0
+    layout: LayoutRule | None = None
 
     @property
     def sliding_window(self) -> int | None:
@@ -218,20 +221,19 @@ def _make_segments(
     grid = rows.cut if not documents and rows.sliding_window is None else None
     if rows.cp_size == 1:
         return Segments(cu_seqlens, cu_seqlens, rows.sliding_window, grid, rows.device)
-    plan = exchange_plan(
-        cu_seqlens,
-        cp_size=rows.cp_size,
-        rank=rows.cp_rank,
-        seq_length=rows.seq_length,
-        sliding_window=rows.sliding_window,
-    )
+    layouts = (zigzag(rows.seq_length, rows.cp_size),) * rows.num_rows
+    if rows.layout is not None:
+        layouts = rows.layout.layouts(rows.num_rows, cu_seqlens if documents else None)
+    plan = exchange_plan(cu_seqlens, layouts, rank=rows.cp_rank, sliding_window=rows.sliding_window)
     if plan.exchanges:
         own, joined = (
             None if call is None else _call_segments(call, rows, grid=None)
             for call in (plan.own, plan.joined)
         )
         return ParallelSegments(plan, own, joined)
-    assert plan.own is not None  # the windows end with the chunks: all keys are at hand
+    assert plan.own is not None  # the windows end with the pieces: all keys are at hand
+    if grid is not None:
+        assert (np.diff(plan.own.cu_seqlens_q) == grid).all(), "a rank holds parts of windows"
     return _call_segments(plan.own, rows, grid=grid)
 
 

@@ -7,10 +7,11 @@ import json
 import textwrap
 from typing import Any
 
+from megatron_skyladder.ladder.sequence_layout import Kind
 from megatron_skyladder.planning import estimate, pasted, run_flags, verdict
 from megatron_skyladder.planning.devices import list_devices
 from megatron_skyladder.planning.estimate import Plan
-from megatron_skyladder.planning.parallel import parallel_costs
+from megatron_skyladder.planning.parallel import layout_kind, parallel_costs
 from megatron_skyladder.planning.text import to_text, verdict_lines
 
 
@@ -139,15 +140,19 @@ def _context_parallel_json(plan: Plan, steps: list[int]) -> dict[str, Any]:
     stages = {}
     for step in steps:
         stage = parallel_costs(plan, plan.window(step))
+        zigzag = parallel_costs(plan, plan.window(step), Kind.ZIGZAG)
         stages[str(step)] = {
             "work_of_ranks": stage.work,
             "work_max_over_mean": stage.max_over_mean,
             "waiting_share": stage.waiting_share,
             "received_bytes_per_layer_and_row": stage.received_bytes,
             "share_of_all_gather": stage.gather_share,
+            "zigzag_work_max_over_mean": zigzag.max_over_mean,
+            "zigzag_share_of_all_gather": zigzag.gather_share,
         }
     return {
         "size": plan.context_parallel_size,
+        "layout": layout_kind(plan).value,
         "work_max_over_mean": plan.busiest_over_mean,
         "stages": stages,
     }

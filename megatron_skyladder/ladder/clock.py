@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from megatron_skyladder.ladder.config import SkyLadderConfig
+from megatron_skyladder.ladder.sequence_layout import Kind, LayoutRule
 
 
 class Clock:
@@ -30,6 +31,8 @@ class Clock:
         iteration: Callable[[], int] = lambda: 1,
     ) -> None:
         self.config = config
+        # of training, under context parallelism; another one only where somebody reorders the batch
+        self.layout_kind = Kind.ZIGZAG
         self.iteration = iteration
         self._consumed_samples = consumed_samples
         self._samples = -1
@@ -47,6 +50,19 @@ class Clock:
             self._samples = samples
             self._window = self.config.window_at_samples(samples)
         return self._window
+
+    def layout_rule(self, seq_length: int, cp_size: int, *, training: bool) -> LayoutRule:
+        """Return how sequences are shared out among context-parallel ranks right now.
+
+        In evaluation always as Megatron does: windows there may be others than in training.
+        """
+        return LayoutRule(
+            self.layout_kind if training else Kind.ZIGZAG,
+            seq_length,
+            cp_size,
+            min(self.window(training=training), seq_length),
+            self.config.mask == "sliding",
+        )
 
     @property
     def last_window(self) -> int:

@@ -33,6 +33,7 @@ BACKENDS = (AUTO, *KERNELS)
 ROUND_TO_AUTO = "auto"
 INITS = ("megatron", "reference")
 RECURRENT_STATES = ("fragments", "documents", "free")
+CP_LAYOUTS = ("balanced", "zigzag")
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,9 @@ class SkyLadderConfig:
         init: how weights are drawn: Megatron's way, or that of the paper's code.
         recurrent_state: where the state of layers without attention starts anew (Mamba, gated delta
             net); empty: there are no such layers.
+        context_parallel_layout: which tokens a context-parallel rank holds in training:
+            ``balanced`` (the same attention work for all, where the trainer can), or Megatron's
+            ``zigzag``. No part of the fingerprint: it changes no mask.
         allow_unfinished: whether the schedule may be longer than its ``total_steps``.
 
     Raises:
@@ -77,6 +81,7 @@ class SkyLadderConfig:
     attention_stats_interval: int = 0
     init: str = "megatron"
     recurrent_state: str = ""
+    context_parallel_layout: str = "balanced"
     allow_unfinished: bool = False
 
     def __post_init__(self) -> None:
@@ -88,6 +93,7 @@ class SkyLadderConfig:
         _check_choice("attention_backend", self.attention_backend, BACKENDS)
         _check_choice("init", self.init, INITS)
         _check_state(self.recurrent_state, self.mask, documents=self.intra_document)
+        _check_choice("context_parallel_layout", self.context_parallel_layout, CP_LAYOUTS)
         _check_final_window(self.schedule.final_window, self.seq_length)
         if self.require_documents and not self.intra_document:
             raise SettingError(

@@ -5,16 +5,13 @@ Pure arithmetic on the fragments of whole rows, as in `context_parallel`; needs 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_skyladder.ladder.key_exchange import (
-    chunk_length_of,
-    chunk_owner,
-    held_runs,
-    needed_tails,
-)
+from megatron_skyladder.ladder.key_exchange import needed_tails
+from megatron_skyladder.ladder.sequence_layout import Layout
 
 # How often keys and values, or their gradients (of the same size), travel in a forward and a
 # backward pass, in units of what a forward pass receives.
@@ -47,41 +44,29 @@ class RankCosts:
 
 
 def rank_costs(
-    cu_seqlens: np.ndarray, *, cp_size: int, seq_length: int, sliding_window: int | None = None
+    cu_seqlens: np.ndarray, layouts: Sequence[Layout], *, sliding_window: int | None = None
 ) -> RankCosts:
     """Count the work and the traffic of each rank.
 
     Args:
-        cu_seqlens: int [num_fragments + 1], over all whole rows of the micro-batch.
-        cp_size: ranks of the group.
-        seq_length: tokens in a row.
+        cu_seqlens: int [num_fragments + 1], over all whole sequences of the micro-batch.
+        layouts: of each sequence.
         sliding_window: tokens a query sees at most, itself included; None: all of its fragment.
-
-    Raises:
-        ValueError: the row does not divide into 2 * cp_size chunks.
     """
-    chunk_length = chunk_length_of(cp_size, seq_length)
-    owners = np.array([chunk_owner(chunk, cp_size) for chunk in range(2 * cp_size)])
-    run_starts = np.empty(2 * cp_size, dtype=np.int64)
-    for rank in range(cp_size):
-        for chunk, stop in held_runs(cp_size, rank):
-            run_starts[chunk:stop] = chunk * chunk_length
-    tails = needed_tails(
-        cu_seqlens, cp_size=cp_size, seq_length=seq_length, sliding_window=sliding_window
-    )
-    # A piece is the part of a fragment in a chunk: its pairs are a difference of two sums, so that
-    # the count looks at every fragment and not at every token.
+    cp_size, seq_length = layouts[0].cp_size, layouts[0].seq_length
+    tails = needed_tails(cu_seqlens, layouts, sliding_window=sliding_window)
+    piece_starts, owners, held_from = _pieces_of_all(layouts)
+    # A part is what a fragment has in a piece: its pairs are a difference of two sums, so that the
+    # count looks at every fragment and not at every token.
     fragments = np.asarray(cu_seqlens, dtype=np.int64)
-    chunk_edges = np.arange(0, int(fragments[-1]) + 1, chunk_length, dtype=np.int64)
-    edges = np.union1d(fragments, chunk_edges)
+    edges = np.union1d(fragments, np.append(piece_starts, len(layouts) * seq_length))
     starts, ends = edges[:-1], edges[1:]
     fragment_starts = fragments[np.searchsorted(fragments, starts, side="right") - 1]
-    chunks = starts // chunk_length % (2 * cp_size)
-    held_from = starts - starts % seq_length + run_starts[chunks]  # the run's start
+    pieces = np.searchsorted(piece_starts, starts, side="right") - 1
     wait_ends = ends
     if sliding_window is not None:
-        wait_ends = np.clip(held_from + sliding_window - 1, starts, ends)
-    wait_ends = np.where(fragment_starts < held_from, wait_ends, starts)
+        wait_ends = np.clip(held_from[pieces] + sliding_window - 1, starts, ends)
+    wait_ends = np.where(fragment_starts < held_from[pieces], wait_ends, starts)
 
     def pairs_before(positions: np.ndarray) -> np.ndarray:
         return _pairs_of_first(positions - fragment_starts, sliding_window)
@@ -93,11 +78,25 @@ def rank_costs(
 
     before = pairs_before(starts)
     return RankCosts(
-        pairs=of_ranks(pairs_before(ends) - before, owners[chunks]),
-        waiting_pairs=of_ranks(pairs_before(wait_ends) - before, owners[chunks]),
-        received=tails.sum(axis=(1, 2)),
-        sent=of_ranks(tails.sum(axis=(0, 1)), owners),
+        pairs=of_ranks(pairs_before(ends) - before, owners[pieces]),
+        waiting_pairs=of_ranks(pairs_before(wait_ends) - before, owners[pieces]),
+        received=np.sum([each.sum(axis=1) for each in tails], axis=0),
+        sent=of_ranks(np.concatenate([each.sum(axis=0) for each in tails]), owners),
     )
+
+
+def _pieces_of_all(layouts: Sequence[Layout]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return where each piece of each sequence starts, who holds it, and where its run starts."""
+    starts, owners, held_from = [], [], []
+    for index, layout in enumerate(layouts):
+        begin = index * layout.seq_length
+        before = None
+        for start, _, rank in layout.pieces:
+            starts.append(begin + start)
+            owners.append(rank)
+            held_from.append(held_from[-1] if rank == before else begin + start)
+            before = rank
+    return np.array(starts), np.array(owners), np.array(held_from)
 
 
 def _pairs_of_first(num_queries: np.ndarray, sliding_window: int | None) -> np.ndarray:

@@ -119,6 +119,13 @@ def _add_attention(group: argparse._ArgumentGroup) -> None:
         help=f"one of {', '.join(BACKENDS)}. Default: auto, which says what it picked and why.",
     )
     group.add_argument(
+        "--skyladder-context-parallel-layout",
+        metavar="NAME",
+        help="which tokens a context-parallel rank holds in training. balanced: chosen by the "
+        "window (and the documents), so that all ranks have the same attention work. zigzag: "
+        "Megatron's. Default: balanced, where the forward step can reorder sequences.",
+    )
+    group.add_argument(
         "--skyladder-eval-lengths",
         type=_checked(read_lengths),
         metavar="TOKENS,...",

@@ -1,36 +1,36 @@
 """Which keys each rank needs under context parallelism, and who sends them: arithmetic on the host.
 
-Megatron cuts a row of S tokens into 2 * cp_size chunks and gives rank r the chunks r and
-2 * cp_size - 1 - r (zigzag). Everything here follows from that, from the fragments of the rows and
-from the sliding window, needs only numpy, and comes out the same on every rank:
+Each rank holds some pieces of every sequence (`sequence_layout`). Everything here follows from
+them, from the fragments and from the sliding window, needs only numpy, and comes out the same on
+every rank:
 
-    cp_size=2, S=16, windows of 6    queries of a chunk see keys back to its first fragment's start
+    cp_size=2, S=16, windows of 6    queries of a piece see keys back to its first fragment's start
 
-        position   0  1  2  3| 4  5  6  7| 8  9 10 11|12 13 14 15
-        chunk          0     |     1     |     2     |     3
-        rank           0     |     1     |     1     |     0
-        window     0  0  0  0  0  0  1  1  1  1  1  1  2  2  2  2
+    position   0  1  2  3| 4  5  6  7| 8  9 10 11|12 13 14 15
+    piece          0     |     1     |     2     |     3          Megatron's zigzag
+    rank           0     |     1     |     1     |     0
+    window     0  0  0  0  0  0  1  1  1  1  1  1  2  2  2  2
 
     rank 1 holds 4..11 and needs 0..3 from rank 0; rank 0 needs nothing, for a window starts at 12.
 
-Words used: a *run* is a stretch of chunks that a rank holds without a gap (two of one chunk, but
-one of two chunks on the last rank); *positions* count over all rows of a micro-batch, row after
-row; *own tokens* are those that a rank holds, in the order in which it holds them.
+Words used: a *run* is a stretch of pieces that a rank holds without a gap (above, rank 0 has two of
+one piece and rank 1 has one of two); *positions* count over all sequences of a micro-batch, one
+after the other; *own tokens* are those that a rank holds, in the order in which it holds them.
 
-The part of a chunk that another rank needs always reaches to the chunk's end, because the needing
-run starts at a chunk's start and sees everything from some position up to there. So one number per
-(rank, row, chunk), the length of that *tail*, is the whole exchange.
+The part of a piece that another rank needs always reaches to the piece's end, because the needing
+run starts where a piece ends and sees everything from some position up to there. So one number per
+(rank, sequence, piece), the length of that *tail*, is the whole exchange.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_skyladder.errors import UsageError
-
-Span = tuple[int, int]  # tokens [start, stop)
+from megatron_skyladder.ladder.sequence_layout import Layout, Span
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,32 +71,6 @@ class RankPlan:
     joined: KernelCall | None
 
 
-def chunk_length_of(cp_size: int, seq_length: int) -> int:
-    """Return the tokens of a chunk.
-
-    Raises:
-        UsageError: the row does not divide into 2 * cp_size chunks.
-    """
-    if seq_length % (2 * cp_size):
-        raise UsageError(
-            f"--seq-length={seq_length} does not divide into {2 * cp_size} chunks, two for each of "
-            f"{cp_size} context-parallel ranks. Give a multiple of {2 * cp_size}, or another "
-            "--context-parallel-size."
-        )
-    return seq_length // (2 * cp_size)
-
-
-def held_runs(cp_size: int, rank: int) -> list[Span]:
-    """Return the chunks that a rank holds, as spans of chunks without a gap, ascending."""
-    last = 2 * cp_size - 1 - rank
-    return [(rank, last + 1)] if last == rank + 1 else [(rank, rank + 1), (last, last + 1)]
-
-
-def chunk_owner(chunk: int, cp_size: int) -> int:
-    """Return the rank that holds a chunk."""
-    return min(chunk, 2 * cp_size - 1 - chunk)
-
-
 def first_visible(
     cu_seqlens: np.ndarray, positions: np.ndarray, sliding_window: int | None = None
 ) -> np.ndarray:
@@ -112,69 +86,74 @@ def first_visible(
 
 
 def needed_tails(
-    cu_seqlens: np.ndarray, *, cp_size: int, seq_length: int, sliding_window: int | None = None
-) -> np.ndarray:
-    """Return how many tokens at the end of each chunk each rank needs from its owner.
+    cu_seqlens: np.ndarray, layouts: Sequence[Layout], *, sliding_window: int | None = None
+) -> list[np.ndarray]:
+    """Return how many tokens at the end of each piece each rank needs from its owner.
 
     Args:
-        cu_seqlens: int [num_fragments + 1], over all rows; no fragment crosses a row's end.
-        cp_size: ranks of the group.
-        seq_length: tokens in a row, a multiple of 2 * cp_size.
+        cu_seqlens: int [num_fragments + 1], over all sequences; no fragment crosses the end of one.
+        layouts: of each sequence; all are equally long and for equally many ranks.
         sliding_window: see `first_visible`.
 
     Returns:
-        int64 [cp_size, num_rows, 2 * cp_size], in 0..chunk length; 0 for chunks that the rank
-        holds itself. The drawing in the module gives [[[0, 0, 0, 0]], [[4, 0, 0, 0]]].
-
-    Raises:
-        UsageError: the row does not divide into 2 * cp_size chunks.
+        For each sequence int64 [cp_size, num_pieces], in 0..the piece's length; 0 for pieces that
+        the rank holds itself. The drawing in the module gives [[[0, 0, 0, 0], [4, 0, 0, 0]]].
     """
-    chunk_length = chunk_length_of(cp_size, seq_length)
-    row_starts = np.arange(int(cu_seqlens[-1]) // seq_length, dtype=np.int64) * seq_length
-    chunk_ends = np.arange(1, 2 * cp_size + 1, dtype=np.int64) * chunk_length
-    tails = np.zeros((cp_size, len(row_starts), 2 * cp_size), dtype=np.int64)
-    for rank in range(cp_size):
-        for first, _ in held_runs(cp_size, rank):
-            starts = row_starts + first * chunk_length
-            reach = first_visible(cu_seqlens, starts, sliding_window) - row_starts
-            needed = np.clip(chunk_ends[:first] - reach[:, None], 0, chunk_length)
-            tails[rank, :, :first] = np.maximum(tails[rank, :, :first], needed)
-        tails[rank, :, [rank, 2 * cp_size - 1 - rank]] = 0
+    seq_length = layouts[0].seq_length
+    assert int(cu_seqlens[-1]) == len(layouts) * seq_length
+    tails = [np.empty(0, dtype=np.int64)] * len(layouts)
+    for layout in {id(layout): layout for layout in layouts}.values():
+        sequences = [index for index, each in enumerate(layouts) if each is layout]
+        found = _tails_of_one_layout(cu_seqlens, layout, np.array(sequences), sliding_window)
+        for index, sequence in enumerate(sequences):
+            tails[sequence] = found[index]
+    return tails
+
+
+def _tails_of_one_layout(
+    cu_seqlens: np.ndarray, layout: Layout, sequences: np.ndarray, sliding_window: int | None
+) -> np.ndarray:
+    """Return the tails in the sequences of a layout, [num_sequences, cp_size, num_pieces]."""
+    starts, stops, owners = np.array(layout.pieces, dtype=np.int64).T
+    begins = sequences[:, None] * layout.seq_length
+    tails = np.zeros((len(sequences), layout.cp_size, len(starts)), dtype=np.int64)
+    for rank, runs in enumerate(layout.runs):
+        run_starts = np.array([start for start, _ in runs], dtype=np.int64)
+        queries = begins + run_starts
+        reach = first_visible(cu_seqlens, queries.ravel(), sliding_window).reshape(queries.shape)
+        # [num_sequences, runs, pieces]; a run sees pieces before it only
+        needed = np.clip(stops - (reach - begins)[:, :, None], 0, stops - starts)
+        needed *= starts < run_starts[:, None]
+        tails[:, rank] = needed.max(axis=1) * (owners != rank)
     return tails
 
 
 def exchange_plan(
     cu_seqlens: np.ndarray,
+    layouts: Sequence[Layout],
     *,
-    cp_size: int,
     rank: int,
-    seq_length: int,
     sliding_window: int | None = None,
 ) -> RankPlan:
     """Return what one rank sends, receives and attends to.
 
     Args:
-        cu_seqlens: int [num_fragments + 1], over all whole rows, the same on every rank.
-        cp_size: ranks of the group.
+        cu_seqlens: int [num_fragments + 1], over all whole sequences, the same on every rank.
+        layouts: of each sequence, the same on every rank; see `needed_tails`.
         rank: in the group.
-        seq_length: tokens in a whole row.
         sliding_window: see `first_visible`.
-
-    Raises:
-        UsageError: the row does not divide into 2 * cp_size chunks.
     """
-    tails = needed_tails(
-        cu_seqlens, cp_size=cp_size, seq_length=seq_length, sliding_window=sliding_window
-    )
-    holding = _Holding(cp_size, rank, seq_length, tails)
+    tails = needed_tails(cu_seqlens, layouts, sliding_window=sliding_window)
+    holding = _Holding(layouts, rank, tails)
     own, joined = _LaunchBuilder(), _LaunchBuilder()
-    for row in range(tails.shape[1]):
-        for first, last in held_runs(cp_size, rank):
-            start, stop = (row * seq_length + chunk * holding.chunk for chunk in (first, last))
-            _plan_run(own, joined, holding, cu_seqlens, start, stop, sliding_window)
+    for index, layout in enumerate(layouts):
+        begin = index * layout.seq_length
+        for start, stop in layout.runs[rank]:
+            args = cu_seqlens, begin + start, begin + stop, sliding_window
+            _plan_run(own, joined, holding, *args)
     return RankPlan(
-        exchanges=bool(tails.any()),
-        sends=tuple(holding.sends(tails[other]) for other in range(cp_size)),
+        exchanges=any(bool(each.any()) for each in tails),
+        sends=tuple(holding.sends(other) for other in range(layouts[0].cp_size)),
         receives=tuple(holding.received_from),
         own=own.build(),
         joined=joined.build(),
@@ -216,50 +195,60 @@ def _plan_run(
 
 
 class _Holding:
-    """Where a rank finds each position: among its own tokens, or behind them among the received."""
+    """Where a rank finds each position: among its own tokens, or behind them among the received.
 
-    def __init__(self, cp_size: int, rank: int, seq_length: int, tails: np.ndarray) -> None:
-        self.cp_size, self.rank, self.seq_length = cp_size, rank, seq_length
-        self.chunk = seq_length // (2 * cp_size)
-        num_rows = tails.shape[1]
-        self.num_rows = num_rows
-        self._chunk_stops: dict[tuple[int, int], int] = {}  # (row, chunk): own or received index
-        for row in range(num_rows):
-            for place, chunk in enumerate(self._chunks_of(rank)):
-                self._chunk_stops[row, chunk] = (2 * row + place + 1) * self.chunk
-        received = 2 * num_rows * self.chunk
+    Args:
+        layouts: of each sequence.
+        rank: in the group.
+        tails: of `needed_tails`.
+    """
+
+    def __init__(self, layouts: Sequence[Layout], rank: int, tails: list[np.ndarray]) -> None:
+        self.rank = rank
+        self.seq_length = layouts[0].seq_length
+        self._layouts = layouts
+        self._tails = tails
+        self._piece_starts = [[piece.start for piece in layout.pieces] for layout in layouts]
+        self._ends: list[list[int]] = [[0] * len(layout.pieces) for layout in layouts]
         self.received_from = []
-        for other in range(cp_size):
-            before = received
-            for row in range(num_rows) if other != rank else ():
-                for chunk in self._chunks_of(other):
-                    received += int(tails[rank, row, chunk])
-                    self._chunk_stops[row, chunk] = received
-            self.received_from.append(received - before)
-
-    def _chunks_of(self, rank: int) -> tuple[int, int]:
-        return rank, 2 * self.cp_size - 1 - rank
+        offset = 0
+        for index, layout in enumerate(layouts):
+            for number, (start, stop, owner) in enumerate(layout.pieces):
+                if owner == rank:
+                    offset += stop - start
+                    self._ends[index][number] = offset
+        for other in range(layouts[0].cp_size):
+            before = offset
+            for index, layout in enumerate(layouts) if other != rank else ():
+                needed = tails[index][rank].tolist()
+                for number, piece in enumerate(layout.pieces):
+                    if piece.rank == other:
+                        offset += needed[number]
+                        self._ends[index][number] = offset
+            self.received_from.append(offset - before)
 
     def spans(self, start: int, stop: int) -> list[Span]:
         """Return where the positions [start, stop) are; those of other ranks have to be tails."""
         spans = []
         while start < stop:
-            row, within = divmod(start, self.seq_length)
-            chunk = within // self.chunk
-            chunk_stop = row * self.seq_length + (chunk + 1) * self.chunk
-            end = self._chunk_stops[row, chunk]
-            part = min(stop, chunk_stop)
-            spans.append((end - (chunk_stop - start), end - (chunk_stop - part)))
+            index, within = divmod(start, self.seq_length)
+            number = bisect_right(self._piece_starts[index], within) - 1
+            piece_stop = index * self.seq_length + self._layouts[index].pieces[number].stop
+            end = self._ends[index][number]
+            part = min(stop, piece_stop)
+            spans.append((end - (piece_stop - start), end - (piece_stop - part)))
             start = part
         return spans
 
-    def sends(self, tails: np.ndarray) -> tuple[Span, ...]:
-        """Return the own tokens that go to the rank with these tails, [num_rows, 2 * cp_size]."""
+    def sends(self, other: int) -> tuple[Span, ...]:
+        """Return the own tokens that go to another rank."""
         spans = []
-        for row in range(self.num_rows):
-            for chunk in self._chunks_of(self.rank):
-                end = self._chunk_stops[row, chunk]
-                spans.append((end - int(tails[row, chunk]), end))
+        for index, layout in enumerate(self._layouts):
+            needed = self._tails[index][other].tolist()
+            for number, piece in enumerate(layout.pieces):
+                if piece.rank == self.rank:
+                    end = self._ends[index][number]
+                    spans.append((end - needed[number], end))
         return merge_spans(spans)
 
 

@@ -68,5 +68,10 @@ def apply(cfg: Any, **given: Any) -> Ladder:
     # so that every checkpoint's run_config.yaml carries them
     cfg.env_vars.update(Checkpoint(config.fingerprint, 0, options).variables())
     logger.info("%s", config.fingerprint)
+    if cfg.model.context_parallel_size > 1 and config.context_parallel_layout == "balanced":
+        logger.info(
+            "context parallelism keeps Megatron's zigzag, because Bridge's forward step does not "
+            "reorder sequences."
+        )
     step = ForwardStep(bridge)
     return Ladder(config, step, [LadderCallback(config, flags, bridge, step)])

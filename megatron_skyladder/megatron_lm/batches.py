@@ -9,6 +9,7 @@ import torch
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.megatron_lm import compat
 from megatron_skyladder.runtime.document_mask import BATCH_KEYS, Batch, HostTap, training_mask
+from megatron_skyladder.runtime.sequence_order import in_order
 
 
 def get_batch(
@@ -33,7 +34,7 @@ def get_batch(
     batch: Batch = dict.fromkeys(BATCH_KEYS)
     if not has_data and not masks_documents:
         return batch, None
-    tap = HostTap(data_iterator)
+    tap = HostTap(data_iterator, in_order if has_data and training and active else dict)
     if has_data:
         batch = compat.cp_batch(compat.tp_batch(tap if data_iterator is not None else None))
         if active is None:

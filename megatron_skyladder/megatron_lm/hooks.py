@@ -15,11 +15,20 @@ from typing import Any
 
 from megatron_skyladder.attention import recurrent
 from megatron_skyladder.attention.layer_spec import with_skyladder
+from megatron_skyladder.attention.rotary import follow_layout
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import clock, layer_pattern
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.flags import FINGERPRINT
-from megatron_skyladder.megatron_lm import compat, data_check, flag_rules, hybrid, releases, resume
+from megatron_skyladder.megatron_lm import (
+    compat,
+    data_check,
+    flag_rules,
+    hybrid,
+    layout_choice,
+    releases,
+    resume,
+)
 from megatron_skyladder.megatron_lm.adapter import MegatronLM
 from megatron_skyladder.megatron_lm.training_log import counting_windows, logging_metrics
 from megatron_skyladder.runtime import trainer
@@ -174,6 +183,8 @@ def _built_with_skyladder(
         if clock.current().config.init == "reference":
             draw_as_reference(given.arguments["config"], num_blocks(given.arguments))
         original(*given.args, **given.kwargs)
+        ids_begin_anew = getattr(compat.args(), "reset_position_ids", False)
+        follow_layout(self, checks_ids=not ids_begin_anew)
 
     return __init__
 
@@ -186,12 +197,13 @@ def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
 
         active = clock.current()
         warn_where_nothing_is_validated(compat.args())
+        given = signature.bind(*args, **kwargs)
+        train_with = given.arguments
+        layout_choice.choose(compat.args(), train_with["model"], train_with["forward_step_func"])
         if not active.config.probe:
             return original(*args, **kwargs)
         from megatron_skyladder.runtime.probe import probe_mask
 
-        given = signature.bind(*args, **kwargs)
-        train_with = given.arguments
         train_with["train_data_iterator"] = probe_mask(
             train_with["model"],
             active,
@@ -234,8 +246,8 @@ HOOKS = (
         "megatron.core.models.gpt.gpt_model",
         "GPTModel.__init__",
         _gpt_with_skyladder,
-        "to build its layers with SkyLadder's core attention, and to draw weights as "
-        "--skyladder-init says",
+        "to build its layers with SkyLadder's core attention, to draw weights as --skyladder-init "
+        "says, and to let rotary embeddings follow the tokens of a context-parallel rank",
     ),
     Hook(
         hybrid.MODULE,
@@ -248,7 +260,7 @@ HOOKS = (
         "megatron.training.training",
         "train",
         _probe_before_training,
-        "to try the mask on the real model before training",
+        "to try the mask on the real model before training, under the layout chosen for it",
     ),
     Hook(
         "megatron.training.training",

@@ -62,8 +62,28 @@ def dataset_is_built_on_rank() -> bool | None:
     return mpu.get_tensor_model_parallel_rank() == 0
 
 
+def watch_sequences(data_iterator: Any, model: Any) -> Any:
+    """In ``forward_step``, before the batch: keep the next sequences, and order their tokens.
+
+    Both while they are on the host. `layout_choice` looks whether a forward step calls this.
+
+    Args:
+        data_iterator: of this rank, or None.
+        model: this stage's model chunk; in evaluation sequences keep their order.
+    """
+    from megatron_skyladder.ladder import clock
+    from megatron_skyladder.ladder.sequence_layout import Kind
+    from megatron_skyladder.runtime import document_mask, sequence_order
+
+    active = clock.installed()
+    orders = active is not None and active.layout_kind is not Kind.ZIGZAG and model.training
+    if data_iterator is None or not (orders or clock.documents_masked()):
+        return data_iterator
+    return document_mask.HostTap(data_iterator, sequence_order.in_order if orders else dict)
+
+
 def watch(data_iterator: Any) -> Any:
-    """In ``forward_step``, before the batch: keep the next row, while it is on the host."""
+    """Keep the next row, while it is on the host: what patches up to November 2026 call."""
     from megatron_skyladder.ladder import clock
     from megatron_skyladder.runtime import document_mask
 
@@ -76,7 +96,7 @@ def document_mask(data_iterator: Any, attention_mask: Any, model: Any) -> Any:
     """In ``forward_step``, after the batch: return the mask that goes to the model.
 
     Args:
-        data_iterator: what ``watch`` returned.
+        data_iterator: what ``watch_sequences`` returned.
         attention_mask: Megatron's, which stays where SkyLadder masks no documents.
         model: this stage's model chunk; rows are seen whole in evaluation.
     """

@@ -15,6 +15,7 @@ from megatron_skyladder.ladder.exchange_costs import (
     rank_costs,
 )
 from megatron_skyladder.ladder.fragments import fragment_cu_seqlens
+from megatron_skyladder.ladder.sequence_layout import Kind, LayoutRule
 
 
 class PlannedRun(Protocol):
@@ -72,15 +73,28 @@ class ParallelCosts:
         return max(self.work) * len(self.work) / sum(self.work)
 
 
-def parallel_costs(plan: PlannedRun, window: int) -> ParallelCosts:
-    """Return the costs of a window under the plan's layout and masks."""
+def layout_kind(plan: PlannedRun) -> Kind:
+    """Return what decides who holds what in training: documents too where they are masked."""
+    if plan.config.context_parallel_layout == "zigzag":
+        return Kind.ZIGZAG
+    return Kind.SEQUENCE if plan.counts_documents else Kind.WINDOW
+
+
+def parallel_costs(plan: PlannedRun, window: int, kind: Kind | None = None) -> ParallelCosts:
+    """Return the costs of a window under the plan's masks.
+
+    Args:
+        plan: the run.
+        window: tokens.
+        kind: of layout; None: the plan's.
+    """
     cu_seqlens = _offsets(plan, window)
     length, cp_size = plan.config.seq_length, plan.context_parallel_size
     num_rows = int(cu_seqlens[-1]) // length
-    sliding_window = window if plan.config.mask == "sliding" else None
-    costs: RankCosts = rank_costs(
-        cu_seqlens, cp_size=cp_size, seq_length=length, sliding_window=sliding_window
-    )
+    sliding = plan.config.mask == "sliding"
+    rule = LayoutRule(kind or layout_kind(plan), length, cp_size, window, sliding)
+    layouts = rule.layouts(num_rows, cu_seqlens)
+    costs: RankCosts = rank_costs(cu_seqlens, layouts, sliding_window=window if sliding else None)
     tokens = float(costs.received.mean()) / num_rows
     size = None
     if plan.shape is not None:

@@ -11,9 +11,9 @@ from typing import Any
 
 from megatron_skyladder.ladder.batch_sizes import batch_sizes
 from megatron_skyladder.ladder.flags import add_arguments
-from megatron_skyladder.ladder.key_exchange import chunk_length_of
 from megatron_skyladder.ladder.numbers import argument, whole
 from megatron_skyladder.ladder.presets import PAPER_RUNS, PaperRun
+from megatron_skyladder.ladder.sequence_layout import chunk_length_of
 from megatron_skyladder.planning import model_flags, training_data
 from megatron_skyladder.planning.time_model import add_time_flags
 

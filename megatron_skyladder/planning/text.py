@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from megatron_skyladder.ladder.sequence_layout import Kind
 from megatron_skyladder.planning import estimate, verdict
 from megatron_skyladder.planning.estimate import Plan
 from megatron_skyladder.planning.evidence import PAPER_SAVINGS
-from megatron_skyladder.planning.parallel import parallel_costs
+from megatron_skyladder.planning.parallel import layout_kind, parallel_costs
 from megatron_skyladder.terminal import GOOD, HEAD, MARKED, NAME, led, paragraph, remark, table
 
 
@@ -242,10 +243,20 @@ def _documents(plan: Plan) -> str:
     )
 
 
+_SHARED_BY = {
+    Kind.ZIGZAG: "in Megatron's zigzag",
+    Kind.WINDOW: "balanced by the window",
+    Kind.SEQUENCE: "balanced by the window and the documents",
+}
+
+
 def _context_parallel(plan: Plan, steps: list[int]) -> str:
     if plan.context_parallel_size == 1:
         return ""
+    zigzag = layout_kind(plan) is Kind.ZIGZAG
     rows = [["step", "window", "max / mean work", "waits", "MB per layer and row", "of gather"]]
+    if not zigzag:
+        rows[0].insert(3, "in zigzag")
     for step in steps:
         window = plan.window(step)
         costs = parallel_costs(plan, window)
@@ -259,6 +270,8 @@ def _context_parallel(plan: Plan, steps: list[int]) -> str:
                 f"{costs.gather_share:.2%}",
             ]
         )
+        if not zigzag:
+            rows[-1].insert(3, f"{parallel_costs(plan, window, Kind.ZIGZAG).max_over_mean:.3f}")
     legend = (
         "max / mean work: attention work of the busiest rank over the mean; waits: share of the "
         "work that sees keys of another rank, the rest is done while they travel; MB: keys, values "
@@ -266,8 +279,9 @@ def _context_parallel(plan: Plan, steps: list[int]) -> str:
     )
     head = paragraph(
         "CP",
-        f"{plan.context_parallel_size} ranks share a row, in Megatron's zigzag; over the run the "
-        f"busiest has {plan.busiest_over_mean - 1:.1%} more attention work than the mean",
+        f"{plan.context_parallel_size} ranks share a row, {_SHARED_BY[layout_kind(plan)]}; over "
+        f"the run the busiest has {plan.busiest_over_mean - 1:.1%} more attention work than the "
+        "mean",
     )
     return "\n".join([head, table(rows), remark(legend)])
 

@@ -8,7 +8,7 @@ waiting for the device. Where every rank reads (Megatron Bridge), each makes its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
 
@@ -26,10 +26,20 @@ _MESSAGE_OFFSETS = 2047  # 8 KB with their number: windows of 32 in 32K tokens, 
 
 
 class HostTap:
-    """An iterator that keeps the row it handed on, while it is still on the host."""
+    """An iterator that keeps the sequences that it has read, while they are still on the host.
 
-    def __init__(self, iterator: Iterator[dict[str, torch.Tensor]]) -> None:
+    Args:
+        iterator: yields the dataset's batches.
+        arrange: returns what is handed on in a batch's place.
+    """
+
+    def __init__(
+        self,
+        iterator: Iterator[dict[str, torch.Tensor]],
+        arrange: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
+    ) -> None:
         self._iterator = iterator
+        self._arrange = arrange
         self.latest: dict[str, torch.Tensor] | None = None
 
     def __iter__(self) -> HostTap:
@@ -38,7 +48,7 @@ class HostTap:
     def __next__(self) -> dict[str, torch.Tensor]:
         # a shallow copy: Megatron moves the tensors to the device in the dict it gets
         self.latest = next(self._iterator)
-        return dict(self.latest)
+        return dict(self._arrange(self.latest))
 
 
 def training_mask(row_batch: dict[str, torch.Tensor] | None) -> torch.Tensor:
@@ -81,16 +91,23 @@ def document_mask(
     message = None
     if reads or group.rank() == 0:
         assert row_batch is not None
-        offsets, rows_with_end = _fragment_offsets(row_batch, config, window_len)
+        offsets, rows_with_end = fragment_offsets(row_batch, config, window_len)
         message = np.append(np.int32(rows_with_end), offsets)
     alone = reads or group.size() == 1
     received = torch.from_numpy(message) if alone else _broadcast_host(message, group)
     return received[1:], int(received[0])
 
 
-def _fragment_offsets(
+def fragment_offsets(
     row_batch: dict[str, torch.Tensor], config: SkyLadderConfig, window_len: int
 ) -> tuple[np.ndarray, int]:
+    """Return what `document_mask` does, of sequences that this rank has read.
+
+    Args:
+        row_batch: the dataset's batch on the host, in the order of the dataset.
+        config: the checked configuration.
+        window_len: tokens.
+    """
     tokens = row_batch["tokens"].numpy()
     given = row_batch.get("cu_seqlens")
     cut = config.seq_length if config.mask == "sliding" else window_len

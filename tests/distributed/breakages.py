@@ -191,25 +191,25 @@ def documents_of_the_first_sequence() -> None:
     """Cut all sequences of a micro-batch where the first one's documents end."""
     from megatron_skyladder.runtime import document_mask
 
-    offsets = document_mask._fragment_offsets
+    offsets = document_mask.fragment_offsets
 
     def of_the_first(batch: Any, *args: Any) -> Any:
         tokens = batch["tokens"]
         return offsets({**batch, "tokens": tokens[:1].expand(tokens.shape)}, *args)
 
-    document_mask._fragment_offsets = of_the_first
+    document_mask.fragment_offsets = of_the_first
 
 
 def documents_of_another_batch() -> None:
     """Mask each micro-batch with the documents of the sequences before it, shifted by one."""
     from megatron_skyladder.runtime import document_mask
 
-    offsets = document_mask._fragment_offsets
+    offsets = document_mask.fragment_offsets
 
     def of_another(batch: Any, *args: Any) -> Any:
         return offsets({**batch, "tokens": batch["tokens"].roll(1, dims=0)}, *args)
 
-    document_mask._fragment_offsets = of_another
+    document_mask.fragment_offsets = of_another
 
 
 def sequences_run_together() -> None:
@@ -409,3 +409,52 @@ def other_kernel() -> None:
 
     of_delta = hooks.STATES["G"]
     hooks.STATES["G"] = tuple(hook for hook in of_delta if hook.name != "chunk_gated_delta_rule")
+
+
+def rotary_left_to_megatron() -> None:
+    """Cut batches by the layout, and rotary embeddings as Megatron does."""
+    from megatron_skyladder.attention import rotary
+
+    rotary._at = lambda module, seq_length, offset, _: type(module).forward(
+        module, seq_length, offset
+    )
+
+
+def rotary_kept_by_length() -> None:
+    """Choose the positions of rotary embeddings where Megatron does, inside its cache."""
+    from functools import lru_cache
+
+    from megatron_skyladder.attention import rotary
+
+    at = rotary._at
+    latest: dict[str, Any] = {}
+
+    @lru_cache
+    def cached(module: Any, seq_length: int, offset: int) -> Any:
+        return at(module, seq_length, offset, latest["positions"])
+
+    def kept(module: Any, seq_length: int, offset: int, positions: Any) -> Any:
+        latest["positions"] = positions
+        return cached(module, seq_length, offset)
+
+    rotary._at = kept
+
+
+def keys_of_another_layout() -> None:
+    """Exchange keys as if the window were one token shorter when sequences are shared out."""
+    from megatron_skyladder.attention import core_attention
+
+    grid_segments = core_attention.grid_segments
+
+    def of_another(rows: Any) -> Any:
+        layout = replace(rows.layout, window_len=max(1, rows.layout.window_len - 1))
+        return grid_segments(replace(rows, layout=layout))
+
+    core_attention.grid_segments = of_another
+
+
+def batch_left_in_order() -> None:
+    """Leave batches as the dataset has them, under a layout of one's own."""
+    from megatron_skyladder.megatron_lm import batches
+
+    batches.in_order = dict

@@ -25,6 +25,7 @@ from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.exchange_costs import rank_costs
 from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens
 from megatron_skyladder.ladder.schedules import WindowSchedule
+from megatron_skyladder.ladder.sequence_layout import Kind, LayoutRule, zigzag
 
 HEAD_DIM = 4
 
@@ -40,6 +41,7 @@ class Case:
         num_rows: rows.
         heads: of queries, and of keys and values.
         sliding: whether the window slides.
+        kind: what decides which tokens a rank holds.
     """
 
     seq_length: int
@@ -48,6 +50,7 @@ class Case:
     num_rows: int = 1
     heads: tuple[int, int] = (2, 1)
     sliding: bool = False
+    kind: Kind = Kind.ZIGZAG
 
     @property
     def cut(self) -> int:
@@ -63,6 +66,13 @@ class Case:
                 for ends in self.ends or ((),) * self.num_rows
             ]
         )
+
+    def own_part(self, rows: torch.Tensor, group: Any) -> torch.Tensor:
+        """Return a rank's tokens of whole rows, [S, rows, ...]."""
+        rule = LayoutRule(self.kind, self.seq_length, group.size(), self.window_len, self.sliding)
+        layouts = rule.layouts(self.num_rows, None if self.ends is None else self.cu_seqlens())
+        held = [torch.from_numpy(layout.positions(group.rank())) for layout in layouts]
+        return torch.stack([rows[own, row] for row, own in enumerate(held)], dim=1)
 
     def dense(self) -> torch.Tensor:
         """bool [rows, S, S], True where visible."""
@@ -102,7 +112,9 @@ def random_case(generator: np.random.Generator, cp_size: int) -> Case:
         )
     heads = [(4, 4), (4, 2), (2, 1), (3, 1)][generator.integers(4)]
     window_len = int(generator.integers(1, seq_length + 1))
-    return Case(seq_length, window_len, ends, num_rows, heads, bool(generator.random() < 0.4))
+    sliding = bool(generator.random() < 0.4)
+    kind = list(Kind)[generator.integers(3)]
+    return Case(seq_length, window_len, ends, num_rows, heads, sliding, kind)
 
 
 def attend_densely(
@@ -134,7 +146,7 @@ def attention_module(case: Case, group: Any) -> Iterator[SkyLadderAttention]:
         mask="sliding" if case.sliding else "local",
         attention_backend="sdpa",
     )
-    clock.install(config, lambda: 0)
+    clock.install(config, lambda: 0).layout_kind = case.kind
     num_heads, num_groups = case.heads
     transformer = TransformerConfig(
         num_layers=1,
@@ -150,18 +162,12 @@ def attention_module(case: Case, group: Any) -> Iterator[SkyLadderAttention]:
     clock.uninstall()
 
 
-def own_part(rows: torch.Tensor, group: Any) -> torch.Tensor:
-    """A rank's chunks of whole rows [S, ...], as Megatron deals them out."""
-    chunks = rows.chunk(2 * group.size())
-    return torch.cat((chunks[group.rank()], chunks[2 * group.size() - 1 - group.rank()]))
-
-
 def compare(case: Case, group: Any, seed: int) -> None:
     """Compare a rank's outputs and gradients with those of whole rows, to rounding of float64."""
     *qkv, direction = case.tensors(seed, torch.float64)
     expected = with_gradients(lambda *x: attend_densely(*x, case.dense()), qkv, direction)  # type: ignore[call-arg]
     mask = None if case.ends is None else torch.from_numpy(case.cu_seqlens())
-    own = [own_part(x, group) for x in (*qkv, direction)]
+    own = [case.own_part(x, group) for x in (*qkv, direction)]
     with attention_module(case, group) as attention:
 
         def forward(*x: torch.Tensor) -> torch.Tensor:
@@ -179,7 +185,7 @@ def compare(case: Case, group: Any, seed: int) -> None:
     for name, got, whole in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
         torch.testing.assert_close(
             got,
-            own_part(whole, group),
+            case.own_part(whole, group),
             rtol=1e-10,
             atol=1e-12,
             msg=lambda text, name=name: f"{name} of {case}, seed {seed}: {text}",
@@ -257,25 +263,29 @@ def order_of_calls() -> None:
     both = "send own wait joined", "joined backward send own backward wait"
     only_own = "send own wait", "send own backward wait"
     only_joined = "send wait joined", "joined backward send wait"
-    expected = {  # by window, then by rank; chunks are of 8 tokens
-        8: [("", "")] * 4,  # windows end with chunks: no message
-        12: [both, both, only_joined, only_own],  # windows start at 0, 12, 24, 36, 48, 60
-        64: [both, only_joined, only_joined, only_joined],
+    full = [both, only_joined, only_joined, only_joined]
+    expected = {  # by layout and window, then by rank; chunks are of 8 tokens
+        (Kind.ZIGZAG, 8): [("", "")] * 4,  # windows end with chunks: no message
+        (Kind.ZIGZAG, 12): [both, both, only_joined, only_own],  # they start at 0, 12, 24, ...
+        (Kind.ZIGZAG, 64): full,
+        (Kind.WINDOW, 8): [("", "")] * 4,
+        (Kind.WINDOW, 16): [("", "")] * 4,  # each rank has one whole window
+        (Kind.WINDOW, 64): full,
     }
     with gloo():
         group = torch.distributed.group.WORLD
-        for window, of_rank in expected.items():
-            case = Case(64, window, None)
+        for (kind, window), of_rank in expected.items():
+            case = Case(64, window, None, kind=kind)
             forward, backward = of_rank[group.rank()]
             recorder = _Recorder()
-            *qkv, direction = (own_part(x, group) for x in case.tensors(0, torch.float32))
+            *qkv, direction = (case.own_part(x, group) for x in case.tensors(0, torch.float32))
             with attention_module(case, group) as attention:
                 names = [name for name in ("own", "joined") if name in forward.split()]
                 recorder.wrap(attention.backend, names)
                 with _NoLookAtTheDevice():
                     with_gradients(lambda *x, call=attention: call(*x, None), qkv, direction)
             assert " ".join(recorder.calls) == f"{forward} {backward}".strip(), window
-            costs = rank_costs(case.cu_seqlens(), cp_size=4, seq_length=64)
+            costs = rank_costs(case.cu_seqlens(), [zigzag(64, 4)] * case.num_rows)
             counted = [costs.received[group.rank()], costs.sent[group.rank()]]
             assert recorder.received == (counted if forward else []), window
 
@@ -297,16 +307,16 @@ def bfloat16(num_cases: int) -> None:
             with attention_module(case, group) as attention:
                 parts = with_gradients(
                     lambda *x, call=attention: call(*x, None),
-                    [own_part(x, group) for x in qkv],
-                    own_part(direction, group),
+                    [case.own_part(x, group) for x in qkv],
+                    case.own_part(direction, group),
                 )
             alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
             with attention_module(case, alone) as attention:
                 whole = with_gradients(
                     lambda *x, call=attention: call(*x, None), list(qkv), direction
                 )
-            exact = [own_part(x, group) for x in exact]
-            whole = [own_part(x, group) for x in whole]
+            exact = [case.own_part(x, group) for x in exact]
+            whole = [case.own_part(x, group) for x in whole]
             for name, got in (("whole", whole), ("parts", parts)):
                 errors[name].append(
                     [float((a - b).norm()) for a, b in zip(got, exact, strict=True)]

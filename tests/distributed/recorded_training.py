@@ -7,6 +7,7 @@ up. Every event is one JSON line, flushed at once, so that a killed run leaves i
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import runpy
@@ -73,6 +74,7 @@ def train(
     if dense is not None:
         _hand_over_dense_masks(**dense)
     recorder.wrap_forward()
+    _compare_positions_at_every_step()
     pretrain_gpt.main()
 
 
@@ -97,6 +99,12 @@ def _note_probe() -> None:
         return result
 
     probe.probe_mask = probe_mask
+
+
+def _compare_positions_at_every_step() -> None:
+    from megatron_skyladder.attention.rotary import RotaryPositions
+
+    RotaryPositions.compares_always = True
 
 
 class _Killer:
@@ -234,14 +242,15 @@ class _Recorder:
                 training=self.training,
                 micro_batch=self.forwards[chunk, self.training],
                 **_place(),
-                tokens=_signatures(batch["tokens"]),
-                labels=_signatures(batch["labels"]),
+                tokens=_signatures(batch["tokens"], batch["position_ids"], mask, self.training),
+                labels=_signatures(batch["labels"], batch["position_ids"], mask, self.training),
                 reads=None if counted is None else counted.reads,
                 documents_masked=mask is not None,
                 window=_window(training=self.training),
             )
             return batch, mask
 
+        @functools.wraps(forward_step)
         def recorded_forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal chunk
             self.training = model.training
@@ -312,7 +321,12 @@ def _unwrapped(model: Any) -> Any:
     return model
 
 
-def _signatures(rows: torch.Tensor | None) -> list[int] | None:
+def _signatures(
+    rows: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    training: bool,
+) -> list[int] | None:
     """Return a number per row that depends on every token and its position.
 
     Sums over the positions, so that the parts of a row on the context-parallel ranks add up to it.
@@ -321,13 +335,31 @@ def _signatures(rows: torch.Tensor | None) -> list[int] | None:
         return None
     from megatron.training import get_args
 
-    from megatron_skyladder.megatron_lm import compat
-
     length = get_args().seq_length
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(1 << SIGNATURE_BITS, (1, length), generator=generator)
-    weights = compat.cp_batch({"weights": weights})["weights"]
-    return ((rows + 1) * weights).sum(dim=1).tolist()
+    weights = torch.randint(1 << SIGNATURE_BITS, (length,), generator=generator)
+    if position_ids is None:  # a last stage has labels and no positions
+        position_ids = _positions(len(rows), length, mask, training)
+    return ((rows + 1) * weights[position_ids]).sum(dim=1).tolist()
+
+
+def _positions(
+    num_rows: int, length: int, mask: torch.Tensor | None, training: bool
+) -> torch.Tensor:
+    """Return the positions of this context-parallel rank's tokens, by the layout in effect."""
+    from megatron.core import mpu
+
+    from megatron_skyladder.ladder import clock
+    from megatron_skyladder.megatron_lm import compat
+
+    active = clock.installed()
+    if active is None:
+        whole = torch.arange(length).expand(num_rows, -1)
+        return compat.cp_batch({"positions": whole})["positions"]
+    cp_size, rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
+    rule = active.layout_rule(length, cp_size, training=training)
+    layouts = rule.layouts(num_rows, None if mask is None else mask.numpy())
+    return torch.from_numpy(numpy.stack([layout.positions(rank) for layout in layouts]))
 
 
 def _save_gradients(model: list[Any], folder: Path) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pytest
+from histories import LADDER, RESHARDABLE, WINDOWS, History, assert_same_history
 from runs import Run, Trainer
 from test_parity import (  # noqa: F401
     GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
     MASKS,
     RECOMPUTE,
     SAMPLES,
     assert_parity,
+    assert_same_data,
     gradient_errors,
+    loss_errors,
     reference,
 )
 
@@ -90,23 +95,27 @@ CASES = (
 )
 
 
+@pytest.mark.parametrize("held", ["balanced", "zigzag"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_one_process_with_a_dense_mask(
     trainer: Trainer,
     reference,  # noqa: F811
     case: Case,
+    held: str,
 ) -> None:
     num_processes, layout = LAYOUTS[case.layout]
     cp_size = 4 if case.layout == "cp4" else 2
     run = trainer.train(
         f"{SAMPLES} --micro-batch-size {case.micro_batch_size} {layout} "
-        f"--context-parallel-size {cp_size} {RECOMPUTE[case.recompute]} {MASKS[case.mask].flags}",
+        f"--context-parallel-size {cp_size} {RECOMPUTE[case.recompute]} {MASKS[case.mask].flags} "
+        f"--skyladder-context-parallel-layout {held}",
         num_processes=num_processes,
         architecture=case.architecture,
         gradients=True,
     )
     assert tuple(run.windows.values()) == MASKS[case.mask].windows
     assert "mask probe passed" in run.log()
+    assert ("shares out tokens by the" in run.log()) == (held == "balanced")
     assert_parity(run, reference(case.mask, case.architecture))
 
 
@@ -164,3 +173,97 @@ def test_counting_over_all_ranks_stays_megatrons(trainer: Trainer) -> None:
         for cp_size in (1, 2)
     )
     assert_parity(two, one)
+
+
+# --- layouts by the window and by documents -------------------------------------------------------
+
+BALANCED = "--skyladder-context-parallel-layout balanced"
+TWO_RANKS = f"{SAMPLES} --micro-batch-size 1 --context-parallel-size 2 {BALANCED}"
+
+
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [
+        ("rotary_left_to_megatron", "the rotary embedding is that of other positions"),
+        ("keys_of_another_layout", "the attention mask is not applied"),
+        ("batch_left_in_order", "WrongPositionsError: sequence 0 of the micro-batch has position"),
+    ],
+)
+def test_layouts_that_differ_end_the_run(trainer: Trainer, broken: str, complaint: str) -> None:
+    run = trainer.train(
+        f"{TWO_RANKS} {MASKS['ragged'].flags} --skyladder-start-window 24",
+        num_processes=2,
+        load=False,
+        broken=broken,
+        exit_codes=(1, -9),
+    )
+    assert any(complaint in run.log(rank) for rank in (0, 1))
+    assert not run.of("step")
+
+
+@pytest.mark.parametrize(
+    "broken", ["rotary_left_to_megatron", "rotary_kept_by_length", "keys_of_another_layout"]
+)
+def test_parity_sees_layouts_that_differ(
+    trainer: Trainer,
+    reference,  # noqa: F811
+    broken: str,
+) -> None:
+    """Embeddings are relative: where ranks hold whole windows a wrong start alone is not seen."""
+    run = trainer.train(
+        f"{TWO_RANKS} {MASKS['ragged'].flags} --skyladder-no-probe",
+        num_processes=2,
+        gradients=True,
+        broken=broken,
+    )
+    expected = reference("ragged", "llama")
+    assert_same_data(run, expected)
+    assert max(loss_errors(run, expected)) > 1e3 * LOSS_TOLERANCE
+
+
+def test_evaluation_in_between_sees_megatrons_shards(trainer: Trainer) -> None:
+    """Validation by length too; training goes on as without it, and as in one process."""
+    flags = (
+        f"--train-samples 32 --split 80,20,0 --eval-iters 2 --eval-interval 2 --micro-batch-size 2 "
+        f"{MASKS['ragged+documents'].flags} --skyladder-eval-lengths 16,32"
+    )
+    one = trainer.train(flags)
+    two = trainer.train(f"{flags} --context-parallel-size 2 {BALANCED}", num_processes=2)
+    for name in ("tokens", "labels", "windows"):
+        assert getattr(two, name) == getattr(one, name), name
+    assert two.losses == pytest.approx(one.losses, rel=1e-6)
+    pattern = r"(?:lm loss value|skyladder/loss_\w+ value): ([0-9.E+-]+)"
+    reported = [
+        [float(value) for value in re.findall(pattern, run.log(rank))]
+        for run, rank in ((one, 0), (two, 1))
+    ]
+    assert len(reported[0]) >= 6
+    assert reported[1] == pytest.approx(reported[0], rel=1e-5)
+
+
+def test_killed_and_resumed_in_mid_ramp(trainer: Trainer, uninterrupted) -> None:
+    flags = (
+        f"{LADDER} --micro-batch-size 1 --context-parallel-size 2 {BALANCED} "
+        "--skyladder-intra-document"
+    )
+    history = History(trainer, flags, 2)
+    history.go_on(kill={"samples": 40, "when": "forward", "micro_batch": 1}, exit_codes=(0, -9))
+    assert -9 in history.attempts[0].exit_codes
+    history.go_on(RESHARDABLE)
+    whole = uninterrupted(flags, 2)
+    assert whole.merged("windows") == WINDOWS
+    assert_same_history(history, whole)
+
+
+def test_resumed_across_layouts(trainer: Trainer, uninterrupted) -> None:
+    """From zigzag on 2 ranks to balanced on 4: the same fingerprint, losses to rounding."""
+    flags = f"{LADDER} --micro-batch-size 2 --skyladder-intra-document"
+    whole = uninterrupted(flags)
+    history = History(trainer, flags)
+    zigzag = "--context-parallel-size 2 --skyladder-context-parallel-layout zigzag"
+    history.go_on(f"{zigzag} --exit-interval 3", num_processes=2)
+    history.go_on(f"--context-parallel-size 4 {BALANCED}", num_processes=4)
+    assert set(history.attempts[1].losses) == set(range(24, 64))
+    for name in ("tokens", "labels", "windows", "learning_rate"):
+        assert history.merged(name) == whole.merged(name), name
+    assert history.merged("losses") == pytest.approx(whole.merged("losses"), rel=1e-6)

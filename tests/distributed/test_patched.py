@@ -98,6 +98,27 @@ def test_every_logged_figure_is_that_of_the_entry_point(
     assert _report(theirs, tmp_path, capsys) == _report(ours, tmp_path, capsys)
 
 
+@pytest.mark.parametrize("mask", ["window", "documents"])
+def test_context_parallel_ranks_hold_the_same_tokens(
+    trainer: Trainer, patched: tuple[ProcessPool, Path], mask: str
+) -> None:
+    """Balanced layouts, by the window and by documents; validation in between."""
+    pool, folder = patched
+    flags = (
+        f"{RUN} {MASKS[mask]} --context-parallel-size 2 --pipeline-model-parallel-size 2 "
+        "--micro-batch-size 1 --skyladder-context-parallel-layout balanced"
+    )
+    options: dict[str, Any] = {"num_processes": 4, "load": False, "stop_time": True}
+    ours = trainer.train(flags, **options)
+    theirs = trainer.on(pool).train(flags, script=str(folder / "pretrain_gpt.py"), **options)
+    assert "shares out tokens by the window" in theirs.log()
+    logs = [parse(run.log(3)) for run in (ours, theirs)]
+    for kind in ("iterations", "validations"):
+        wanted, found = ([asdict(each) for each in getattr(log, kind)] for log in logs)
+        assert _without_time(found) == _without_time(wanted)
+        assert wanted
+
+
 def test_documents_that_cannot_be_found_are_pointed_out(
     trainer: Trainer, patched: tuple[ProcessPool, Path]
 ) -> None:

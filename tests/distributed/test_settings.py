@@ -43,6 +43,7 @@ FIELD_OF_FLAG = {
     "--skyladder-attention-backend sdpa": "attention_backend",
     "--skyladder-eval-lengths 512": "eval_lengths",
     "--skyladder-init reference": "init",
+    "--skyladder-context-parallel-layout zigzag": "context_parallel_layout",
     "--skyladder-attention-stats-interval 10": "attention_stats_interval",
     "--skyladder-no-probe": "probe",
     "--skyladder-allow-unfinished": "allow_unfinished",
@@ -177,6 +178,13 @@ EFFECTS = {
     "allow_unfinished": Effect(
         UNFINISHED, says(r"takes \d steps, but the run has 2"), True, False, exit_codes=(1, 0)
     ),
+    "context_parallel_layout": Effect(
+        "--skyladder-context-parallel-layout zigzag",
+        says("shares out tokens by the window"),
+        True,
+        False,
+        "--context-parallel-size 2",
+    ),
     # sqrt(2 / (5 * 32)) after a step that is too small to be seen
     "init": Effect(
         "--skyladder-init reference",
@@ -198,7 +206,8 @@ def train(trainer: Trainer) -> Callable[..., Run]:
     @cache
     def run(flags: str, exit_code: int = 0) -> Run:
         if "--save-interval" not in flags:
-            return trainer.train(f"{RUN} {flags}", exit_codes=(exit_code,))
+            ranks = 2 if "--context-parallel-size 2" in flags else 1
+            return trainer.train(f"{RUN} {flags}", num_processes=ranks, exit_codes=(exit_code,))
         folder = trainer.new_folder("saved")  # it begins with new weights, and saves them
         run = trainer.train(f"{RUN} {flags} --save {folder}", load=False)
         run.saved = folder  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """The benchmarks run to their end at a small size; what they measure is not judged here."""
 
+import json
 import os
 import subprocess
 import sys
@@ -36,4 +37,27 @@ def test_overhead():
 def test_key_exchange(mask):
     flags = ["--seq-length", "4096", "--document-length", "300", "--skyladder-mask", mask]
     out = run("context_parallel.py", *flags, "--windows", "32,1000,4096")
-    assert "all-gather" in out and len(out.splitlines()) == 5
+    assert "all-gather" in out and len(out.splitlines()) == 7
+
+
+@requires_megatron
+def test_ranks():
+    out = run("context_parallel_ranks.py", "--ranks=2", "--seq-length=256", "--windows=100")
+    assert [line.split()[:2] for line in out.splitlines()[-2:]] == [
+        ["100", "zigzag"],
+        ["100", "balanced"],
+    ]
+
+
+def test_key_exchange_as_json():
+    """32K on 4 ranks, over a ramp: the figures that the documentation names."""
+    found = json.loads(run("context_parallel.py", "--windows", "ramp", "--rows", "1", "--json"))
+    assert len(found["rows"]) == 40
+    balance = {way: each["busiest_over_mean"] for way, each in found["means"].items()}
+    assert balance["zigzag"] == pytest.approx(1.373, abs=1e-3)
+    assert balance["balanced"] == pytest.approx(1.007, abs=1e-3)
+    assert found["means"]["balanced"]["worst_busiest_over_mean"] <= 1.05
+    gather = found["rows"][0]["all_gather_bytes"]
+    shares = [found["means"][way]["bytes"] / gather for way in ("zigzag", "balanced")]
+    assert shares == pytest.approx([0.39, 0.48], abs=0.01)
+    assert found["rows"][0].keys() >= {"seq_length", "cp_size", "window", "ring_bytes"}

@@ -235,4 +235,6 @@ def test_without_flags_the_inserted_calls_leave_all_as_it_is(monkeypatch):
     iterator, mask = iter([]), object()
     assert patch_calls.watch(iterator) is iterator and patch_calls.watch(None) is None
     model = SimpleNamespace(training=True)
+    assert patch_calls.watch_sequences(iterator, model) is iterator
+    assert patch_calls.watch_sequences(None, model) is None
     assert patch_calls.document_mask(iterator, mask, model) is mask

@@ -41,7 +41,7 @@ def sequences(*ends: tuple[int, ...]) -> dict[str, torch.Tensor]:  # type: ignor
 
 
 def offsets(batch: dict[str, torch.Tensor], mask: str, window: int) -> list[int]:  # type: ignore[name-defined]
-    return document_mask._fragment_offsets(batch, config(mask), window)[0].tolist()
+    return document_mask.fragment_offsets(batch, config(mask), window)[0].tolist()
 
 
 def test_offsets_of_each_sequence_lie_one_after_the_other() -> None:
@@ -56,9 +56,9 @@ def test_a_document_goes_on_where_no_token_ends_it() -> None:
 
 def test_sequences_with_a_documents_end_are_counted() -> None:
     batch = sequences((), (3,), (12,), (1, 12))
-    assert document_mask._fragment_offsets(batch, config(), LENGTH)[1] == 3
+    assert document_mask.fragment_offsets(batch, config(), LENGTH)[1] == 3
     given = {**batch, "cu_seqlens": torch.tensor([[0, 12]] * 4)}  # there is no token to look for
-    assert document_mask._fragment_offsets(given, config(), LENGTH)[1] == 4
+    assert document_mask.fragment_offsets(given, config(), LENGTH)[1] == 4
 
 
 def test_the_sliding_mask_is_cut_at_documents_alone() -> None:

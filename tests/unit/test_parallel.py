@@ -25,8 +25,13 @@ def call(capsys: pytest.CaptureFixture[str], flags: str) -> str:
     return capsys.readouterr().out
 
 
-def plan_json(capsys: pytest.CaptureFixture[str], flags: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(call(capsys, f"--json {flags}"))
+ZIGZAG = "--skyladder-context-parallel-layout zigzag"
+
+
+def plan_json(
+    capsys: pytest.CaptureFixture[str], flags: str, layout: str = ZIGZAG
+) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(call(capsys, f"--json {flags} {layout}"))
     return result
 
 
@@ -41,6 +46,8 @@ def test_balance_and_traffic_by_hand(capsys: pytest.CaptureFixture[str]) -> None
         "waiting_share": 0.0,
         "received_bytes_per_layer_and_row": 0.0,
         "share_of_all_gather": 0.0,
+        "zigzag_work_max_over_mean": 1.0,
+        "zigzag_share_of_all_gather": 0.0,
     }
     # windows of 24 (0..23, 24..47, 48..63): rank 0 has 136 + 136 pairs; rank 1 the other 300 - 136
     # of the first window and all 300 of the second. It needs 0..15: 16 of the 2 * 32 tokens that an
@@ -87,7 +94,8 @@ def test_the_sliding_window_fetches_less_than_a_window(capsys: pytest.CaptureFix
 
 
 def test_the_text_has_a_table_and_explains_rounding(capsys: pytest.CaptureFixture[str]) -> None:
-    text = call(capsys, "-v --context-parallel-size 2 --at 16 --skyladder-round-to auto")
+    flags = "-v --context-parallel-size 2 --at 16 --skyladder-round-to auto"
+    text = call(capsys, f"{flags} {ZIGZAG}")
     assert "2 ranks share a row, in Megatron's zigzag" in text
     assert "max / mean work" in text
     assert " 16      16            1.000   0.0%" in text  # 24 rounded down to 16
@@ -95,6 +103,27 @@ def test_the_text_has_a_table_and_explains_rounding(capsys: pytest.CaptureFixtur
     assert "--skyladder-round-to auto is 16, the largest number that divides" in words
     alone = call(capsys, "-v --at 16")
     assert "max / mean work" not in alone and "zigzag" not in alone
+
+
+def test_balanced_is_the_default_and_shown_beside_zigzag(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Windows of 24 on 2 ranks of 32 tokens: 24 + 24 + 16 tokens, 300 + 300 + 136 pairs."""
+    plan = plan_json(capsys, "--context-parallel-size 2 --at 16,99", layout="")
+    plan = plan["context_parallel"]
+    assert plan["layout"] == "window"
+    stage = plan["stages"]["16"]
+    assert stage["work_of_ranks"] == [368, 368]
+    assert stage["zigzag_work_max_over_mean"] == pytest.approx(464 / 368)
+    assert stage["zigzag_share_of_all_gather"] == 16 / 64
+    # the last window's shells: 48..51 and 60..63 for rank 0, which needs 52..59 of rank 1, which
+    # needs 48..51
+    assert stage["share_of_all_gather"] == (8 + 4) / 64
+    assert plan["stages"]["99"]["work_of_ranks"] == [1040, 1040]  # the whole row is zigzag's
+    assert plan["work_max_over_mean"] <= 1.01
+    text = call(capsys, "-v --context-parallel-size 2 --at 16")
+    assert "2 ranks share a row, balanced by the window; over the run" in text
+    assert " 16      24            1.000      1.261" in text
 
 
 def test_rows_that_do_not_divide_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,7 +153,7 @@ def test_lines_stand_at_their_places_with_the_anchors_indentation(tree, capsys):
     wanted = """\
         vp_stage = 0
         from megatron_skyladder import inserted as skyladder  # skyladder patch
-        data_iterator = skyladder.watch(data_iterator)  # skyladder patch
+        data_iterator = skyladder.watch_sequences(data_iterator, model)  # skyladder patch
         (
             tokens,
             attention_mask,

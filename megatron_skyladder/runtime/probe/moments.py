@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from megatron_skyladder.ladder.clock import Clock
+from megatron_skyladder.ladder.sequence_layout import Kind, Layout
+from megatron_skyladder.runtime import document_mask
 from megatron_skyladder.runtime.probe import sequences, statement
 from megatron_skyladder.runtime.probe.sequences import HostBatch
 from megatron_skyladder.runtime.probe.sight import Sight, held_positions, run_starts, sight
@@ -65,12 +67,14 @@ def moments(clock: Clock, trainer: Trainer, batch: HostBatch | None) -> Moments:
 
     def training(name: str, samples: int, number: int) -> Moment:
         window_len = statement.window(config, samples)
-        with trainer.at_samples(samples):
-            held = held_positions(trainer)
         asked = batch
-        if config.intra_document and batch is not None:
-            places = sequences.marks(trainer.seq_length, window_len, run_starts(held))
-            asked = sequences.planted(batch, trainer.end_of_document, places, number)
+        with trainer.at_samples(samples):
+            held = held_positions(trainer, _layouts(clock, trainer, batch))
+            if config.intra_document:
+                if batch is not None:
+                    places = sequences.marks(trainer.seq_length, window_len, run_starts(held[0]))
+                    asked = sequences.planted(batch, trainer.end_of_document, places, number)
+                held = held_positions(trainer, _layouts(clock, trainer, asked))
         seen = sight(trainer, config, held, window_len, asked, documents=config.intra_document)
         state = {"fragments": seen}.get(config.recurrent_state)
         if config.recurrent_state == "documents":
@@ -87,6 +91,19 @@ def moments(clock: Clock, trainer: Trainer, batch: HostBatch | None) -> Moments:
             "evaluation, which sees whole sequences", now, length, False, whole, batch, whole
         ),
     )
+
+
+def _layouts(clock: Clock, trainer: Trainer, batch: HostBatch | None) -> tuple[Layout, ...]:
+    """Return the layouts of a training micro-batch right now; all ranks have to call this."""
+    group = trainer.groups.cp
+    if group is None or group.size() == 1:
+        return ()
+    rule = clock.layout_rule(trainer.seq_length, group.size(), training=True)
+    cu_seqlens = None
+    if rule.kind is Kind.SEQUENCE:
+        mask, _ = document_mask.document_mask(batch, clock.config, rule.window_len)
+        cu_seqlens = mask.numpy()
+    return rule.layouts(trainer.micro_batch_size, cu_seqlens)
 
 
 def clock_faults(clock: Clock, trainer: Trainer, times: Moments) -> list[str]:

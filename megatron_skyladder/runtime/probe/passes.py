@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_skyladder.attention import recurrent
 from megatron_skyladder.attention.core_attention import SkyLadderAttention
+from megatron_skyladder.attention.rotary import is_rotary, whole_embedding
 from megatron_skyladder.ladder.clock import Clock
 from megatron_skyladder.runtime import document_mask
 from megatron_skyladder.runtime.probe import gradients, questions, states, words
@@ -157,28 +158,51 @@ class Passes:
         self._now = moment
         attentions = self._attentions[index]
         chunk.training = moment.training  # of the outermost module alone: the step asks for it
-        for layer in (*attentions.values(), *self._states[index].values()):
-            layer.train(moment.training)
+        asked = (*attentions.values(), *self._states[index].values(), *self._rotaries(chunk))
+        for module in asked:
+            module.train(moment.training)
         batch = Replay(moment.batch) if moment.batch is not None and self._reads[index] else None
-        handle = chunk.register_forward_pre_hook(self._check_tokens, with_kwargs=True)
+        handles = [chunk.register_forward_pre_hook(self._check_tokens, with_kwargs=True)]
+        for rotary in self._rotaries(chunk):  # after those that change what it returns
+            handles.append(rotary.register_forward_hook(self._check_rotary))
         with self._trainer.at_samples(moment.samples):
             output, _ = self._forward_step(batch, chunk)
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         chunk.training = False
         return output, lambda *_, **__: None
 
     def _check_tokens(self, chunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See that the model trains on the sequences whose documents are masked."""
-        batch, own = self._now.batch, self._now.sight.own[:, 0]
+        batch = self._now.batch
         tokens = args[0] if args else kwargs.get("input_ids")
         sequences = None if batch is None else batch.get("tokens")
         if sequences is None or not isinstance(tokens, torch.Tensor):
             return
-        expected = sequences.to(tokens.device)[:, own]
+        own = self._now.sight.own_in_sequence
+        expected = sequences.to(tokens.device).gather(1, own.to(tokens.device))
         if not torch.equal(tokens, expected):
             self.findings.faults.append(
                 f"in {self._now.name} the model gets other tokens than those of the sequences that "
                 "were read, or not those at the positions that this context-parallel rank holds"
+            )
+
+    def _rotaries(self, chunk: Any) -> list[Any]:
+        """Return the rotary embeddings of a chunk."""
+        found = (getattr(module, "rotary_pos_emb", None) for module in chunk.modules())
+        return [each for each in found if is_rotary(each)]
+
+    def _check_rotary(self, rotary: Any, args: tuple[Any, ...], output: Any) -> None:
+        """See that the rotary embedding is that of the positions that this rank holds."""
+        whole, *_ = whole_embedding(rotary, args[0])
+        found = output[0] if isinstance(output, tuple) else output
+        expected = whole[:, 0, 0][self._now.sight.own_in_sequence].transpose(0, 1)
+        if found.shape[0] != len(expected) or not torch.equal(
+            found[:, :, 0].expand_as(expected), expected
+        ):
+            self.findings.faults.append(
+                f"in {self._now.name} the rotary embedding is that of other positions than those "
+                "that this context-parallel rank holds"
             )
 
     def _answer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 
 from megatron_skyladder.ladder.config import SkyLadderConfig
+from megatron_skyladder.ladder.sequence_layout import Layout
+from megatron_skyladder.runtime import sequence_order
 from megatron_skyladder.runtime.probe import statement
 from megatron_skyladder.runtime.probe.sequences import HostBatch
 from megatron_skyladder.runtime.trainer import Trainer
@@ -39,6 +42,11 @@ class Sight:
         """N."""
         return self.first.numel()
 
+    @property
+    def own_in_sequence(self) -> torch.Tensor:
+        """[b, s]: the same positions, counted within each sequence."""
+        return self.own.T % self.seq_length
+
     @cached_property
     def is_last_seer(self) -> torch.Tensor:
         """bool [N]: the next query sees fewer of the keys, so this one is the last to see some."""
@@ -54,24 +62,30 @@ class Sight:
         return places
 
 
-def held_positions(trainer: Trainer) -> torch.Tensor:
-    """Return the positions of a sequence that each context-parallel rank holds, [cp, s].
+def held_positions(trainer: Trainer, layouts: Sequence[Layout] = ()) -> torch.Tensor:
+    """Return the positions of each sequence that each context-parallel rank holds, [n, cp, s].
 
-    They are those at which the trainer cuts a batch; all ranks of the group have to call this.
+    They are those at which the trainer cuts a batch that was put into the layouts' order; all ranks
+    of the group have to call this.
+
+    Args:
+        trainer: whoever trains.
+        layouts: of each sequence; empty: one sequence in the order of the dataset.
 
     Raises:
         ValueError: the ranks do not hold each position once.
     """
-    whole = torch.arange(trainer.seq_length, device="cuda")
-    own = trainer.cut_for_context_parallel({"positions": whole[None]})["positions"][0].contiguous()
+    whole = torch.arange(trainer.seq_length).expand(max(1, len(layouts)), -1)
+    ordered = sequence_order.reordered({"positions": whole}, layouts)["positions"].to("cuda")
+    own = trainer.cut_for_context_parallel({"positions": ordered})["positions"].contiguous()
     group = trainer.groups.cp
     size = 1 if group is None else group.size()
     if size == 1:
-        return own[None]
+        return own[:, None]
     parts = [torch.empty_like(own) for _ in range(size)]
     torch.distributed.all_gather(parts, own, group=group)
-    held = torch.stack(parts)
-    if not torch.equal(held.flatten().sort().values, whole):
+    held = torch.stack(parts, dim=1)
+    if not torch.equal(held.flatten(1).sort(dim=1).values, whole.to(held.device)):
         raise ValueError(
             f"the {size} context-parallel ranks do not hold each of the {trainer.seq_length} "
             "positions of a sequence once: the batch is cut otherwise than Megatron cuts it."
@@ -83,7 +97,7 @@ def run_starts(held: torch.Tensor) -> np.ndarray:
     """Return where each position's run begins (see `Sight`), int64 [seq_length], on the host.
 
     Args:
-        held: [cp, s], see `held_positions`.
+        held: [cp, s], of one sequence; see `held_positions`.
     """
     positions = held.cpu().numpy()
     owner = np.empty(positions.size, dtype=np.int64)
@@ -107,7 +121,7 @@ def sight(
     Args:
         trainer: whoever trains.
         config: the checked configuration.
-        held: [cp, s], see `held_positions`.
+        held: [n, cp, s], of each sequence or of one like all; see `held_positions`.
         window_len: tokens.
         batch: the sequences; needed on tensor-parallel rank 0, where documents are masked.
         documents: whether documents are masked.
@@ -119,10 +133,10 @@ def sight(
     )
     shift = torch.arange(count, device=held.device) * length
     rank = 0 if trainer.groups.cp is None else trainer.groups.cp.rank()
-    begins = torch.from_numpy(run_starts(held)).to(held.device)
+    begins = torch.from_numpy(np.stack([run_starts(each) for each in held])).to(held.device)
     return Sight(
         first=torch.from_numpy(first).to(held.device),
-        own=held[rank][:, None] + shift,
+        own=held[:, rank].T + shift,
         run_starts=(shift[:, None] + begins).flatten(),
         seq_length=length,
     )
