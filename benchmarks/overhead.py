@@ -5,8 +5,8 @@
 1. Step time at the full window against stock Megatron with the same kernel (SDPA in the place of
    its local attention), and peak memory.
 2. Step time and attention time against the window, beside what the FLOPs model says.
-3. Rows per second through the data loader: Megatron's dataset, with our document mask made of each
-   row in the trainer's process, and Megatron's own inter-document masking.
+3. Sequences per second through the data loader: Megatron's dataset, with our document mask made
+   of each sequence in the trainer's process, and Megatron's own inter-document masking.
 4. Start-up: hooks and probe.
 
 Ratios count, not seconds: run it on a quiet machine. What is compared with stock runs in pairs, now
@@ -227,7 +227,7 @@ def bench_data(seq_length: int, num_rows: int, repeats: int) -> None:
         for _ in range(repeats):
             for name, (dataset, use) in readers.items():
                 rates[name].append(_rows_per_second(dataset, num_rows, use))
-    print(f"\n3. Data path: rows per second from {NUM_WORKERS} workers (goal: ours at least 0.95x)")
+    print(f"\n3. Data path: sequences per second from {NUM_WORKERS} workers (goal: at least 0.95x)")
     base = statistics.median(rates["Megatron's GPTDataset"])
     for name, values in rates.items():
         rate = statistics.median(values)
@@ -235,7 +235,7 @@ def bench_data(seq_length: int, num_rows: int, repeats: int) -> None:
 
 
 def _rows_per_second(dataset: Any, num_rows: int, use: Callable[[dict[str, Any]], None]) -> float:
-    """Read rows as Megatron's trainer does, and do something with each."""
+    """Read sequences as Megatron's trainer does, and do something with each."""
     from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
     from torch.utils.data import DataLoader
 

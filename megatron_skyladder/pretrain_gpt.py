@@ -105,7 +105,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     """Build the training, validation and test sets; Megatron's datasets provider.
 
     Megatron's classes and order; only which ranks read them depends on us: with documents masked
-    every pipeline stage needs the rows.
+    every pipeline stage needs the sequences.
     """
     from megatron.core import mpu
     from megatron.core.datasets.blended_megatron_dataset_builder import (

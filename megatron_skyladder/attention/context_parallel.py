@@ -38,7 +38,7 @@ def attend(
 
     Args:
         backend: see `backends`.
-        query: [T, H, D]; key, value: [T, G, D]: this rank's tokens, row after row.
+        query: [T, H, D]; key, value: [T, G, D]: this rank's tokens, sequence after sequence.
         segments: made from a plan of this rank with ``exchanges`` set.
         group: the context-parallel group.
 

@@ -41,8 +41,8 @@ def forget_masks() -> None:
 class SkyLadderAttention(MegatronModule):
     """Causal attention within the current window, and within documents where a mask says so.
 
-    Shapes: s tokens of a row on this context-parallel rank, b rows of the micro-batch, h query
-    heads and g key/value heads of this tensor-parallel rank, d head size.
+    Shapes: s tokens of a sequence on this context-parallel rank, b sequences of the micro-batch, h
+    query heads and g key/value heads of this tensor-parallel rank, d head size.
 
     The arguments are those with which Megatron builds any core attention.
 
@@ -100,8 +100,8 @@ class SkyLadderAttention(MegatronModule):
 
         Args:
             query: [s, b, h, d]; key, value: [s, b, g, d].
-            attention_mask: None where only the window cuts the rows; else int32 [N + 1] on the
-                host: cu_seqlens of the fragments over all rows, row after row; of the whole rows
+            attention_mask: None where only the window cuts the sequences; else int32 [N + 1] on the
+                host: cu_seqlens of the fragments over all whole sequences, one after the other,
                 on every context-parallel rank.
 
         Returns:
@@ -119,7 +119,7 @@ class SkyLadderAttention(MegatronModule):
         if key.shape[0] != query.shape[0]:
             raise ValueError(
                 f"SkyLadder attention got {query.shape[0]} queries for {key.shape[0]} keys. It "
-                "trains and evaluates whole rows; for generation build the model without it."
+                "trains and evaluates whole sequences; for generation build the model without it."
             )
         segments = self._segments(query, attention_mask)
         backend, record = self.backend, None

@@ -1,7 +1,7 @@
 """The ``sdpa`` backend: windows and fragments through PyTorch's scaled-dot-product attention.
 
 Shapes: T tokens (Tq of queries, Tk of keys), H query heads, G key/value heads (H a multiple of G),
-D head size, S row length, B rows, W window.
+D head size, S sequence length, B sequences, W window.
 
 No S x S mask is ever made: equal windows become the batch of one causal call; fragments are padded
 to a few lengths and each length is one causal call (a padded key lies after every real query, so
@@ -32,11 +32,11 @@ _MIN_BLOCK, _MAX_BLOCK = 128, 512  # queries that share one mask in a band
 def attend_grid(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window_len: int, scale: float
 ) -> torch.Tensor:
-    """Attend within equal windows of each row.
+    """Attend within equal windows of each sequence.
 
     Args:
         query: [S, B, H, D]; key, value: [S, B, G, D].
-        window_len: tokens; the last window of a row may be shorter.
+        window_len: tokens; the last window of a sequence may be shorter.
         scale: factor on the logits.
 
     Returns:
@@ -48,8 +48,8 @@ def attend_grid(
     for start, stop, width in ((0, whole, window_len), (whole, seq_length, seq_length - whole)):
         if start == stop:
             continue
-        # rows join the heads, not the windows: [S, B, H, D] -> [S/W, B*H, W, D] is always a view,
-        # and query head b*H + i still meets key head b*G + i*G//H
+        # sequences join the heads, not the windows: [S, B, H, D] -> [S/W, B*H, W, D] is always a
+        # view, and query head b*H + i still meets key head b*G + i*G//H
         q, k, v = (
             tensor[start:stop]
             .reshape((stop - start) // width, width, -1, tensor.shape[-1])

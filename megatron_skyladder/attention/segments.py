@@ -1,6 +1,6 @@
 """What one attention call needs to know, made once per mask from offsets on the host.
 
-Shapes: T tokens of all rows of a micro-batch, row after row; N segments.
+Shapes: T tokens of all sequences of a micro-batch, sequence after sequence; N segments.
 
 The mask travels through Megatron as a host tensor of cu_seqlens in the place of
 ``attention_mask`` (None: the window grid alone). From it every layer needs the same device tensors
@@ -34,7 +34,7 @@ class Segments:
         cu_seqlens_k: int32 host array [N + 1], offsets into the key tokens; each segment has at
             least as many keys as queries, and the last query sees the last key (bottom right).
         sliding_window: tokens a query sees at most, itself included; None: all of its segment.
-        grid: the window length where the grid alone cuts every row (no documents, no sliding,
+        grid: the window length where the grid alone cuts every sequence (no documents, no sliding,
             queries and keys the same tokens): windows can be batched without gathering.
         device: where the tensors go.
     """
@@ -129,11 +129,11 @@ class ParallelSegments:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a micro-batch: all that their segments depend on, but for the documents.
+    """The sequences of a micro-batch: all that their segments depend on, but for the documents.
 
     Args:
-        seq_length: tokens in a whole row, of which a rank holds ``seq_length / cp_size``.
-        num_rows: rows in the micro-batch.
+        seq_length: tokens in a whole sequence, of which a rank holds ``seq_length / cp_size``.
+        num_rows: sequences in the micro-batch.
         window_len: tokens, 1 <= window_len <= seq_length.
         sliding: whether the window moves along with the query.
         device: where attention runs.
@@ -158,7 +158,7 @@ class Rows:
 
     @property
     def cut(self) -> int:
-        """The distance of the grid that cuts the rows; with the sliding mask they are not cut."""
+        """The distance of the grid that cuts sequences; with the sliding mask they are not cut."""
         return self.seq_length if self.sliding else self.window_len
 
 
@@ -178,8 +178,8 @@ class MaskCache:
         """Return the segments of a mask, made on first use.
 
         Args:
-            mask: int32 [N + 1] on the host, cu_seqlens over all whole rows of the micro-batch.
-            rows: the rows that it cuts.
+            mask: int32 [N + 1] on the host, cu_seqlens over all whole sequences of the micro-batch.
+            rows: the sequences that it cuts.
         """
         key = (mask.data_ptr(), mask.numel(), mask._version, rows)
         entry = self._entries.get(key)
@@ -204,7 +204,7 @@ def split_mask(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @lru_cache(maxsize=8)
 def grid_segments(rows: Rows) -> Segments | ParallelSegments:
-    """Return the segments of rows that only the window cuts.
+    """Return the segments of sequences that only the window cuts.
 
     With the sliding mask a row is one segment and the window moves along with the query.
     """
@@ -217,7 +217,7 @@ def grid_segments(rows: Rows) -> Segments | ParallelSegments:
 def _make_segments(
     cu_seqlens: np.ndarray, rows: Rows, *, documents: bool
 ) -> Segments | ParallelSegments:
-    """Return this rank's segments of whole rows."""
+    """Return this rank's segments of whole sequences."""
     grid = rows.cut if not documents and rows.sliding_window is None else None
     if rows.cp_size == 1:
         return Segments(cu_seqlens, cu_seqlens, rows.sliding_window, grid, rows.device)
@@ -252,7 +252,7 @@ def _pad_count(cu_seqlens: np.ndarray) -> np.ndarray:
     """Repeat the last offset until the number of segments is a power of two.
 
     Kernels plan, and Transformer Engine caches, by the number of segments: one that changed with
-    every row would cost a plan per micro-batch.
+    every sequence would cost a plan per micro-batch.
     """
     padded = padded_count(len(cu_seqlens) - 1)
     return np.pad(cu_seqlens, (0, padded + 1 - len(cu_seqlens)), mode="edge")

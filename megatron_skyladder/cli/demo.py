@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{training.name}: finished earlier, in {training.folder}")
             continue
         print(
-            f"\n{training.name}: {training.train_iters} steps on {NUM_RANKS} ranks, rows of "
+            f"\n{training.name}: {training.train_iters} steps on {NUM_RANKS} ranks, sequences of "
             f"{SEQ_LENGTH} tokens; log in {training.log}"
         )
         try:

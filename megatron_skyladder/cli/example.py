@@ -87,7 +87,7 @@ def _overview() -> list[str]:
     for name, run in PAPER_RUNS.items():
         model = run.model
         lines.append(
-            f"  {name:<8} {model.num_layers} layers of {model.hidden_size}, rows of "
+            f"  {name:<8} {model.num_layers} layers of {model.hidden_size}, sequences of "
             f"{run.seq_length:,} tokens, {run.train_steps:,} steps of {run.global_batch_size} rows"
         )
     lines += ["", "variants:"]

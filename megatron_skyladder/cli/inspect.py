@@ -15,9 +15,9 @@ from megatron_skyladder.terminal import Progress, Share, table
 
 DESCRIPTION = """\
 Show what is in PREFIX.bin and PREFIX.idx: how many documents and tokens, how long documents are,
-whether each ends in the end-of-document token and has none inside, and how many training rows hold
-more than one document (those are what --skyladder-intra-document changes). Any pair will do, also
-one that Megatron's own tool made. All tokens are read once.
+whether each ends in the end-of-document token and has none inside, and how many training sequences
+hold more than one document (those are what --skyladder-intra-document changes). Any pair will do,
+also one that Megatron's own tool made. All tokens are read once.
 """
 
 EPILOG = """\
@@ -48,7 +48,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         type=int,
         default=8192,
         metavar="TOKENS",
-        help="row length for the share of rows with several documents. Default: 8192.",
+        help="row length for the share of sequences with several documents. Default: 8192.",
     )
     parser.add_argument(
         "--eod-id",
@@ -184,11 +184,11 @@ def _eod_lines(eod: dict[str, Any], documents: int) -> list[str]:
 
 def _row_lines(rows: dict[str, Any]) -> list[str]:
     if not rows["rows"]:
-        return [f"rows of {rows['seq_length']:,} tokens: not one is full"]
+        return [f"sequences of {rows['seq_length']:,} tokens: not one is full"]
     return [
-        f"rows of {rows['seq_length']:,} tokens: {rows['rows']:,}, "
+        f"sequences of {rows['seq_length']:,} tokens: {rows['rows']:,}, "
         f"{rows['with_several_documents']:.1%} of them with more than one document, "
-        f"{rows['mean_documents']:.1f} documents a row on average (in file order)"
+        f"{rows['mean_documents']:.1f} documents a sequence on average (in file order)"
     ]
 
 

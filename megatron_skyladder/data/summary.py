@@ -20,12 +20,12 @@ def summarize(
     seq_length: int,
     report: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:
-    """Count documents, tokens, lengths, end-of-document tokens and what rows would hold.
+    """Count documents, tokens, lengths, end-of-document tokens and what sequences would hold.
 
     Args:
         reader: the pair; all of its tokens are read once.
         eod: the end-of-document token; None takes what most documents end in.
-        seq_length: tokens in a training row.
+        seq_length: tokens in a training sequence.
         report: called with the share of the tokens that have been read.
 
     Returns:
@@ -115,9 +115,9 @@ def eod_check(
 
 
 def row_statistics(document_starts: np.ndarray, seq_length: int) -> dict[str, Any]:
-    """Count the rows of seq_length tokens that hold parts of several documents, in file order.
+    """Count the sequences of seq_length tokens that hold parts of several documents, in file order.
 
-    Megatron shuffles the documents before it packs them, which changes the rows but hardly the
+    Megatron shuffles the documents before it packs them, which changes the sequences but hardly the
     share. The last row, where it is not full, does not count, as in Megatron.
 
     Args:

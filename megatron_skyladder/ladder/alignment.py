@@ -11,9 +11,9 @@ def aligned_multiple(seq_length: int, cp_size: int = 1) -> int:
     """Return what windows should be multiples of; they are then rounded down by less than this.
 
     The largest number that divides both a kernel's tile and a context-parallel chunk (half of a
-    rank's part of a row): windows, chunks and tiles then end together, and where a window crosses a
-    chunk's end, the pieces on both sides are multiples of it too. 128 in most runs; 32 for rows of
-    9,024 tokens on 3 ranks, whose chunks have 1,504.
+    rank's part of a sequence): windows, chunks and tiles then end together, and where a window
+    crosses a chunk's end, the pieces on both sides are multiples of it too. 128 in most runs; 32
+    for sequences of 9,024 tokens on 3 ranks, whose chunks have 1,504.
     """
     chunk_length = seq_length // (2 * cp_size) if cp_size > 1 else seq_length
     return math.gcd(KERNEL_TILE, chunk_length)
@@ -28,7 +28,7 @@ def explain_multiple(
     if cp_size > 1:
         what += f" and context-parallel chunks of {seq_length // (2 * cp_size):,}"
     else:
-        what += f" and rows of {seq_length:,}"
+        what += f" and sequences of {seq_length:,}"
     return (
         f"{name} auto is {multiple}, the largest number that divides {what}: windows "
         f"end where they do, and each is at most {multiple - 1} tokens shorter than scheduled."

@@ -40,7 +40,7 @@ class Clock:
         self._override: int | None = None
 
     def window(self, *, training: bool) -> int:
-        """Return the window in tokens; evaluation sees the full row."""
+        """Return the window in tokens; evaluation sees the full sequence."""
         if self._override is not None:
             return self._override
         if not training:
@@ -105,7 +105,7 @@ def installed() -> Clock | None:
 
 
 def documents_masked() -> bool:
-    """Return whether training masks documents: every pipeline stage then needs the rows."""
+    """Return whether training masks documents: every pipeline stage then needs the sequences."""
     return _clock is not None and _clock.config.intra_document
 
 

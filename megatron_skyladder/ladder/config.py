@@ -284,7 +284,7 @@ def _check_final_window(final_window: int, seq_length: int, source: str = "") ->
     if final_window > seq_length:
         raise SettingError(
             f"$final_window={final_window}{source} is above "
-            f"$seq_length={seq_length}. A window cannot be longer than the row: lower it, or "
+            f"$seq_length={seq_length}. A window cannot be longer than the sequence: lower it, or "
             "raise $seq_length."
         )
 
@@ -328,7 +328,7 @@ def _checked_lengths(given: Iterable[int] | str, seq_length: int) -> tuple[int, 
         )
     if lengths and lengths[0] == seq_length:
         raise SettingError(
-            f"$eval_lengths={seq_length} is the whole row, which plain validation "
+            f"$eval_lengths={seq_length} is the whole sequence, which plain validation "
             f"reports already. Give shorter lengths, such as {max(1, seq_length // 4)}."
         )
     return lengths

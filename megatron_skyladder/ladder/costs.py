@@ -277,7 +277,7 @@ def window_runs(config: SkyLadderConfig, total_steps: int) -> list[tuple[int, in
 
 
 def grid_pairs(config: SkyLadderConfig) -> Callable[[Any], Any]:
-    """Return window -> visible pairs of a row, documents left aside; takes an array as well."""
+    """Return window -> visible pairs of a sequence without documents; takes an array as well."""
     sliding = config.mask == "sliding"
     return lambda window: window_pairs(window, config.seq_length, sliding=sliding)
 
@@ -285,11 +285,11 @@ def grid_pairs(config: SkyLadderConfig) -> Callable[[Any], Any]:
 def mean_pairs(
     runs: Sequence[tuple[int, int, int]], pairs: Callable[[np.ndarray], np.ndarray]
 ) -> Fraction | float:
-    """Return the visible pairs of a row, averaged over the steps of a run.
+    """Return the visible pairs of a sequence, averaged over the steps of a run.
 
     Args:
         runs: ``(first_step, end_step, window)``.
-        pairs: windows, int64 [num_runs] -> pairs of a row, integers or floats [num_runs].
+        pairs: windows, int64 [num_runs] -> pairs of a sequence, integers or floats [num_runs].
     """
     firsts, ends, windows = zip(*runs, strict=True)
     steps: list[int] = list(map(operator.sub, ends, firsts))
@@ -306,8 +306,8 @@ def flops(shape: DecoderShape, *, seq_length: int, pairs: Fraction | float, toke
     """Return FLOPs of forward and backward by the paper's count (its Table 8).
 
     (6 N + 12 layers hidden S) tokens, with N all parameters (of a mixture of experts, those that a
-    token meets) and S the mean of sum(l**2) / L over the windows l of a row: the full square of
-    each window, though causal kernels do half of it. In pairs, l**2 is 2 * pairs - l.
+    token meets) and S the mean of sum(l**2) / L over the windows l of a sequence: the full
+    square of each window, though causal kernels do half of it. In pairs, l**2 is 2 * pairs - l.
     """
     context = (2 * pairs - seq_length) / seq_length
     attention = 12 * shape.num_layers * shape.query_size * context

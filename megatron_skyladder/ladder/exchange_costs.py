@@ -1,6 +1,6 @@
 """What context parallelism costs: attention work and traffic of each rank, counted exactly.
 
-Pure arithmetic on the fragments of whole rows, as in `context_parallel`; needs only numpy.
+Pure arithmetic on the fragments of whole sequences, as in `context_parallel`; needs only numpy.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _pairs_of_first(num_queries: np.ndarray, sliding_window: int | None) -> np.n
 
 
 def gathered_tokens(cp_size: int, seq_length: int) -> int:
-    """Return what a rank receives per row in a forward pass where every rank gets all keys."""
+    """Return what a rank receives per sequence in a forward pass where every rank gets all keys."""
     return seq_length - seq_length // cp_size
 
 

@@ -130,7 +130,7 @@ def _add_attention(group: argparse._ArgumentGroup) -> None:
         type=_checked(read_lengths),
         metavar="TOKENS,...",
         help="report validation loss at these context lengths too, such as 512,4096,8192: blocked "
-        "windows, and bands of positions, on a part of the validation rows.",
+        "windows, and bands of positions, on a part of the validation sequences.",
     )
     group.add_argument(
         "--skyladder-recurrent-state",

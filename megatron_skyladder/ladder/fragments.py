@@ -1,7 +1,7 @@
 """Which tokens may see each other: documents and the window grid, as offsets on the host.
 
-Everything here is arithmetic on one packed row of ``seq_length`` tokens and needs only numpy.
-The rule (arXiv:2503.15450, A.5): windows lie on a fixed grid over the row, documents end after
+Everything here is arithmetic on one packed sequence of ``seq_length`` tokens and needs only numpy.
+The rule (arXiv:2503.15450, A.5): windows lie on a fixed grid over the sequence, documents end after
 their end-of-document token, and attention crosses neither.
 """
 
@@ -18,7 +18,7 @@ def document_ends(tokens: np.ndarray, eod: int) -> np.ndarray:
     """Return the exclusive end of each document in a row, int32 [num_documents], ascending.
 
     A document ends after its end-of-document token; what follows the last one is a document
-    that the row cut off, so the last entry is always ``len(tokens)``.
+    that the sequence cut off, so the last entry is always ``len(tokens)``.
     """
     ends = np.flatnonzero(tokens == eod).astype(np.int32) + 1
     if ends.size == 0 or ends[-1] != tokens.shape[0]:
@@ -31,7 +31,7 @@ def fragment_cu_seqlens(
 ) -> np.ndarray:
     """Return the offsets that attention may not cross.
 
-    Windows sit on a fixed grid over the row (0, w, 2w, ...); they do not restart at each
+    Windows sit on a fixed grid over the sequence (0, w, 2w, ...); they do not restart at each
     document. A fragment is one document cut by that grid (arXiv:2503.15450, A.5). Example,
     seq_length=8, window_len=4, documents of 3 and 5 tokens:
 
@@ -41,19 +41,19 @@ def fragment_cu_seqlens(
 
     Args:
         document_ends: int, [num_documents], exclusive end of each document in tokens, ascending;
-            the last document may be cut off by the row, and an empty array is one document.
-        seq_length: tokens in the row.
+            the last document may be cut off by the sequence, and an empty array is one document.
+        seq_length: tokens in the sequence.
         window_len: tokens, 1 <= window_len <= seq_length.
 
     Returns:
         int32, [num_fragments + 1], on the host. Steps are in 1..window_len.
 
     Raises:
-        ValueError: window_len is outside its range, or document_ends is not ascending in the row.
+        ValueError: window_len is outside its range, or document_ends is not ascending within it.
     """
     if not 1 <= window_len <= seq_length:
         raise ValueError(
-            f"window_len={window_len} does not fit a row of {seq_length} tokens. "
+            f"window_len={window_len} does not fit a sequence of {seq_length} tokens. "
             f"Give 1 <= window_len <= {seq_length}."
         )
     ends = np.asarray(document_ends, dtype=np.int32)
@@ -75,10 +75,10 @@ def fragment_cu_seqlens(
 
 
 def rows_cu_seqlens(rows: list[np.ndarray]) -> np.ndarray:
-    """Join the cu_seqlens of several rows that are laid out one after the other.
+    """Join the cu_seqlens of several sequences that are laid out one after the other.
 
     Args:
-        rows: int32 [num_fragments_i + 1] each, from 0 to that row's length.
+        rows: int32 [num_fragments_i + 1] each, from 0 to that sequence's length.
 
     Returns:
         int32, [sum(num_fragments_i) + 1], from 0 to the token total.
@@ -108,11 +108,11 @@ def visible_pairs(cu_seqlens: np.ndarray, *, window_len: int | None = None) -> i
 
 
 def window_pairs(window_len: Tokens, seq_length: int, *, sliding: bool = False) -> Tokens:
-    """Count the (query, key) pairs of one row without documents, in closed form.
+    """Count the (query, key) pairs of one sequence without documents, in closed form.
 
     Args:
         window_len: tokens, an int or an int64 array; the result is the like.
-        seq_length: tokens in the row.
+        seq_length: tokens in the sequence.
         sliding: whether the window slides.
     """
     if sliding:

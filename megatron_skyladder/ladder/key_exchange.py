@@ -59,7 +59,7 @@ class RankPlan:
         exchanges: whether any rank of the group needs a key of another; then all take part.
         sends: for each rank of the group, the own tokens whose keys and values it gets.
         receives: from each rank of the group, how many tokens; they arrive in this order, each
-            rank's by row and position.
+            rank's by sequence and position.
         own: the attention that needs no other rank's keys, or None where there is none.
         joined: the attention that does: the first queries of the runs.
     """
@@ -77,7 +77,7 @@ def first_visible(
     """Return the position of the first key that the query at each position sees.
 
     Args:
-        cu_seqlens: int [num_fragments + 1], over all rows.
+        cu_seqlens: int [num_fragments + 1], over all sequences.
         positions: int [n], of the queries.
         sliding_window: tokens a query sees at most, itself included; None: all of its fragment.
     """

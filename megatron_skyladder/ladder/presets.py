@@ -34,7 +34,7 @@ class PaperRun:
 
     @property
     def global_batch_size(self) -> int:
-        """Rows in a batch."""
+        """Sequences in a batch."""
         return self.batch_tokens // self.seq_length
 
 

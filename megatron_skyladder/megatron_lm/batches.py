@@ -21,7 +21,7 @@ def get_batch(
         data_iterator: yields Megatron's batches of host tensors on tensor-parallel rank 0, is
             None on the other ranks.
         vp_stage: the virtual pipeline stage, where there are several.
-        training: False in evaluation, where rows are seen whole.
+        training: False in evaluation, where sequences are seen whole.
 
     Returns:
         ``BATCH_KEYS`` on the device, cut to this context-parallel rank's part, each None where the

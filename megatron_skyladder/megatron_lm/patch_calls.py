@@ -48,7 +48,7 @@ def switch_on() -> None:
 
 
 def dataset_is_built_on_rank() -> bool | None:
-    """In ``is_dataset_built_on_rank``: every stage reads rows where documents are masked.
+    """In ``is_dataset_built_on_rank``: every stage reads sequences where documents are masked.
 
     Returns:
         What the function has to return, or None where it decides for itself.
@@ -83,7 +83,7 @@ def watch_sequences(data_iterator: Any, model: Any) -> Any:
 
 
 def watch(data_iterator: Any) -> Any:
-    """Keep the next row, while it is on the host: what patches up to November 2026 call."""
+    """Keep the next sequence, while it is on the host: what patches up to November 2026 call."""
     from megatron_skyladder.ladder import clock
     from megatron_skyladder.runtime import document_mask
 
@@ -98,7 +98,7 @@ def document_mask(data_iterator: Any, attention_mask: Any, model: Any) -> Any:
     Args:
         data_iterator: what ``watch_sequences`` returned.
         attention_mask: Megatron's, which stays where SkyLadder masks no documents.
-        model: this stage's model chunk; rows are seen whole in evaluation.
+        model: this stage's model chunk; sequences are seen whole in evaluation.
     """
     from megatron_skyladder.ladder import clock
     from megatron_skyladder.runtime import document_mask

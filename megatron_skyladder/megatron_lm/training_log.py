@@ -25,8 +25,8 @@ def attention_share(count: Callable[..., float], options: Any, batch_size: int) 
     """Return core attention's share of Megatron's FLOPs under the full causal mask.
 
     Args:
-        count: Megatron's ``num_floating_point_operations``. It is a L + b L^2 in the row length L,
-            and the square is attention; so two lengths tell its part, in any release.
+        count: Megatron's ``num_floating_point_operations``. It is a L + b L^2 in the sequence's
+            length L, and the square is attention; so two lengths tell its part, in any release.
     """
     longer = copy.copy(options)
     longer.seq_length = 2 * options.seq_length

@@ -37,7 +37,7 @@ class Calibration:
 
     Args:
         step_time: seconds of a step, of the log's batch.
-        batch: rows in the log's global batch.
+        batch: sequences in the log's global batch.
         num_lines: log lines the fit stands on.
         num_dropped: lines left out: the first one, and outliers.
         num_windows: different windows among them.

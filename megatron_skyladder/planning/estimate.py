@@ -40,7 +40,7 @@ class Plan:
         documents: what was measured in the data, or None.
         time: the time model, or None where no device and no log was given.
         notes: what the reader has to know about the figures.
-        context_parallel_size: ranks that share a row.
+        context_parallel_size: ranks that share a sequence.
         tensor_parallel_size: ranks that share the heads.
         pasted: the launch that it was made from.
         not_counted: why the model has no shape.
@@ -67,7 +67,7 @@ class Plan:
 
     @cached_property
     def pairs(self) -> Callable[[Any], Any]:
-        """Window -> visible pairs of a row, under the masks that can be counted.
+        """Window -> visible pairs of a sequence, under the masks that can be counted.
 
         Takes an int64 array of windows as well.
         """
@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def causal_pairs(self) -> int:
-        """Visible pairs of a row under the plain causal mask."""
+        """Visible pairs of a sequence under the plain causal mask."""
         return window_pairs(self.config.seq_length, self.config.seq_length)
 
     @property
@@ -101,7 +101,7 @@ class Plan:
 
     @property
     def full_step(self) -> int | None:
-        """The step from which the window stays at the row's length, or None."""
+        """The step from which the window stays at the sequence's length, or None."""
         first, _, window = self.runs[-1]
         return first if window == self.config.seq_length else None
 
@@ -134,7 +134,7 @@ class Plan:
 
     @cached_property
     def mean_pairs(self) -> Fraction | float:
-        """Visible pairs of a row, averaged over the run."""
+        """Visible pairs of a sequence, averaged over the run."""
         return costs.mean_pairs(self.runs, self.pairs)
 
     @cached_property
@@ -154,7 +154,7 @@ class Plan:
         return constant * full, ladder * self.busiest_over_mean
 
     def flops(self, pairs: Fraction | float) -> float:
-        """Return the run's FLOPs, by the paper's count, for these mean pairs of a row."""
+        """Return the run's FLOPs, by the paper's count, for these mean pairs of a sequence."""
         assert self.shape is not None
         return costs.flops(
             self.shape, seq_length=self.config.seq_length, pairs=pairs, tokens=self.tokens
@@ -183,7 +183,7 @@ class Plan:
         return self.config == config and self.shape == DecoderShape.of_paper(run.model)
 
     def pairs_under(self, *, ladder: bool, documents: bool) -> Fraction | float:
-        """Return the mean pairs of a row with each mask on or off; needs measured documents."""
+        """Return the mean pairs of a sequence with each mask on or off; needs documents."""
         assert self.documents is not None
         other = self
         if documents != self.config.intra_document:
@@ -317,7 +317,7 @@ def stage_steps(plan: Plan, count: int = 9) -> Sequence[int]:
 
 
 def work_under_masks(plan: Plan) -> list[tuple[bool, bool, Fraction | float]]:
-    """Return (ladder, documents masked, mean pairs of a row) for the four combinations."""
+    """Return (ladder, documents masked, mean pairs of a sequence) for the four combinations."""
     return [
         (ladder, masked, plan.pairs_under(ladder=ladder, documents=masked))
         for ladder in (False, True)

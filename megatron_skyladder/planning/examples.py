@@ -17,7 +17,7 @@ from megatron_skyladder.planning.layouts import GPUS_PER_NODE, Layout, estimated
 DEFAULT_GPU = "a100-40g"
 PAPER = "arXiv:2503.15450"
 
-# The paper's published code: every 500 steps 100 micro-batches of 4 rows on each of 8 GPUs.
+# The paper's published code: every 500 steps 100 micro-batches of 4 sequences on each of 8 GPUs.
 EVAL_INTERVAL = 500
 EVAL_TOKENS = 100 * 4 * 8 * 8192
 EVAL_LENGTHS = (512, 4096, 8192)
@@ -183,7 +183,7 @@ def _training_flags(run: PaperRun) -> Iterable[Flag]:
     yield Flag(f"--train-iters {run.train_steps}", f"{table}: steps of 2**20 tokens")
     yield Flag(
         f"--global-batch-size {run.global_batch_size}",
-        f"{run.batch_tokens:,} tokens in rows of {run.seq_length:,}",
+        f"{run.batch_tokens:,} tokens in sequences of {run.seq_length:,}",
     )
     yield Flag("--optimizer adam", f"{table}: AdamW, which is what Megatron's adam is")
     yield Flag(f"--adam-beta1 {training.adam_beta1}", table)
@@ -216,7 +216,7 @@ def _layout_flags(layout: Layout) -> Iterable[Flag]:
     yield Flag(f"--tensor-model-parallel-size {layout.tensor}", "1 where the model fits")
     if layout.tensor > 1:
         yield Flag("--sequence-parallel", "cuts the activations between the matrices too")
-    yield Flag(f"--context-parallel-size {layout.context}", "rows cut over so many GPUs")
+    yield Flag(f"--context-parallel-size {layout.context}", "sequences cut over so many GPUs")
     yield Flag("--use-distributed-optimizer", "optimizer state cut over all replicas")
     yield Flag("--overlap-grad-reduce", "gradients travel during the backward pass")
     yield Flag("--overlap-param-gather", "weights travel during the forward pass")

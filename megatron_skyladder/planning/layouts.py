@@ -16,7 +16,7 @@ GPUS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class Layout:
-    """How one replica of a model is cut, and how many rows it takes at a time."""
+    """How one replica of a model is cut, and how many sequences it takes at a time."""
 
     micro_batch_size: int
     tensor: int = 1

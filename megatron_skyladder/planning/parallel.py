@@ -52,7 +52,7 @@ NUM_BYTES = 2  # bf16
 
 @dataclass(frozen=True)
 class ParallelCosts:
-    """Costs of one window, per row.
+    """Costs of one window, per sequence.
 
     Args:
         work: attention work of each rank, in pairs.
@@ -121,7 +121,7 @@ def mean_max_over_mean(plan: PlannedRun) -> float:
 
 
 def _offsets(plan: PlannedRun, window: int) -> np.ndarray:
-    """Return cu_seqlens over one row, or over a sample of the measured ones."""
+    """Return cu_seqlens over one sequence, or over a sample of the measured ones."""
     length = plan.config.seq_length
     cut = length if plan.config.mask == "sliding" else window
     if not plan.counts_documents:

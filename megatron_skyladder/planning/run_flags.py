@@ -24,9 +24,9 @@ INTEGERS = {
     "--context-parallel-size": "CP",
     "--expert-model-parallel-size": "EP",
     "--expert-tensor-parallel-size": "TP of the experts",
-    "--micro-batch-size": "rows of a micro-batch",
-    "--global-batch-size": "rows of a batch, over all GPUs",
-    "--train-samples": "rows to train on",
+    "--micro-batch-size": "sequences of a micro-batch",
+    "--global-batch-size": "sequences of a batch, over all GPUs",
+    "--train-samples": "sequences to train on",
     "--train-iters": "batches to train on",
 }
 _DEFAULTS = {  # Megatron's
@@ -155,8 +155,8 @@ def _check(flags: argparse.Namespace) -> None:
         missing.append("--train-iters")
     if missing:
         raise ValueError(
-            f"not given: {', '.join(missing)}. A plan needs the length of rows, the batch and the "
-            f"length of the run. Give Megatron's own flags, or --preset {'|'.join(PAPER_RUNS)}."
+            f"not given: {', '.join(missing)}. A plan needs the length of sequences, the batch and "
+            f"the length of the run. Give Megatron's own flags, or --preset {'|'.join(PAPER_RUNS)}."
         )
     for flag in (*INTEGERS, *model_flags.INTEGERS):
         value = getattr(flags, flag[2:].replace("-", "_"))

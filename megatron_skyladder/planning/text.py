@@ -116,7 +116,7 @@ def _head(plan: Plan) -> str:
             paragraph("Model", _model(plan)),
             paragraph(
                 "Run",
-                f"{plan.total_steps:,} steps of {config.step_samples} rows of "
+                f"{plan.total_steps:,} steps of {config.step_samples} sequences of "
                 f"{config.seq_length:,} tokens: {amount(plan.tokens)} tokens",
             ),
             paragraph("Full window", full),
@@ -254,7 +254,9 @@ def _context_parallel(plan: Plan, steps: list[int]) -> str:
     if plan.context_parallel_size == 1:
         return ""
     zigzag = layout_kind(plan) is Kind.ZIGZAG
-    rows = [["step", "window", "max / mean work", "waits", "MB per layer and row", "of gather"]]
+    rows = [
+        ["step", "window", "max / mean work", "waits", "MB per layer and sequence", "of gather"]
+    ]
     if not zigzag:
         rows[0].insert(3, "in zigzag")
     for step in steps:
@@ -279,9 +281,9 @@ def _context_parallel(plan: Plan, steps: list[int]) -> str:
     )
     head = paragraph(
         "CP",
-        f"{plan.context_parallel_size} ranks share a row, {_SHARED_BY[layout_kind(plan)]}; over "
-        f"the run the busiest has {plan.busiest_over_mean - 1:.1%} more attention work than the "
-        "mean",
+        f"{plan.context_parallel_size} ranks share a sequence, {_SHARED_BY[layout_kind(plan)]}; "
+        f"over the run the busiest has {plan.busiest_over_mean - 1:.1%} more attention work than "
+        "the mean",
     )
     return "\n".join([head, table(rows), remark(legend)])
 

@@ -79,7 +79,7 @@ def add_time_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibrate",
         metavar="LOG",
-        help="or a console log of this model, row length and GPUs under a growing window",
+        help="or a console log of this model, sequence length and GPUs under a growing window",
     )
     group.add_argument(
         "--gpus", type=argument(whole), metavar="N", help="GPUs in all; without it, GPU-hours"
@@ -178,7 +178,7 @@ def _calibrated(flags: argparse.Namespace, notes: list[str]) -> TimeModel:
     scale = batch / fit.batch
     if scale != 1:
         notes.append(
-            f"The log's batch has {fit.batch} rows, the plan's {batch}: step "
+            f"The log's batch has {fit.batch} sequences, the plan's {batch}: step "
             "times are scaled by their ratio."
         )
     step = StepTime(fit.step_time.fixed * scale, fit.step_time.attention * scale)

@@ -1,7 +1,7 @@
 """How much a token sees in real data: document lengths, and context under both masks.
 
-Rows are laid out as Megatron's GPT dataset does: documents shuffled, joined, cut every
-``seq_length`` tokens. A sample of rows is enough; which one depends on a fixed seed only.
+Sequences are laid out as Megatron's GPT dataset does: documents shuffled, joined, cut every
+``seq_length`` tokens. A sample of sequences is enough; which one depends on a fixed seed only.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ MAX_WINDOWS = 256  # evaluated; between them the work is interpolated
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Pieces of documents, as they lie in rows.
+    """Pieces of documents, as they lie in sequences.
 
     Args:
         starts: int64 [num_pieces], where in its row a piece begins, in tokens.
-        ends: int64 [num_pieces], its exclusive end in the same row.
-        num_rows: rows that the pieces fill.
+        ends: int64 [num_pieces], its exclusive end in the same sequence.
+        num_rows: sequences that the pieces fill.
         seq_length: tokens in a row.
     """
 
@@ -37,7 +37,7 @@ class PackedRows:
     seq_length: int
 
     def pairs(self, window_len: int, *, sliding: bool = False) -> float:
-        """Return the visible (query, key) pairs of a row under documents and window, on average."""
+        """Return a sequence's mean visible (query, key) pairs under documents and window."""
         lengths = self.ends - self.starts
         if sliding:
             beyond = np.maximum(lengths - window_len, 0)
@@ -53,7 +53,7 @@ class PackedRows:
     def pairs_by_window(
         self, windows: Sequence[int], *, sliding: bool = False
     ) -> Callable[[Any], Any]:
-        """Return window -> pairs of a row for these windows, interpolated where they are many.
+        """Return window -> pairs of a sequence for these windows, interpolated where they are many.
 
         What is returned takes an array of windows as well.
         """
@@ -93,7 +93,7 @@ class Documents:
         num_documents: in all its files.
         num_tokens: in all its files.
         lengths: int64, tokens of each document of a sample, ascending.
-        rows: a sample of packed rows.
+        rows: a sample of packed sequences.
         same_end: whether the documents looked at all end with one and the same token.
     """
 
@@ -140,7 +140,7 @@ def measure(data_path: Sequence[str], seq_length: int, *, flag: str = "--data-pa
 
 
 def pack(lengths: np.ndarray, seq_length: int, num_rows: int) -> PackedRows:
-    """Lay documents out in rows, in the given order, over again where they are too few."""
+    """Lay documents out in sequences, in the given order, over again where they are too few."""
     lengths = lengths[lengths > 0]
     needed = seq_length * num_rows
     repeats = -(-needed // int(lengths.sum()))

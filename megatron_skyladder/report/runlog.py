@@ -108,7 +108,7 @@ class Validation:
 
     @property
     def by_positions(self) -> dict[tuple[int, int], float]:
-        """Loss by position in the row, (first, last) both included, ascending."""
+        """Loss by position in the sequence, (first, last) both included, ascending."""
         found = ((_AT_POSITIONS.match(name), value) for name, value in self.values.items())
         return dict(
             sorted(((int(match[1]), int(match[2])), value) for match, value in found if match)

@@ -1,7 +1,7 @@
 """The document mask of a micro-batch, on every rank that attends.
 
 Megatron lets only the first and last pipeline stage read data. With documents masked every stage
-needs their ends, so every stage's tensor-parallel rank 0 reads the row; the other ranks of its
+needs their ends, so every stage's tensor-parallel rank 0 reads the sequence; the other ranks of its
 group get the offsets over a host group, because only the host can know their number without
 waiting for the device. Where every rank reads (Megatron Bridge), each makes its own.
 """
@@ -60,7 +60,7 @@ def training_mask(row_batch: dict[str, torch.Tensor] | None) -> torch.Tensor:
         row_batch: the dataset's batch on the host, on tensor-parallel rank 0; elsewhere unused.
 
     Returns:
-        int32 [N + 1], on the host: cu_seqlens of the fragments over all rows.
+        int32 [N + 1], on the host: cu_seqlens of the fragments over all sequences.
     """
     active = clock.current()
     window = active.window(training=True)
@@ -83,9 +83,9 @@ def document_mask(
         window_len: tokens.
 
     Returns:
-        cu_seqlens of the fragments over all rows, int32 [N + 1] on the host, and behind them those
-        of the documents where the state of other layers starts anew at these alone (see
-        `segments.split_mask`); and the number of rows in which a document's end was found.
+        cu_seqlens of the fragments over all sequences, int32 [N + 1] on the host, and behind them
+        those of the documents where the state of other layers starts anew at these alone (see
+        `segments.split_mask`); and the number of sequences in which a document's end was found.
     """
     group, reads = trainer.current().groups.tp, trainer.current().every_rank_reads
     message = None

@@ -1,18 +1,18 @@
 """Validation loss at several context lengths, measured with every plain validation.
 
-Plain validation sees whole rows. Some of the rows it has read are then run again, once for each
-shorter length l, under blocked windows of l tokens (0..l-1, l..2l-1, ... of the row, whatever mask
-training uses), so that no token sees more than l tokens. Every length is measured on the same
-tokens: the losses at the full length are those of the same rows, taken from the plain pass, and so
-are the losses by position. What is reported:
+Plain validation sees whole sequences. Some of them are then run again, once for each shorter length
+l, under blocked windows of l tokens (0..l-1, l..2l-1, ... of the sequence, whatever mask training
+uses), so that no token sees more than l tokens. Every length is measured on the same tokens: the
+losses at the full length are those of the same sequences, taken from the plain pass, and so are the
+losses by position. What is reported:
 
 * ``skyladder/loss_at_<l>``: mean loss under blocked windows of l tokens;
 * ``skyladder/loss_positions_<a>_<b>``: mean loss of the tokens at positions a..b (both included)
-  of the row, with the whole sequence visible; their mean, weighted by tokens, is ``loss_at_<seq>``.
+  of the sequence, all of which is visible; their mean, weighted by tokens, is ``loss_at_<seq>``.
 
-The rows run again are so few that the extra passes cost at most `EXTRA_WORK` of plain validation
-(less, in truth: short windows are cheaper). The data order, the clock, random states and Megatron's
-counters are not touched: nothing is read and nothing is drawn.
+The sequences run again are so few that the extra passes cost at most `EXTRA_WORK` of plain
+validation (less, in truth: short windows are cheaper). The data order, the clock, random states and
+Megatron's counters are not touched: nothing is read and nothing is drawn.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.runtime import trainer
 from megatron_skyladder.runtime.document_mask import BATCH_KEYS
 
-EXTRA_WORK = 0.9  # rows passed again, relative to the rows of plain validation
+EXTRA_WORK = 0.9  # sequences passed again, relative to the sequences of plain validation
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The rows of one data-parallel rank that are run at every length.
+    """The sequences of one data-parallel rank that are run at every length.
 
     Args:
         num_rows: a multiple of ``micro_batch_size``.
-        micro_batch_size: rows per forward pass.
+        micro_batch_size: sequences per forward pass.
     """
 
     num_rows: int
@@ -59,15 +59,15 @@ class Sample:
 def choose_sample(
     num_iterations: int, rows_per_iteration: int, micro_batch_size: int, num_passes: int
 ) -> Sample:
-    """Return which rows can be passed ``num_passes`` more times within `EXTRA_WORK`.
+    """Return which sequences can be passed ``num_passes`` more times within `EXTRA_WORK`.
 
-    Whole iterations where possible: these are the same rows under any data-parallel size.
+    Whole iterations where possible: these are the same sequences under any data-parallel size.
 
     Args:
         num_iterations: of one plain validation.
         rows_per_iteration: of this rank.
-        micro_batch_size: rows in each of its micro-batches.
-        num_passes: lengths below the row's, at least 1.
+        micro_batch_size: sequences in each of its micro-batches.
+        num_passes: lengths below the sequence's, at least 1.
     """
     affordable = EXTRA_WORK / num_passes
     rows = int(affordable * num_iterations) * rows_per_iteration
@@ -87,8 +87,8 @@ def announce(rows: int, sample: Sample, windows: tuple[int, ...], seq_length: in
         return
     _announced.add(key)
     logger.info(
-        "losses by length: blocked windows of %s tokens, on the same %d of the %d validation rows "
-        "of each data-parallel rank",
+        "losses by length: blocked windows of %s tokens, on the same %d of the %d validation "
+        "sequences of each data-parallel rank",
         ", ".join(str(length) for length in (*windows, seq_length)),
         sample.num_rows,
         rows,
@@ -155,7 +155,7 @@ class Taps:
         self.data_iterator: Any = self._recorders
         if not isinstance(data_iterator, list):
             self.data_iterator = self._recorders[0]
-        self.plain_losses: list[torch.Tensor] = []  # [rows, tokens on this CP rank] each
+        self.plain_losses: list[torch.Tensor] = []  # [sequences, tokens on this CP rank] each
 
     def forward_step(
         self, data_iterator: Any, model: Any, *args: Any, **kwargs: Any
@@ -223,7 +223,7 @@ class Taps:
 
 
 def shorter_lengths(config: SkyLadderConfig) -> tuple[int, ...]:
-    """Return the context lengths that take passes of their own; the whole row takes none."""
+    """Return the context lengths that take passes of their own; the whole sequence takes none."""
     return tuple(length for length in config.eval_lengths if length < config.seq_length)
 
 
@@ -271,9 +271,9 @@ class _Piece:
     """What one forward pass left on the last pipeline stage, on this context-parallel rank."""
 
     window_len: int
-    losses: torch.Tensor  # [rows, tokens]
-    loss_mask: torch.Tensor  # [rows, tokens], 1 where a token counts
-    positions: torch.Tensor  # [1, tokens], in the whole row
+    losses: torch.Tensor  # [sequences, tokens]
+    loss_mask: torch.Tensor  # [sequences, tokens], 1 where a token counts
+    positions: torch.Tensor  # [1, tokens], in the whole sequence
 
 
 def run(
@@ -344,7 +344,7 @@ def _blocked_mask(seq_length: int, window_len: int, sample: Sample) -> torch.Ten
 def _share(
     host_rows: dict[str, Any] | None, keys: list[str], num_rows: int, seq_length: int
 ) -> dict[str, Any]:
-    """Give tensor-parallel rank 0's rows to its group; cut them for this context-parallel rank.
+    """Give tensor-parallel rank 0's sequences to its group, cut for this context-parallel rank.
 
     Args:
         host_rows: on tensor-parallel rank 0, unless there are no keys.
@@ -371,7 +371,7 @@ def report(
     """Return what is reported, over all data- and context-parallel ranks.
 
     Args:
-        plain: the sample's losses from plain validation, [rows, tokens on this CP rank].
+        plain: the sample's losses from plain validation, [sequences, tokens on this CP rank].
         pieces: those of the extra passes, windows one after the other.
         windows: tokens, ascending, all below ``seq_length``.
     """

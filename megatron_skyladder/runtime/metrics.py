@@ -5,7 +5,7 @@
 | skyladder/window             | tokens                                                           |
 | skyladder/attention_fraction | (query, key) pairs computed, relative to full causal             |
 | skyladder/visible_context    | tokens that a token sees on average, itself included             |
-| skyladder/fragments_per_row  | pieces of a row that attention does not cross                    |
+| skyladder/fragments_per_row  | pieces of a sequence that attention does not cross               |
 | skyladder/tflops_per_gpu     | of the work really done, by Megatron's own count                 |
 | skyladder/hours_left         | training time to the end of the run, with the windows still ahead|
 
@@ -39,10 +39,10 @@ from megatron_skyladder.runtime.found_documents import check_first_batch
 
 @dataclass
 class Work:
-    """Attention work of a number of rows: visible (query, key) pairs, and fragments.
+    """Attention work of a number of sequences: visible (query, key) pairs, and fragments.
 
     ``grid_pairs`` are the pairs there would be if no documents were masked; ``rows_with_end`` are
-    the rows that hold an end-of-document token.
+    the sequences that hold an end-of-document token.
     """
 
     rows: float = 0
@@ -52,7 +52,7 @@ class Work:
     rows_with_end: float = 0
 
     def add(self, other: Work) -> None:
-        """Count the other's rows too."""
+        """Count the other's sequences too."""
         self.rows += other.rows
         self.pairs += other.pairs
         self.grid_pairs += other.grid_pairs
@@ -90,7 +90,7 @@ class Meter:
         self.interval, self.latest, self._counted = works
 
     def step(self) -> Work:
-        """Return the work of the step under way, or of one row where the window alone decides."""
+        """Return the work of the step under way; of one sequence where the window alone decides."""
         if self._counted.rows:
             return self._counted
         return grid_work(self.config, clock.current().last_window)
@@ -106,7 +106,7 @@ class Meter:
         if self.config.intra_document and self._first_batch:
             self._first_batch = False
             (batch,) = _over_data_parallel(self.latest)
-            # a rank counts rows once for each model chunk that it holds
+            # a rank counts sequences once for each model chunk that it holds
             num_sequences = min(int(batch.rows), self.config.step_samples)
             check_first_batch(self.config, num_sequences, int(batch.rows_with_end))
         return self.latest
@@ -123,7 +123,7 @@ def meter() -> Meter:
 
 
 def grid_work(config: SkyLadderConfig, window_len: int) -> Work:
-    """Return the work of one row that only the window cuts."""
+    """Return the work of one sequence that only the window cuts."""
     cut = config.seq_length if config.mask == "sliding" else window_len
     pairs = grid_pairs(config)(window_len)
     return Work(1, pairs, pairs, -(-config.seq_length // cut))
@@ -151,7 +151,7 @@ class Outlook:
 
 
 def square_fraction(work: Work, seq_length: int) -> float:
-    """Return sum(l^2) over a row's fragments l, relative to L^2: Megatron's unit of attention."""
+    """Return sum(l^2) over a sequence's fragments l, relative to L^2, Megatron's unit."""
     return (2 * work.pairs / work.rows - seq_length) / seq_length**2
 
 

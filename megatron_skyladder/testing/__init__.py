@@ -184,18 +184,18 @@ def megatron_dense_mask(
     eod: int | None = None,
     sliding: bool = False,
 ) -> torch.Tensor:
-    """Return the mask of some rows as stock Megatron's own (local) attention takes it.
+    """Return the mask of some sequences as stock Megatron's own (local) attention takes it.
 
     With it, stock Megatron is the oracle: nothing of SkyLadder's attention is involved.
 
     Args:
-        tokens: int [rows, seq_length].
+        tokens: int [sequences, seq_length].
         window_len: tokens.
         eod: the token that ends a document; None: documents are not masked.
         sliding: whether the window slides.
 
     Returns:
-        bool [rows, 1, seq_length, seq_length], True where a query may NOT see a key.
+        bool [sequences, 1, seq_length, seq_length], True where a query may NOT see a key.
     """
     import torch
 

@@ -185,7 +185,7 @@ def test_lengths_outside_the_row_are_refused(text: str) -> None:
 
 
 def test_the_row_alone_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"2048 is the whole row, .* such as 512\."):
+    with pytest.raises(ValueError, match=r"2048 is the whole sequence, .* such as 512\."):
         lengths_of("2048")
 
 

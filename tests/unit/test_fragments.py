@@ -183,7 +183,7 @@ def test_one_row_is_itself() -> None:
 @pytest.mark.parametrize("window_len", [0, -1, 9])
 def test_a_window_outside_the_row_is_refused(window_len: int) -> None:
     with pytest.raises(
-        ValueError, match=f"window_len={window_len} does not fit a row of 8 tokens. Give 1 <="
+        ValueError, match=f"window_len={window_len} does not fit a sequence of 8 tokens. Give 1 <="
     ):
         fragment_cu_seqlens(np.array([8]), seq_length=8, window_len=window_len)
 

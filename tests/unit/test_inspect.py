@@ -134,7 +134,8 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         "1 of 2 documents do not end in it; the first is document 1",
         "1 more are inside documents, where they look like a document's end; the first is in "
         "document 1",
-        "rows of 5 tokens: 1, 100.0% of them with more than one document, 2.0 documents a row",
+        "sequences of 5 tokens: 1, 100.0% of them with more than one document, "
+        "2.0 documents a sequence",
         "[1, 2, 9]",
         "(give --tokenizer-type and --tokenizer-model to read it)",
     ):
@@ -143,7 +144,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_report_of_little(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["inspect", write(tmp_path / "a", [[1, EOD]])]) == 0
-    assert "rows of 8,192 tokens: not one is full" in capsys.readouterr().out
+    assert "sequences of 8,192 tokens: not one is full" in capsys.readouterr().out
     assert main(["inspect", write(tmp_path / "b", [])]) == 0
     assert "0 documents, 0 tokens" in capsys.readouterr().out
     assert main(["inspect", write(tmp_path / "c", [[], []])]) == 0

@@ -96,7 +96,7 @@ def test_the_sliding_window_fetches_less_than_a_window(capsys: pytest.CaptureFix
 def test_the_text_has_a_table_and_explains_rounding(capsys: pytest.CaptureFixture[str]) -> None:
     flags = "-v --context-parallel-size 2 --at 16 --skyladder-round-to auto"
     text = call(capsys, f"{flags} {ZIGZAG}")
-    assert "2 ranks share a row, in Megatron's zigzag" in text
+    assert "2 ranks share a sequence, in Megatron's zigzag" in text
     assert "max / mean work" in text
     assert " 16      16            1.000   0.0%" in text  # 24 rounded down to 16
     words = " ".join(text.split())
@@ -122,7 +122,7 @@ def test_balanced_is_the_default_and_shown_beside_zigzag(
     assert plan["stages"]["99"]["work_of_ranks"] == [1040, 1040]  # the whole row is zigzag's
     assert plan["work_max_over_mean"] <= 1.01
     text = call(capsys, "-v --context-parallel-size 2 --at 16")
-    assert "2 ranks share a row, balanced by the window; over the run" in text
+    assert "2 ranks share a sequence, balanced by the window;" in text
     assert " 16      24            1.000      1.261" in text
 
 

@@ -400,7 +400,7 @@ def test_a_log_of_another_batch_is_scaled(
     write_log(tmp_path / "run.log", batch=4)
     plan = plan_json(capsys, f"{LAUNCH} --calibrate {tmp_path}/run.log")
     assert plan["time"]["constant"]["hours"] == pytest.approx(2 * 2000 / 3600, rel=1e-4)
-    assert any("The log's batch has 4 rows" in note for note in plan["notes"])
+    assert any("The log's batch has 4 sequences" in note for note in plan["notes"])
 
 
 # --- documents ----------------------------------------------------------------------------------
