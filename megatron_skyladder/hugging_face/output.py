@@ -84,11 +84,12 @@ class Staging:
         assert self._lock is not None
         try:
             if kind is None:
-                (self.folder / LOCK).unlink()
                 for left in self.folder.glob(f"*{files.PARTIAL}"):  # of a run that was killed
                     left.unlink()
                 sync_folder(self.folder)
+                # the lock goes last: without it another command could begin in this folder
                 os.rename(self.folder, self.target)
+                (self.target / LOCK).unlink()
                 sync_folder(self.target.parent)
         finally:
             self._lock.close()

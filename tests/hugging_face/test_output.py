@@ -17,7 +17,7 @@ from random_models import LLAMA, all_weights, assert_same_model, write_model
 from trained import VOCAB_SIZE, Runs
 
 from megatron_skyladder.evaluation import run
-from megatron_skyladder.hugging_face import exporting
+from megatron_skyladder.hugging_face import exporting, output
 from megatron_skyladder.hugging_face.architecture import Architecture
 from megatron_skyladder.hugging_face.checkpoints import open_checkpoint
 from megatron_skyladder.hugging_face.exporting import export
@@ -130,6 +130,24 @@ def test_an_evaluation_waits_for_anothers_export(
     assert found == tmp_path / "exported" and len(said) == 1
     assert "waiting for another process" in said[0]
     assert not (tmp_path / "exported.partial").exists()
+
+
+def test_nobody_begins_in_a_folder_that_is_about_to_get_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+
+    def another(folder: Path) -> None:
+        with pytest.raises(InUseError), Staging(tmp_path / "out", {}):
+            pass
+        refused.append(folder.name)
+
+    with Staging(tmp_path / "out", {}) as folder:
+        (folder / "a").write_text("whole")
+        monkeypatch.setattr(output, "sync_folder", another)
+    assert refused == ["out.partial", tmp_path.name]  # before and after the folder has its name
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not list((tmp_path / "out").glob(".lock"))
 
 
 def test_a_folder_that_was_finished_meanwhile_is_not_made_again(tmp_path: Path) -> None:
