@@ -82,10 +82,8 @@ def _recurrent_layers() -> dict[str, Any]:
         TransformerLayerSubmodules,
     )
 
-    into, out_of = (
-        _taking_what_it_knows(ColumnParallelLinear),
-        _taking_what_it_knows(RowParallelLinear),
-    )
+    into = _taking_what_it_knows(ColumnParallelLinear)
+    out_of = _taking_what_it_knows(RowParallelLinear)
     mamba = MambaMixerSubmodules(in_proj=into, out_proj=out_of)
     delta = GatedDeltaNetSubmodules(in_proj=into, out_norm=WrappedTorchNorm, out_proj=out_of)
     layer = MambaLayerSubmodules(

@@ -37,6 +37,7 @@ _SET_BY_SYMBOLS = {  # flags that Megatron sets itself, for a pattern that has o
     "--multi-latent-attention": layer_pattern.LATENT_ATTENTION + layer_pattern.SPARSE_ATTENTION,
     "--mtp-num-layers": layer_pattern.PREDICTION_HEADS,
 }
+_PATTERN_FLAGS = ("--hybrid-layer-pattern", "--hybrid-override-pattern")
 _HYBRID_DO = "What fits: * for attention, - for an MLP, E for experts, and M and G with the flag."
 
 
@@ -325,15 +326,10 @@ def findings(settings: Any) -> Iterator[Finding]:
         settings: Megatron's arguments, parsed; or a mapping of the flags that were given.
     """
     found = list(limits.find(RULES, settings))
-    named = " ".join(_pattern_of_finding(finding) for finding in found)
-    for finding in found:
-        if not set(_SET_BY_SYMBOLS.get(finding.rule.flag, "")) & set(named):
+    patterns = [str(each.value) for each in found if each.rule.flag in _PATTERN_FLAGS]
+    for finding in found:  # a flag that nobody gave is not named: its symbol is
+        if not set(_SET_BY_SYMBOLS.get(finding.rule.flag, "")) & set("".join(patterns)):
             yield finding
-
-
-def _pattern_of_finding(finding: Finding) -> str:
-    """Return the pattern that a finding is about, or nothing."""
-    return str(finding.value) if finding.rule.do == _HYBRID_DO else ""
 
 
 def check(options: Any) -> None:
