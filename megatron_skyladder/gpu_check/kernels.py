@@ -78,6 +78,8 @@ def facts(bench: Bench) -> Result:
         backend = bench.build(name, heads)
         qkv = bench.tensors(length, 1, heads, torch.bfloat16)
         for mask in calls:
+            if name not in bench.backends_for(mask, length):
+                continue
             offsets = bench.segments(mask, length)
             names = bench.kernel_names(partial(attend, backend, qkv, offsets))
             result.figures[f"{name}, {mask.name}"] = names
@@ -98,7 +100,7 @@ def numerics(bench: Bench) -> Result:
             truth = _dense_passes(bench, heads, torch.float32, dense)
             for dtype in (torch.bfloat16, torch.float16):
                 plain = _dense_passes(bench, heads, dtype, dense)
-                for name in bench.backends:
+                for name in bench.backends_for(mask, length):
                     where = f"{name}, {mask.name}, {_shape(heads)}, {str(dtype)[6:]}"
                     qkv = bench.tensors(length, 1, heads, dtype)
                     backend = bench.build(name, heads)
@@ -180,6 +182,8 @@ def no_sync(bench: Bench) -> Result:
         qkv = bench.tensors(length, 2, heads, torch.bfloat16)
         failures = []
         for mask in masks(bench, length):
+            if name not in bench.backends_for(mask, length):
+                continue
             # once before: what is compiled or planned on first use may wait
             both_passes(lambda: attend(backend, qkv, bench.segments(mask, length, 2)), qkv)  # noqa: B023
             try:
@@ -204,8 +208,8 @@ def determinism(bench: Bench) -> Result:
         for name in bench.backends:
             backend = bench.build(name, heads, deterministic=True)
             for mask in masks(bench, length):
-                if name == "te" and (mask.documents or mask.sliding):
-                    continue  # never chosen: its workspace does not fit in memory
+                if name not in bench.backends_for(mask, length, deterministic=True):
+                    continue
                 qkv = bench.tensors(length, 1, heads, torch.bfloat16)
                 offsets = bench.segments(mask, length)
                 runs = [both_passes(partial(attend, backend, qkv, offsets), qkv) for _ in range(3)]
@@ -232,6 +236,8 @@ def exchange(bench: Bench) -> Result:
         backend = bench.build(name, heads)
         worst = 0.0
         for mask in masks(bench, length):
+            if name not in bench.backends_for(Mask("", 1, documents=True), length):
+                continue  # keys of other ranks are always packed
             qkv = [x.detach() for x in bench.tensors(length, 1, heads, torch.bfloat16)]
             whole = attend(backend, qkv, bench.segments(mask, length)).float()
             for cp_size in bench.sizes.cp_sizes:
