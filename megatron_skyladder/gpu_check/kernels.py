@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from megatron_skyladder.gpu_check.bench import (
     dense_attention,
 )
 from megatron_skyladder.ladder.geometry import Heads
+from megatron_skyladder.ladder.sequence_layout import Kind, LayoutRule
 
 _EXACT_ZERO = 1e-4  # what plain attention gets exactly right, for values around 1
 _TE_DETERMINISTIC = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"  # Megatron wants it to be 0
@@ -240,36 +242,34 @@ def exchange(bench: Bench) -> Result:
                 continue  # keys of other ranks are always packed
             qkv = [x.detach() for x in bench.tensors(length, 1, heads, torch.bfloat16)]
             whole = attend(backend, qkv, bench.segments(mask, length)).float()
-            for cp_size in bench.sizes.cp_sizes:
-                got = _all_ranks(bench, backend, qkv, mask, cp_size)
+            for cp_size, kind in itertools.product(bench.sizes.cp_sizes, Kind):
+                rule = LayoutRule(kind, length, cp_size, mask.window, mask.sliding)
+                got = _all_ranks(bench, backend, qkv, mask, rule)
                 error = (got - whole).abs().max().item()
                 worst = max(worst, error)
                 if not error <= 0.05:  # two roundings of bf16 values around 1
                     result.failures.append(
-                        f"{name}, {mask.name}, {cp_size} ranks: an output is {error:.2g} off"
+                        f"{name}, {mask.name}, {cp_size} ranks, layout by {kind.value}: an output "
+                        f"is {error:.2g} off"
                     )
         result.figures[name] = {"largest difference": worst}
     return result
 
 
 def _all_ranks(
-    bench: Bench, backend: Any, qkv: list[torch.Tensor], mask: Mask, cp_size: int
+    bench: Bench, backend: Any, qkv: list[torch.Tensor], mask: Mask, rule: LayoutRule
 ) -> torch.Tensor:
     """Return what all ranks compute, put together; keys are copied where they would travel."""
     length = bench.sizes.seq_length
-    chunk = length // (2 * cp_size)
-    held = [
-        torch.cat(
-            [torch.arange(c * chunk, (c + 1) * chunk) for c in (rank, 2 * cp_size - 1 - rank)]
-        )
-        for rank in range(cp_size)
-    ]
     travelling = mask.travelling(length, 1)
+    (layout,) = rule.layouts(1, travelling.numpy())
+    held = [torch.from_numpy(layout.positions(rank)) for rank in range(rule.cp_size)]
     made = [
         MaskCache().get(
-            travelling, Rows(length, 1, mask.window, mask.sliding, bench.device, cp_size, rank)
+            travelling,
+            Rows(length, 1, mask.window, mask.sliding, bench.device, rule.cp_size, rank, rule),
         )
-        for rank in range(cp_size)
+        for rank in range(rule.cp_size)
     ]
     out = torch.zeros(length, 1, qkv[0][0, 0].numel(), device=bench.device)
     for rank, segments in enumerate(made):

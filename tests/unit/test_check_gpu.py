@@ -148,7 +148,12 @@ def test_keys_from_the_wrong_place_fail_the_exchange(
 
     monkeypatch.setattr(SdpaBackend, "forward", shifted)
     found = kernels.exchange(bench)
-    assert any("4 ranks: an output is" in text for text in found.failures)
+    assert any("4 ranks, layout by zigzag: an output" in text for text in found.failures)
+    assert any("2 ranks, layout by sequence: an output" in text for text in found.failures)
+
+
+def test_the_exchange_of_every_layout(bench: Bench) -> None:
+    assert kernels.exchange(bench).failures == []
 
 
 def test_what_is_slow_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
