@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_skyladder.attention.backends import BACKENDS, choose_backends, to_thd
+from megatron_skyladder.attention.backends import BACKENDS, choose, to_thd
 from megatron_skyladder.attention.backends.base import Backend
 from megatron_skyladder.attention.segments import MaskCache, Rows, Segments, grid_segments
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens
 from megatron_skyladder.ladder.geometry import Heads
+from megatron_skyladder.ladder.kernels import Call
 
 _FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU
 Attend = Callable[[], torch.Tensor]
@@ -119,14 +120,29 @@ class Bench:
     def _usable(self, name: str, named: list[str] | None) -> bool:
         if self.toy and named is None:
             return name == "sdpa"
-        try:
-            choose_backends(name)
-        except UsageError as error:
-            if named is not None:
-                raise
-            self.missing[name] = str(error)
-            return False
-        return True
+        if name not in BACKENDS:
+            raise UsageError(f"--backends {name} is unknown. Known are {', '.join(BACKENDS)}.")
+        lacks = choose.missing(name)
+        if lacks and named is not None:
+            raise UsageError(f"--backends {name} needs {lacks}.")
+        if lacks:
+            self.missing[name] = lacks
+        return not lacks and any(self._fits(name, call) for call in Call)
+
+    def _fits(self, name: str, call: Call, *, deterministic: bool = False) -> bool:
+        why = choose.unfit(name, call, deterministic=deterministic)
+        if why is not None:
+            self.missing[f"{name}, {call.name}"] = why
+        return why is None
+
+    def backends_for(
+        self, mask: Mask, seq_length: int, *, deterministic: bool = False
+    ) -> list[str]:
+        """Return the backends that a run could take for this kind of call here."""
+        call = mask.call(seq_length)
+        return [
+            name for name in self.backends if self._fits(name, call, deterministic=deterministic)
+        ]
 
     def build(self, name: str, heads: Heads, *, deterministic: bool = False) -> Backend:
         """Build a backend as a layer of a model would."""
@@ -267,6 +283,12 @@ class Mask:
     window: int
     documents: bool = False
     sliding: bool = False
+
+    def call(self, seq_length: int) -> Call:
+        """Return the kind of call that it comes to."""
+        if self.documents or self.sliding:
+            return Call.PACKED
+        return Call.FULL if self.window == seq_length else Call.WINDOWS
 
     def ends(self, seq_length: int) -> np.ndarray:
         """Return the documents' exclusive ends: some short, one of a single token, some long."""

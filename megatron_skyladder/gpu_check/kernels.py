@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from megatron_skyladder.gpu_check.bench import (
     dense_attention,
 )
 from megatron_skyladder.ladder.geometry import Heads
+from megatron_skyladder.ladder.sequence_layout import Kind, LayoutRule
 
 _EXACT_ZERO = 1e-4  # what plain attention gets exactly right, for values around 1
 _TE_DETERMINISTIC = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"  # Megatron wants it to be 0
@@ -78,6 +80,8 @@ def facts(bench: Bench) -> Result:
         backend = bench.build(name, heads)
         qkv = bench.tensors(length, 1, heads, torch.bfloat16)
         for mask in calls:
+            if name not in bench.backends_for(mask, length):
+                continue
             offsets = bench.segments(mask, length)
             names = bench.kernel_names(partial(attend, backend, qkv, offsets))
             result.figures[f"{name}, {mask.name}"] = names
@@ -98,7 +102,7 @@ def numerics(bench: Bench) -> Result:
             truth = _dense_passes(bench, heads, torch.float32, dense)
             for dtype in (torch.bfloat16, torch.float16):
                 plain = _dense_passes(bench, heads, dtype, dense)
-                for name in bench.backends:
+                for name in bench.backends_for(mask, length):
                     where = f"{name}, {mask.name}, {_shape(heads)}, {str(dtype)[6:]}"
                     qkv = bench.tensors(length, 1, heads, dtype)
                     backend = bench.build(name, heads)
@@ -180,6 +184,8 @@ def no_sync(bench: Bench) -> Result:
         qkv = bench.tensors(length, 2, heads, torch.bfloat16)
         failures = []
         for mask in masks(bench, length):
+            if name not in bench.backends_for(mask, length):
+                continue
             # once before: what is compiled or planned on first use may wait
             both_passes(lambda: attend(backend, qkv, bench.segments(mask, length, 2)), qkv)  # noqa: B023
             try:
@@ -204,8 +210,8 @@ def determinism(bench: Bench) -> Result:
         for name in bench.backends:
             backend = bench.build(name, heads, deterministic=True)
             for mask in masks(bench, length):
-                if name == "te" and (mask.documents or mask.sliding):
-                    continue  # never chosen: its workspace does not fit in memory
+                if name not in bench.backends_for(mask, length, deterministic=True):
+                    continue
                 qkv = bench.tensors(length, 1, heads, torch.bfloat16)
                 offsets = bench.segments(mask, length)
                 runs = [both_passes(partial(attend, backend, qkv, offsets), qkv) for _ in range(3)]
@@ -232,38 +238,38 @@ def exchange(bench: Bench) -> Result:
         backend = bench.build(name, heads)
         worst = 0.0
         for mask in masks(bench, length):
+            if name not in bench.backends_for(Mask("", 1, documents=True), length):
+                continue  # keys of other ranks are always packed
             qkv = [x.detach() for x in bench.tensors(length, 1, heads, torch.bfloat16)]
             whole = attend(backend, qkv, bench.segments(mask, length)).float()
-            for cp_size in bench.sizes.cp_sizes:
-                got = _all_ranks(bench, backend, qkv, mask, cp_size)
+            for cp_size, kind in itertools.product(bench.sizes.cp_sizes, Kind):
+                rule = LayoutRule(kind, length, cp_size, mask.window, mask.sliding)
+                got = _all_ranks(bench, backend, qkv, mask, rule)
                 error = (got - whole).abs().max().item()
                 worst = max(worst, error)
                 if not error <= 0.05:  # two roundings of bf16 values around 1
                     result.failures.append(
-                        f"{name}, {mask.name}, {cp_size} ranks: an output is {error:.2g} off"
+                        f"{name}, {mask.name}, {cp_size} ranks, layout by {kind.value}: an output "
+                        f"is {error:.2g} off"
                     )
         result.figures[name] = {"largest difference": worst}
     return result
 
 
 def _all_ranks(
-    bench: Bench, backend: Any, qkv: list[torch.Tensor], mask: Mask, cp_size: int
+    bench: Bench, backend: Any, qkv: list[torch.Tensor], mask: Mask, rule: LayoutRule
 ) -> torch.Tensor:
     """Return what all ranks compute, put together; keys are copied where they would travel."""
     length = bench.sizes.seq_length
-    chunk = length // (2 * cp_size)
-    held = [
-        torch.cat(
-            [torch.arange(c * chunk, (c + 1) * chunk) for c in (rank, 2 * cp_size - 1 - rank)]
-        )
-        for rank in range(cp_size)
-    ]
     travelling = mask.travelling(length, 1)
+    (layout,) = rule.layouts(1, travelling.numpy())
+    held = [torch.from_numpy(layout.positions(rank)) for rank in range(rule.cp_size)]
     made = [
         MaskCache().get(
-            travelling, Rows(length, 1, mask.window, mask.sliding, bench.device, cp_size, rank)
+            travelling,
+            Rows(length, 1, mask.window, mask.sliding, bench.device, rule.cp_size, rank, rule),
         )
-        for rank in range(cp_size)
+        for rank in range(rule.cp_size)
     ]
     out = torch.zeros(length, 1, qkv[0][0, 0].numel(), device=bench.device)
     for rank, segments in enumerate(made):

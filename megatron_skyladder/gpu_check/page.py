@@ -89,7 +89,7 @@ def _picture(rows: list[dict[str, Any]], length: int) -> str:
     axes.plot(windows, flops, color="#999999", linestyle="--", label="by FLOPs")
     axes.axhline(reference["stock_ms"], color="#000000", linewidth=0.8, label="stock, full window")
     axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.2 * max(reference["stock_ms"], *(row["ms"] for row in here)))
     axes.legend(frameon=False, fontsize=8)
     label(axes, f"Attention of a layer, {length:,} tokens", "window, tokens", "ms, both passes")
     buffer = io.BytesIO()

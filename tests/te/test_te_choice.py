@@ -199,7 +199,7 @@ def test_where_it_would_attend_unfused_we_do_not_take_it(
     packed = call not in ("full", "windows")
     unfused = packed and capability < (9, 0)
     assert (found == facts.UNFUSED) == unfused
-    refused = choose._unfit("te", Call.PACKED if packed else Call.WINDOWS, False)
+    refused = choose.unfit("te", Call.PACKED if packed else Call.WINDOWS, deterministic=False)
     assert (refused is not None) == unfused
 
 

@@ -74,8 +74,27 @@ def test_without_a_gpu(tmp_path: Path) -> None:
 def test_wrong_words(tmp_path: Path) -> None:
     done = command(tmp_path, "--toy", "--phase", "timing")
     assert done.returncode == 1 and "--phase timing is unknown. Phases are facts," in done.stderr
-    with pytest.raises(UsageError, match="fa3 needs FlashAttention 3"):
+    with pytest.raises(UsageError, match="--backends fa3 needs FlashAttention 3"):
         Bench(toy=True, backends=["fa3"])
+    with pytest.raises(UsageError, match="--backends fa9 is unknown"):
+        Bench(toy=True, backends=["fa9"])
+
+
+def test_what_a_run_would_not_take_is_left_out(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that does not fit a kind of call here is tried in the others."""
+
+    def unfit(name: str, call: Call, *, deterministic: bool) -> str | None:
+        return "too large" if call is Call.PACKED or deterministic else None
+
+    monkeypatch.setattr(benches.choose, "unfit", unfit)
+    found = costs.timings(bench).figures["rows"]
+    assert {row["kind"] for row in found} == {"FULL", "WINDOWS"}
+    assert costs.memory(bench).figures["sdpa"].keys() == {"full", "window 8", "window 32"}
+    chance = kernels.determinism(bench)
+    assert chance.figures == {"sdpa": "tried"} and bench.missing["sdpa, PACKED"] == "too large"
+    bench.missing.clear()
 
 
 def test_a_wrong_window_fails_the_numerics(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +148,12 @@ def test_keys_from_the_wrong_place_fail_the_exchange(
 
     monkeypatch.setattr(SdpaBackend, "forward", shifted)
     found = kernels.exchange(bench)
-    assert any("4 ranks: an output is" in text for text in found.failures)
+    assert any("4 ranks, layout by zigzag: an output" in text for text in found.failures)
+    assert any("2 ranks, layout by sequence: an output" in text for text in found.failures)
+
+
+def test_the_exchange_of_every_layout(bench: Bench) -> None:
+    assert kernels.exchange(bench).failures == []
 
 
 def test_what_is_slow_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +165,8 @@ def test_what_is_slow_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     found = costs.timings(bench)
     assert len(found.failures) == 2  # of two micro-batches
     assert all("window 8, 128 tokens" in text for text in found.failures)
+    monkeypatch.setattr(costs, "_again", lambda *_: 1e-9)
+    assert ["as if it planned" in text for text in costs.churn(bench).failures] == [True]
     row = found.figures["rows"][1]
     assert row["percent_of_full"] == pytest.approx(120) and row["stock_ms"] == 1.0
 

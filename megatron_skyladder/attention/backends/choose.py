@@ -126,17 +126,17 @@ def choose_backends(
 @lru_cache(maxsize=64)
 def _choose(name: str, call: Call, dtype: torch.dtype, deterministic: bool) -> Choice:
     if name != AUTO:
-        missing = _missing(name)
-        if missing:
+        lacks = missing(name)
+        if lacks:
             raise UsageError(
-                f"--skyladder-attention-backend={name} needs {missing}. Install it, or use auto, "
+                f"--skyladder-attention-backend={name} needs {lacks}. Install it, or use auto, "
                 "which takes the best of what is there."
             )
-        unfit = _unfit(name, call, deterministic)
-        if unfit is None:
+        why = unfit(name, call, deterministic=deterministic)
+        if why is None:
             return Choice(call, name, "as --skyladder-attention-backend says")
         if not deterministic:
-            raise UsageError(f"--skyladder-attention-backend={name} cannot be used here: {unfit}.")
+            raise UsageError(f"--skyladder-attention-backend={name} cannot be used here: {why}.")
     elif cpu_engine.is_installed() or cpu_engine.is_requested():
         return Choice(call, "sdpa", "the CPU engine runs, the others need a GPU")
     elif dtype == torch.float32:
@@ -144,15 +144,15 @@ def _choose(name: str, call: Call, dtype: torch.dtype, deterministic: bool) -> C
     found = _measured()
     if found is not None:
         for candidate in found.order(call):
-            if (_missing(candidate) or _unfit(candidate, call, deterministic)) is None:
+            if _problem(candidate, call, deterministic) is None:
                 return Choice(call, candidate, found.reason(call, candidate))
     row = preference(call, _capability())
     passed_over: list[str] = []
     for candidate in row.order:
-        unfit = _missing(candidate) or _unfit(candidate, call, deterministic)
-        if unfit is None:
+        problem = _problem(candidate, call, deterministic)
+        if problem is None:
             return Choice(call, candidate, "; ".join([*passed_over, row.reason]))
-        passed_over.append(f"no {unfit}")
+        passed_over.append(f"no {problem}")
     raise AssertionError("sdpa ends every row and is always there")
 
 
@@ -168,7 +168,11 @@ def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else _HOPPER
 
 
-def _missing(name: str) -> str | None:
+def _problem(name: str, call: Call, deterministic: bool) -> str | None:
+    return missing(name) or unfit(name, call, deterministic=deterministic)
+
+
+def missing(name: str) -> str | None:
     """Return what a backend lacks here, or None.
 
     A package is imported rather than looked for: one that is half installed, or built for another
@@ -181,7 +185,7 @@ def _missing(name: str) -> str | None:
     return None
 
 
-def _unfit(name: str, call: Call, deterministic: bool) -> str | None:
+def unfit(name: str, call: Call, *, deterministic: bool) -> str | None:
     """Return why an installed backend cannot run a call on this device, or None."""
     capability = _capability()
     lowest = KERNELS[name].capability
