@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -93,7 +94,7 @@ def _losses_under_windows(
     from megatron_skyladder.ladder import clock, fragments
     from megatron_skyladder.ladder.config import SkyLadderConfig
     from megatron_skyladder.ladder.schedules.constant import Constant
-    from megatron_skyladder.megatron_lm import hooks
+    from megatron_skyladder.megatron_lm import compat, hooks
     from megatron_skyladder.runtime import trainer
     from megatron_skyladder.testing.trainer import PlainTrainer
 
@@ -106,6 +107,7 @@ def _losses_under_windows(
     )
     trainer.install(config, PlainTrainer(seq_length=SEQ_LENGTH))
     assert clock.current().window(training=True) == WINDOW
+    compat.args = argparse.Namespace  # type: ignore[assignment]  # models ask for flags: none given
     states = (hook for symbol in "MG" if symbol in pattern for hook in hooks.STATES[symbol])
     of_model = (hook for hook in hooks.HOOKS if hook.of_hybrid_model)
     for hook in (*of_model, *states):
