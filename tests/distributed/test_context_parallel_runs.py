@@ -15,6 +15,7 @@ from test_parity import (  # noqa: F401
     MASKS,
     RECOMPUTE,
     SAMPLES,
+    assert_as_exact,
     assert_parity,
     assert_same_data,
     gradient_errors,
@@ -53,6 +54,8 @@ def test_bf16_is_as_exact_as_whole_rows(pool: ProcessPool, tmp_path: Path) -> No
 LAYOUTS = {
     "cp2": (2, ""),
     "cp4": (4, ""),
+    "cp8": (8, ""),
+    "cp2-ep2": (4, "--expert-model-parallel-size 2"),
     "cp2-tp2": (4, "--tensor-model-parallel-size 2"),
     "cp2-tp2-sp": (4, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "cp2-pp2": (4, "--pipeline-model-parallel-size 2"),
@@ -93,10 +96,20 @@ CASES = (
     Case("cp2-dp2", 2, "none", "gpt", "ragged"),
     Case("cp2-dp2-distopt", 1, "uniform", "llama", "documents"),
 )
+MORE_BALANCED = (
+    Case("cp8", 2, "none", "llama", "ragged+documents"),
+    Case("cp2-ep2", 2, "none", "moe", "ragged+documents"),
+)
 
 
-@pytest.mark.parametrize("held", ["balanced", "zigzag"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "held"),
+    [
+        *((case, held) for case in CASES for held in ("balanced", "zigzag")),
+        *((case, "balanced") for case in MORE_BALANCED),
+    ],
+    ids=str,
+)
 def test_equals_one_process_with_a_dense_mask(
     trainer: Trainer,
     reference,  # noqa: F811
@@ -104,7 +117,7 @@ def test_equals_one_process_with_a_dense_mask(
     held: str,
 ) -> None:
     num_processes, layout = LAYOUTS[case.layout]
-    cp_size = 4 if case.layout == "cp4" else 2
+    cp_size = int(case.layout[2])
     run = trainer.train(
         f"{SAMPLES} --micro-batch-size {case.micro_batch_size} {layout} "
         f"--context-parallel-size {cp_size} {RECOMPUTE[case.recompute]} {MASKS[case.mask].flags} "
@@ -117,6 +130,20 @@ def test_equals_one_process_with_a_dense_mask(
     assert "mask probe passed" in run.log()
     assert ("shares out tokens by the" in run.log()) == (held == "balanced")
     assert_parity(run, reference(case.mask, case.architecture))
+
+
+def test_bf16_is_as_exact_as_stock_megatron_in_one_process(
+    trainer: Trainer,
+    reference,  # noqa: F811
+) -> None:
+    """The error against fp32 is at most twice that of Megatron's attention with a dense mask."""
+    mask = "ragged+documents"
+    flags = f"{SAMPLES} --micro-batch-size 2 --bf16"
+    stock = trainer.train(flags, gradients=True, dense=MASKS[mask].dense)
+    flags += f" --context-parallel-size 2 {MASKS[mask].flags}"
+    run = trainer.train(flags, num_processes=2, gradients=True)
+    assert "shares out tokens by the window and each sequence's documents" in run.log()
+    assert_as_exact(run, stock, reference(mask, "llama"))
 
 
 # --- tokens that do not count -------------------------------------------------------------------
