@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import traceback
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_skyladder import __version__
+from megatron_skyladder import __version__, files
 from megatron_skyladder.gpu_check import costs, kernels, training
 from megatron_skyladder.gpu_check.bench import Bench
 from megatron_skyladder.gpu_check.kernels import Result
@@ -125,9 +124,7 @@ def _resume(bench: Bench, file: Path, *, fresh: bool) -> dict[str, Any]:
 
 
 def _write(file: Path, report: dict[str, Any]) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    files.write_text(file, json.dumps(report, indent=1, default=str) + "\n")
 
 
 def failures(report: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_skyladder import files
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.kernels import KERNELS, Call
 
@@ -86,9 +87,7 @@ def write(measured: Measured, file: Path | None = None) -> Path:
         "date": measured.date,
         "milliseconds": {call.name: dict(each) for call, each in measured.milliseconds.items()},
     }
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    files.write_text(file, json.dumps(entries, indent=2) + "\n")
     return file
 
 
