@@ -19,7 +19,7 @@ import pytest
 from runs import SEQ_LENGTH, Run, Trainer
 
 from megatron_skyladder.ladder.config import SkyLadderConfig
-from megatron_skyladder.ladder.flags import add_arguments, config_from_args
+from megatron_skyladder.ladder.flags import add_arguments, config_from_args, flag_of
 from megatron_skyladder.report.runlog import parse
 from megatron_skyladder.testing import read_checkpoint, requires_megatron
 
@@ -44,6 +44,7 @@ FIELD_OF_FLAG = {
     "--skyladder-eval-lengths 512": "eval_lengths",
     "--skyladder-init reference": "init",
     "--skyladder-context-parallel-layout zigzag": "context_parallel_layout",
+    "--skyladder-recurrent-state free": "recurrent_state",
     "--skyladder-attention-stats-interval 10": "attention_stats_interval",
     "--skyladder-no-probe": "probe",
     "--skyladder-allow-unfinished": "allow_unfinished",
@@ -196,9 +197,17 @@ EFFECTS = {
 }
 
 
+# what needs another model
+FIELDS_TESTED_ELSEWHERE = {"recurrent_state": "distributed/test_recurrent_runs.py"}
+
+
 def test_no_field_is_forgotten() -> None:
     fields = {field.name for field in dataclasses.fields(SkyLadderConfig)}
-    assert fields == EFFECTS.keys(), "add to EFFECTS what the field changes in a run"
+    assert fields == EFFECTS.keys() | FIELDS_TESTED_ELSEWHERE.keys(), (
+        "add to EFFECTS what the field changes in a run, or name the file that tests it"
+    )
+    for field, file in FIELDS_TESTED_ELSEWHERE.items():
+        assert flag_of(field) in (Path(__file__).parents[1] / file).read_text()
 
 
 @pytest.fixture(scope="module")
