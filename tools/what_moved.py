@@ -33,17 +33,31 @@ Parameters = tuple[str, ...]
 
 
 def hooked() -> list[tuple[str, str]]:
-    """Return module and name of all functions in the tables of hooks, read from their source."""
+    """Return module and name of all functions in the tables of hooks, read from their source.
+
+    Left out are those of some releases only, and those of other packages.
+    """
+    tree = ast.parse(HOOKED.read_text(encoding="utf-8"))
+    constants = {
+        node.targets[0].id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+    }
     found = []
-    for node in ast.walk(ast.parse(HOOKED.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Name)
             and node.func.id == "Hook"
         ):
-            only = [keyword for keyword in node.keywords if keyword.arg == "only_in"]
-            module, name = (each.value for each in node.args[:2] if isinstance(each, ast.Constant))
-            if not only:
+            special = {"only_in", "package"} & {keyword.arg for keyword in node.keywords}
+            module, name = (
+                constants[each.id] if isinstance(each, ast.Name) else ast.literal_eval(each)
+                for each in node.args[:2]
+            )
+            if not special:
                 found.append((str(module), str(name)))
     return found
 

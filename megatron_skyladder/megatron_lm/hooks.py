@@ -241,6 +241,7 @@ def _with_input_in_one_piece(original: Callable[..., Any]) -> Callable[..., Any]
     return prepare
 
 
+_HYBRID_MODEL = "megatron.core.models.hybrid.hybrid_model"
 HOOKS = (
     Hook(
         "megatron.core.models.gpt.gpt_model",
@@ -250,7 +251,7 @@ HOOKS = (
         "says, and to let rotary embeddings follow the tokens of a context-parallel rank",
     ),
     Hook(
-        hybrid.MODULE,
+        _HYBRID_MODEL,
         "HybridModel.__init__",
         _hybrid_with_skyladder,
         "to do the same in a model of --hybrid-layer-pattern",

@@ -25,13 +25,14 @@ def test_every_hooked_function_is_found_in_the_installed_one() -> None:
     folder = releases.installed().folder
     hooked = what_moved.hooked()
     assert (TRAINING, "train_step") in hooked and (TRAINING, "load_checkpoint") in hooked
+    assert ("megatron.core.models.hybrid.hybrid_model", "HybridModel.__init__") in hooked
     for module, name in hooked:
         assert what_moved.parameters(folder, module, name) is not None, name
 
 
 def test_a_function_that_moved_is_named(tmp_path: Path) -> None:
     folder = releases.installed().folder
-    for name in ("training", "core/models"):
+    for name in ("training", "core/models", "core/ssm"):
         shutil.copytree(folder / "megatron" / name, tmp_path / "megatron" / name)
     assert what_moved._hooks(tmp_path, folder) == []
     training = tmp_path / "megatron" / "training" / "training.py"

@@ -143,7 +143,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"schedule": "points"}, "schedule=points needs points SHARE:WINDOW"),
     ({"schedule": "cyclic", "num_cycles": 0}, "num_cycles=0: give at least 1 cycle"),
     ({"eval_lengths": "4096"}, "eval_lengths has 4096, but context lengths lie between 1 and seq_"),
-    ({"eval_lengths": "2048"}, "eval_lengths=2048 is the whole row"),
+    ({"eval_lengths": "2048"}, "eval_lengths=2048 is the whole sequence"),
     ({"attention_stats_interval": 0}, "attention_stats_interval=0 has to be a multiple of log_in"),
 ]
 
