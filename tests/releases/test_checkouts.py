@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 
+import compared
 import pytest
 import stock_script
 import torch
@@ -124,6 +125,7 @@ def test_revert_gives_the_checkout_back(checkouts, tmp_path):
         restored = copy / path.relative_to(checkouts / "stock")
         assert restored.read_bytes() == path.read_bytes()
         assert restored.stat().st_mode == path.stat().st_mode
+    compared.note(checkouts.name, "patch", "applied and reverted, every file")
 
 
 def test_the_tables_of_the_script_are_right(checkouts):
@@ -207,6 +209,8 @@ def test_without_our_flags_no_bit_changes(checkouts, data, tmp_path):
         assert other_figures == stock_figures
         assert other.keys() == stock.keys()
         assert all(torch.equal(other[name], stock[name]) for name in stock)
+    integration = "patch" if is_only_patched(checkouts) else "patch, entry point"
+    compared.note(checkouts.name, integration, "no flag, PP2, against stock")
 
 
 @pytest.mark.parametrize(
@@ -233,6 +237,9 @@ def test_the_patched_script_logs_what_our_entry_point_logs(
     for each, other in zip(found, wanted, strict=True):
         assert each == other
     assert log.iterations[-1].tflops_per_gpu > 0
+    kind = "documents" if flags[: len(DOCUMENTS_MASKED)] == DOCUMENTS_MASKED else "window"
+    what = f"{kind}, {layout}, against the entry point"
+    compared.note(checkouts.name, "patch", what)
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +275,8 @@ def test_what_only_the_patch_starts_trains_as_the_installed_one(
     for each, other in zip(found, wanted, strict=True):
         assert each == pytest.approx(other, rel=1e-3 if len(each) > 1 else 1e-6)
         assert each[0] == pytest.approx(other[0], rel=1e-6)  # the norm is logged in 4 digits
+    what = f"documents, {layout}, against the entry point on the installed release"
+    compared.note(checkouts.name, "patch", what, compared.largest(found, wanted))
 
 
 def test_a_fork_that_takes_exp_of_all_that_it_calls_a_loss(checkouts, data, tmp_path):
@@ -307,6 +316,7 @@ def test_spec_alone_brings_the_ladder(checkouts, data, entry_point, layout, tmp_
     log, text = run_script(data, checkouts / "stock", layout, *flags, environment=variables)
     assert "mask probe passed" in text and "documents are not masked: --spec" in text
     assert figures(log) == figures(entry_point((*LADDER, *more), layout))
+    compared.note(checkouts.name, "--spec", f"window, {layout}, against the entry point")
     if layout == "cp2":  # the script's own loss function, and ranks that count unequally
         in_one_process = entry_point((*LADDER, "--eod-mask-loss"), "one")
         for found, wanted in zip(figures(log), figures(in_one_process), strict=True):
@@ -323,3 +333,4 @@ def test_our_entry_point_takes_a_patched_checkout(checkouts, data, entry_point):
         num_processes=2,
     )
     assert figures(log) == figures(entry_point(tuple(DOCUMENTS_MASKED), "pp2"))
+    compared.note(checkouts.name, "entry point", "documents, pp2, patched against stock checkout")

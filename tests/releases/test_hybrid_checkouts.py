@@ -6,6 +6,7 @@ to log what the GPT logs in the same layout. About two minutes for each checkout
 
 import os
 
+import compared
 import pytest
 from launches import (
     DOCUMENTS_MASKED,
@@ -84,6 +85,8 @@ def test_the_patched_script_logs_what_the_gpt_logs(checkouts, data, num_stages):
         stop_time=True,
     )
     assert every_figure(ours) == every_figure(patched)
+    what = f"hybrid, documents, pp{num_stages}, against the GPT"
+    compared.note(checkouts.name, "patch, entry point", what)
 
 
 def test_spec_alone_brings_the_ladder(checkouts, data):
@@ -98,6 +101,7 @@ def test_spec_alone_brings_the_ladder(checkouts, data):
     )
     assert "mask probe passed" in text and "documents are not masked: --spec" in text
     assert figures(spec) == figures(gpt)
+    compared.note(checkouts.name, "--spec", "hybrid, window, tp2, against the GPT")
 
 
 def test_without_our_flags_the_patched_script_is_stock(checkouts, data):

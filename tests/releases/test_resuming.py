@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 
+import compared
 import pytest
 import test_checkouts
 import test_wheels
@@ -67,7 +68,9 @@ def skip_what_stock_cannot(resuming: Resuming, saved_as: str) -> None:
 
 
 @pytest.mark.parametrize(("saved_as", "setting"), COMBINATIONS)
-def test_a_run_goes_on_where_it_was(resuming: Resuming, saved_as: str, setting: str) -> None:
+def test_a_run_goes_on_where_it_was(
+    resuming: Resuming, saved_as: str, setting: str, request: pytest.FixtureRequest
+) -> None:
     skip_what_stock_cannot(resuming, saved_as)
     settings, windows = SETTINGS[setting]
     run = resuming.fresh(f"{saved_as}-{setting}")
@@ -78,6 +81,8 @@ def test_a_run_goes_on_where_it_was(resuming: Resuming, saved_as: str, setting: 
         (record.iteration, record.window) for record in (*before.iterations, *after.iterations)
     ]
     assert logged == list(zip(range(1, ITERATIONS + 1), windows, strict=True))
+    release, integration = request.node.callspec.params["resuming"]
+    compared.note(release, integration, f"resumed in mid-ladder, format {saved_as}: windows")
 
 
 @pytest.mark.parametrize(

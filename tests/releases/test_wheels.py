@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import compared
 import pytest
 from launches import DOCUMENTS_MASKED, LADDER, REPOSITORY, figures, launch, require
 from unpack_wheels import INSTALLED, OLDER
@@ -40,6 +41,8 @@ def test_an_older_wheel_trains_to_the_same_losses(data, request, version):
     expected = request.getfixturevalue("on_the_installed_one")
     for found, wanted in zip(figures(log), expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
+    what = "documents, pp2, against the installed release"
+    compared.note(version, "entry point", what, compared.largest(figures(log), expected))
 
 
 @pytest.mark.parametrize("version", OLDER)
@@ -74,3 +77,6 @@ def test_context_parallel_ranks_count_their_sequences_tokens_together(
     log, _ = launch(data, *flags, num_processes=2, megatron=wheel)
     for found, wanted in zip(figures(log), in_one_process, strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)  # gradient norms are logged in 4 digits
+    what = "masked losses, cp2, against one process"
+    difference = compared.largest(figures(log), in_one_process)
+    compared.note(version, "entry point", what, difference)
