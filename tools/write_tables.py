@@ -49,6 +49,7 @@ MESSAGE_FOLDERS = {
     "report": "`report`",
     "hugging_face": "`export-hf`, `import-hf`",
     "evaluation": "`evaluate`",
+    "gpu_check": "`check-gpu`",
     "demo": "`demo`",
     "cli": "Commands",
 }

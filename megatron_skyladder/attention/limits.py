@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
@@ -78,7 +77,6 @@ class FlagRule:
         of_model: whether the attention asks a model's configuration too.
         not_counted: whether the model or its work is one that ``plan`` cannot count.
         only_with: a name and a value that the run has to have as well, such as a flag of ours.
-        unless: asked with a look-up of the run's other settings, excuses the flag.
         entry_point_always: whether our entry point refuses it without SkyLadder as well, because
             only Megatron's own script reads it.
         explain: in place of ``when`` and ``why``, where both depend on the value or on other
@@ -96,7 +94,6 @@ class FlagRule:
     of_model: bool = False
     not_counted: bool = False
     only_with: tuple[str, str] | None = None
-    unless: Callable[[Callable[[str], Any]], bool] | None = None
     entry_point_always: bool = False
     explain: Callable[[Any, Lookup], str] | None = None
 
@@ -159,7 +156,7 @@ def find(rules: Iterable[FlagRule], settings: Any) -> Iterator[Finding]:
     for rule in rules:
         value = value_of(rule.name, rule.default)
         applies = rule.only_with is None or value_of(rule.only_with[0], None) == rule.only_with[1]
-        if not applies or (rule.unless and rule.unless(partial(value_of, default=None))):
+        if not applies:
             continue
         if rule.explain is None:
             why = rule.why if rule.when(value) else ""
@@ -204,8 +201,14 @@ def leaves_attention_out(modules: Any) -> bool:
     return bool(is_given(modules)) and set(filter(None, names)) <= _WITHOUT_ATTENTION
 
 
-def _graphs_leave_attention_out(setting: Callable[[str], Any]) -> bool:
-    return any(leaves_attention_out(setting(name)) for name in GRAPHED_MODULES)
+def _graphs_attention(asks: Callable[[Any], bool]) -> Callable[[Any, Lookup], str]:
+    """Return the `FlagRule.explain` of a flag that asks for graphs where ``asks`` holds."""
+
+    def explain(value: Any, setting: Lookup) -> str:
+        left_out = any(leaves_attention_out(setting(name)) for name in GRAPHED_MODULES)
+        return _NO_GRAPH if asks(value) and not left_out else ""
+
+    return explain
 
 
 RULES = (
@@ -275,9 +278,8 @@ RULES = (
         Effect.REFUSED,
         _NO_GRAPH,
         _NO_GRAPH_DO,
-        when=other_than("none"),
         of_model=True,
-        unless=_graphs_leave_attention_out,
+        explain=_graphs_attention(other_than("none")),
     ),
     *(
         FlagRule(
@@ -286,7 +288,7 @@ RULES = (
             _NO_GRAPH,
             _NO_GRAPH_DO,
             of_model=True,
-            unless=_graphs_leave_attention_out,
+            explain=_graphs_attention(is_given),
         )
         for flag in ("--enable-cuda-graph", "--external-cuda-graph")
     ),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_skyladder.report.by_length import loss_by_length, loss_by_length_over_training
+from megatron_skyladder.report.by_length import LOSS, loss_by_length, loss_by_length_over_training
 from megatron_skyladder.report.curves import Axis, Run
 from megatron_skyladder.report.groups import Group
 from megatron_skyladder.report.panels import (
@@ -22,8 +22,6 @@ from megatron_skyladder.report.panels import (
     runs_of,
 )
 from megatron_skyladder.report.stability import loss_ratios
-
-LOSS = "loss (nats per token)"
 
 
 @dataclass(frozen=True)

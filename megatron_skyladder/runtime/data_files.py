@@ -1,4 +1,4 @@
-"""At start-up, whether the documents of a run's data can be separated, and whose fault it is not.
+"""At start-up, whether the documents of a run's data can be separated, and whose fault it is.
 
 The files say more than sequences do: which token was meant, and how to look. Sequences are looked
 at too, once training has begun (`runtime.found_documents`), whatever dataset they come from.

@@ -132,9 +132,9 @@ def _variables_of(settings: Settings) -> dict[str, str]:
     return {}
 
 
-def words(words: Iterable[str]) -> str:
+def words(given: Iterable[str]) -> str:
     """Return words for a shell array, all in quotes: a comma outside looks like a slip."""
-    return " ".join("'" + word.replace("'", "'\\''") + "'" for word in words)
+    return " ".join("'" + word.replace("'", "'\\''") + "'" for word in given)
 
 
 def container(settings: Settings) -> tuple[list[str], list[str]]:
