@@ -1,6 +1,6 @@
 """What SkyLadder costs and saves on this machine, side by side in one run (``make bench``).
 
-    python benchmarks/overhead.py [--seq-length 2048] [--steps 12]
+    python benchmarks/overhead.py [--seq-length 2048] [--steps 12] [--device cpu|cuda|toy]
 
 1. Step time at the full window against stock Megatron with the same kernel (SDPA in the place of
    its local attention), and peak memory.
@@ -11,6 +11,10 @@
 
 Ratios count, not seconds: run it on a quiet machine. What is compared with stock runs in pairs, now
 one first and now the other; medians are taken, and the range of the pairs tells the noise.
+
+Where there is a GPU, parts 1 and 2 are `skyladder check-gpu`'s: the paper's 1B model at 8K, stock
+and with windows, and every installed kernel against the window. ``--device toy`` runs the same code
+on the CPU at toy size.
 """
 
 from __future__ import annotations
@@ -163,6 +167,33 @@ def bench_steps(seq_length: int, steps: int, repeats: int) -> None:
         print(f"\n4. Start-up: the probe took {ours['probe']:.1f} s, hooks {hooks_seconds():.3f} s")
 
 
+def bench_gpu(*, toy: bool) -> list[str]:
+    """Print parts 1 and 2 on a GPU, or at toy size on the CPU, and return what went wrong."""
+    from megatron_skyladder.gpu_check import costs, training
+    from megatron_skyladder.gpu_check.bench import Bench
+
+    bench = Bench(toy=toy)
+    with tempfile.TemporaryDirectory() as scratch:
+        trained = training.megatron(bench, Path(scratch))
+    print(f"\n1. Megatron's trainer on {bench.name}, a run of each (goal: at most 1.02x)")
+    for name, figures in trained.figures.items():
+        ratio = f"   {figures['times stock']:6.3f} x" if "times stock" in figures else ""
+        print(f"   {name:16s} {figures['ms']:8.1f} ms/step{ratio}")
+    timed = costs.timings(bench)
+    print(
+        "\n2. One layer's attention, forward and backward, L2 flushed\n"
+        "   backend   mask                        length   sequences        ms   "
+        "of full   of stock   FLOPs model"
+    )
+    for row in timed.figures["rows"]:
+        print(
+            f"   {row['backend']:9s} {row['mask']:26s} {row['seq_length']:7d} "
+            f"{row['micro_batch']:11d} {row['ms']:9.2f}   {row['percent_of_full'] / 100:5.2f} x   "
+            f"{row['ms'] / row['stock_ms']:6.2f} x   {row['percent_of_pairs'] / 100:9.2f} x"
+        )
+    return trained.failures + timed.failures
+
+
 def attention_ms(window: int, seq_length: int) -> float:
     """Return the median time of one layer's attention on one core, forward and backward."""
     import torch
@@ -183,7 +214,7 @@ def attention_ms(window: int, seq_length: int) -> float:
 
 def hooks_seconds() -> float:
     """Return how long a fresh process takes to import and install the hooks, Megatron imported."""
-    environment = {**os.environ, "SKYLADDER_DEVICE": "cpu"}
+    environment = {**os.environ, "SKYLADDER_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
         [sys.executable, "-c", INSTALL_HOOKS], env=environment, stdout=subprocess.PIPE, check=True
     )
@@ -284,12 +315,34 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="per run; the first 3 do not count")
     parser.add_argument("--rows", type=int, default=500, help="read from the datasets")
     parser.add_argument("--repeats", type=int, default=7, help="of what is compared with stock")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda", "toy"), help="default: cuda where there is one"
+    )
     args = parser.parse_args()
-    os.environ["SKYLADDER_DEVICE"] = "cpu"
     if args.steps < 4:
         parser.error(f"--steps={args.steps}: the first 3 do not count, so give at least 4.")
+    device = args.device or ("cuda" if _sees_a_gpu() else "cpu")
+    if device == "cpu":
+        os.environ |= {"SKYLADDER_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    elif device == "toy":
+        from megatron_skyladder.cpu import engine as cpu_engine
+
+        cpu_engine.install()
     bench_data(args.seq_length, args.rows, args.repeats)
-    bench_steps(args.seq_length, args.steps, args.repeats)
+    if device == "cpu":
+        bench_steps(args.seq_length, args.steps, args.repeats)
+        return
+    failures = bench_gpu(toy=device == "toy")
+    print(f"\n4. Start-up: hooks {hooks_seconds():.3f} s")
+    for failure in failures:
+        print(f"FAILED {failure}")
+    sys.exit(1 if failures else 0)
+
+
+def _sees_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,17 @@ def test_overhead():
     for part in ("1. Full window of 128", "2. Against", "3. Data path", "4. Start-up: the probe"):
         assert part in out
     assert out.count(" x") >= 5  # ratios, side by side
+
+
+@requires_megatron
+def test_overhead_on_a_gpu_at_toy_size():
+    """The same code as on a GPU; each run and each kernel beside stock."""
+    out = run("overhead.py", "--device", "toy", "--seq-length", "128", "--rows", "20")
+    assert "1. Megatron's trainer on CPU (toy)" in out
+    assert re.search(r"stock +[0-9.]+ ms/step\n", out)
+    assert re.search(r"window 8 +[0-9.]+ ms/step +[0-9.]+ x\n", out)
+    assert re.search(r"sdpa +full +128 +1 +[0-9.]+ +1.00 x +[0-9.]+ x +1.00 x\n", out)
+    assert "documents, window 8" in out and "FAILED" not in out
 
 
 @pytest.mark.parametrize("mask", ["local", "sliding"])
