@@ -122,7 +122,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     def is_built_on_rank() -> bool:
         if mpu.get_tensor_model_parallel_rank() != 0:
             return False
-        return clock.documents_masked() or compat.is_first_or_last_pipeline_stage(vp_stage)
+        return clock.documents_masked() or compat.needs_sequences(vp_stage)
 
     dataset_class = MockGPTDataset if options.mock_data else GPTDataset
     config = compat.gpt_dataset_config(options)

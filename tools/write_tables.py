@@ -20,6 +20,7 @@ from pathlib import Path
 
 from megatron_skyladder.cli import main as skyladder
 from megatron_skyladder.ladder.flags import add_arguments, flag_of
+from megatron_skyladder.ladder.kernels import KERNELS, value_width
 from megatron_skyladder.ladder.presets import SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import SCHEDULES, all_settings, schedules_with
 
@@ -99,6 +100,23 @@ def flag_tables() -> str:
     return "\n\n".join(parts)
 
 
+def value_width_table() -> str:
+    """Return what each kernel makes of values that are narrower than keys."""
+    devices = {"8.x": (8, 0), "9.x": (9, 0), "10.x, 11.x": (10, 0), "12.x": (12, 0)}
+    rows: list[Sequence[str]] = [("keys, values", "kernel", *devices)]
+    for key_size, value_size in ((192, 128), (96, 64)):
+        for name, kernel in KERNELS.items():
+            cells = []
+            for device in devices.values():
+                width = value_width(name, key_size, value_size, device)
+                if device < kernel.capability or width is None:
+                    cells.append("no")
+                else:
+                    cells.append("as they are" if width == value_size else f"padded to {width}")
+            rows.append((f"{key_size}, {value_size}", f"`{name}`", *cells))
+    return _markdown(rows)
+
+
 def saving_table() -> str:
     """Return what ``skyladder plan`` predicts for three models at three lengths."""
     rows: list[Sequence[str]] = [("model", *(f"{length // 1024}K" for length in LENGTHS))]
@@ -169,6 +187,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parameters": parameter_table,
     "presets": preset_table,
     "flags": flag_tables,
+    "value widths": value_width_table,
     "predicted savings": saving_table,
     "messages": message_list,
 }

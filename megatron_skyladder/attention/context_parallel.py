@@ -1,6 +1,7 @@
 """Attention under context parallelism: keys and values travel while what needs none is computed.
 
-Shapes: T own tokens of a rank, R tokens received, H query heads, G key/value heads, D head size.
+Shapes: T own tokens of a rank, R tokens received, H query heads, G key/value heads, D head size of
+queries and keys, C of values.
 
     forward                                         backward, by autograd
     start:  send key/value slices (asynchronous)    <- gradients have come back: add them up
@@ -38,12 +39,13 @@ def attend(
 
     Args:
         backend: see `backends`.
-        query: [T, H, D]; key, value: [T, G, D]: this rank's tokens, sequence after sequence.
+        query: [T, H, D]; key: [T, G, D]; value: [T, G, C]: this rank's tokens, sequence after
+            sequence.
         segments: made from a plan of this rank with ``exchanges`` set.
         group: the context-parallel group.
 
     Returns:
-        [T, H, D].
+        [T, H, C].
     """
     plan = segments.plan
     exchange = _Exchange(plan, group)
@@ -52,7 +54,7 @@ def attend(
     query = take(tuple(span for call in calls for span in call.queries), query)
     num_own = 0 if plan.own is None else int(plan.own.cu_seqlens_q[-1])
     own_query, joined_query = query.split((num_own, query.shape[0] - num_own))
-    out = own_query
+    out = query.new_empty(0, query.shape[1], value.shape[-1])
     if plan.own is not None:
         assert segments.own is not None
         keys, values = (take(plan.own.keys, tensor) for tensor in (key, value))
@@ -62,7 +64,7 @@ def attend(
     if plan.joined is None:
         return take(_restoring_spans(calls), out)
     assert segments.joined is not None
-    received_key, received_value = received.unbind(1)
+    received_key, received_value = received.split((key.shape[-1], value.shape[-1]), dim=-1)
     keys = take(plan.joined.keys, key, received_key)
     values = take(plan.joined.keys, value, received_value)
     joined_out = backend(joined_query, keys, values, segments.joined)
@@ -162,15 +164,16 @@ class _Start(torch.autograd.Function):
     def forward(
         ctx: Any, exchange: _Exchange, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Send; returns [R, 2, G, D], keys and values, not to be read before `_Arrive`."""
-        ctx.exchange, ctx.shape, ctx.dtype = exchange, key.shape, key.dtype
+        """Send; returns [R, G, D + C], keys and values, not to be read before `_Arrive`."""
+        ctx.exchange, ctx.dtype = exchange, key.dtype
+        ctx.shapes = key.shape, value.shape
         spans = [span for destination in exchange.sends for span in destination]
         # as many launches for hundreds of spans as for one
         chosen = [
             torch.cat([tensor[start:stop] for start, stop in spans] or [tensor[:0]])
             for tensor in (key, value)
         ]
-        outgoing = torch.stack(chosen, dim=1)
+        outgoing = torch.cat(chosen, dim=-1)
         return exchange.start(outgoing, exchange.send_sizes, exchange.receive_sizes)
 
     @staticmethod
@@ -178,15 +181,16 @@ class _Start(torch.autograd.Function):
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Add up what the other ranks' queries say about this rank's keys, in float32 at least."""
         returned = ctx.exchange.wait()
+        (num_tokens, num_groups, key_size), (*_, value_size) = ctx.shapes
         total = torch.zeros(
-            (ctx.shape[0], 2, *ctx.shape[1:]),
+            (num_tokens, num_groups, key_size + value_size),
             dtype=torch.promote_types(ctx.dtype, torch.float32),
             device=returned.device,
         )
         spans = tuple(span for destination in ctx.exchange.sends for span in destination)
         _add_slices(spans, returned, total, total[:0])
         total = total.to(ctx.dtype)
-        return None, total[:, 0], total[:, 1]
+        return None, *total.split((key_size, value_size), dim=-1)
 
 
 class _Arrive(torch.autograd.Function):

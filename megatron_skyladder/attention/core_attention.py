@@ -42,7 +42,9 @@ class SkyLadderAttention(MegatronModule):
     """Causal attention within the current window, and within documents where a mask says so.
 
     Shapes: s tokens of a sequence on this context-parallel rank, b sequences of the micro-batch, h
-    query heads and g key/value heads of this tensor-parallel rank, d head size.
+    query heads and g key/value heads of this tensor-parallel rank, d head size of queries and keys,
+    c of values: the same but under multi-latent attention, which says so by ``k_channels`` and
+    ``v_channels``.
 
     The arguments are those with which Megatron builds any core attention.
 
@@ -64,7 +66,8 @@ class SkyLadderAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         _check_model(config, attn_mask_type, attention_type, attention_dropout)
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        key_size = backend_arguments.get("k_channels") or config.kv_channels
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(key_size)
         self._clock = clock.current()
         self._cp_group = context_parallel_group(config, pg_collection)
         self.backend = make_backend(
@@ -99,13 +102,13 @@ class SkyLadderAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: [s, b, h, d]; key, value: [s, b, g, d].
+            query: [s, b, h, d]; key: [s, b, g, d]; value: [s, b, g, c].
             attention_mask: None where only the window cuts the sequences; else int32 [N + 1] on the
                 host: cu_seqlens of the fragments over all whole sequences, one after the other,
                 on every context-parallel rank.
 
         Returns:
-            [s, b, h * d].
+            [s, b, h * c].
 
         Raises:
             ValueError: the mask is not one of ours, or the call is one of inference.
@@ -138,6 +141,10 @@ class SkyLadderAttention(MegatronModule):
             return backend.attend_windows(query, key, value, segments)
         out = backend(to_thd(query), to_thd(key), to_thd(value), segments)
         return from_thd(out, query.shape[1])
+
+    def leave_statistics(self) -> None:
+        """Measure nothing here: the layer's number is also that of another."""
+        self._statistics = None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # a checkpoint of Megatron's own attention may hold Transformer Engine's (empty) FP8 state

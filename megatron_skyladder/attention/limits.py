@@ -51,6 +51,14 @@ def is_above_zero(value: Any) -> bool:
         return False
 
 
+def is_above_one(value: Any) -> bool:
+    """Return whether a size is more than one; text that is no number is left to Megatron."""
+    try:
+        return int(value or 1) > 1
+    except (TypeError, ValueError):
+        return False
+
+
 def other_than(name: str) -> Callable[[Any], bool]:
     """Return a test for a choice, or a list of choices, that is not just this one."""
 

@@ -4,6 +4,9 @@ Megatron's rotary embedding takes the positions of Megatron's own cut, and keeps
 sequence's length alone (``lru_cache`` around ``forward``): under a layout that changes with the
 window it would come back stale, without an error. So what it returns is replaced behind that cache,
 in a hook on the module itself; nothing of Megatron's classes is touched.
+
+Multi-latent attention makes its embedding itself, in each layer and again when the layer is
+recomputed, when later micro-batches have been read: there the mask is noted as it travels.
 """
 
 from __future__ import annotations
@@ -29,10 +32,11 @@ class RotaryPositions:
     """Gives a model's rotary embedding the positions of the layout, and compares them with the ids.
 
     The document mask of a micro-batch, which the layouts by the sequence follow, is noted when the
-    model is called with it: the embedding is made before any layer runs, and never recomputed.
+    model is called with it: the embedding is made before any layer runs, and never recomputed. One
+    that a layer makes is noted when the layer's attention is called. All layers have the same.
 
     Args:
-        model: a GPTModel with a ``rotary_pos_emb``.
+        model: a GPTModel with a ``rotary_pos_emb``, or with layers that have one each.
         group: the context-parallel group.
         checks_ids: whether position ids count from 0 in each sequence; not where they begin anew at
             each document (--reset-position-ids).
@@ -49,14 +53,21 @@ class RotaryPositions:
         self._ids: torch.Tensor | None = None
         self._compared: tuple[object, ...] | None = None
         self._kept: tuple[tuple[Layout, ...], int, Any] | None = None
+        self._latest: tuple[Any, Any, tuple[Layout, ...]] | None = None
         model.register_forward_pre_hook(self._note, with_kwargs=True)
-        rotary: Any = model.rotary_pos_emb
-        rotary.register_forward_hook(self._replace, with_kwargs=True)
+        for owner, rotary in owners_of_rotaries(model):
+            if owner is not model:
+                owner.register_forward_pre_hook(self._note_mask, with_kwargs=True)
+            rotary.register_forward_hook(self._replace, with_kwargs=True)
 
     def _note(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what a GPTModel is called with: (input_ids, position_ids, attention_mask, ...)."""
         self._ids = args[1] if len(args) > 1 else kwargs.get("position_ids")
         self._mask = args[2] if len(args) > 2 else kwargs.get("attention_mask")
+
+    def _note_mask(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what an attention is called with: (hidden_states, attention_mask, ...)."""
+        self._mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
 
     def _replace(
         self, rotary: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -73,14 +84,20 @@ class RotaryPositions:
             return None
         if self._kept is None or self._kept[:2] != (layouts, offset):
             positions = self._positions(layouts)
-            if rule.kind is Kind.SEQUENCE:  # of no use to the next micro-batch
-                return _at(rotary, seq_length, offset, positions)
             self._kept = layouts, offset, _at(rotary, seq_length, offset, positions)
         return self._kept[2]
 
     def _layouts(self, rule: Any) -> tuple[Layout, ...]:
         """Return those that differ between sequences, or the one that all have."""
         mask = self._mask
+        if self._latest is not None and self._latest[0] is mask and self._latest[1] == rule:
+            return self._latest[2]
+        layouts = self._layouts_of(rule, mask)
+        self._latest = mask, rule, layouts
+        return layouts
+
+    @staticmethod
+    def _layouts_of(rule: Any, mask: torch.Tensor | None) -> tuple[Layout, ...]:
         if rule.kind is not Kind.SEQUENCE or mask is None:
             return rule.layouts(1)
         return rule.layouts(int(mask[-1]) // rule.seq_length, mask.numpy())
@@ -122,8 +139,14 @@ def follow_layout(model: Any, *, checks_ids: bool) -> None:
         checks_ids: see `RotaryPositions`.
     """
     group = context_parallel_group(model.config, getattr(model, "pg_collection", None))
-    if group is not None and is_rotary(getattr(model, "rotary_pos_emb", None)):
+    if group is not None and owners_of_rotaries(model):
         RotaryPositions(model, group, checks_ids=checks_ids)
+
+
+def owners_of_rotaries(model: torch.nn.Module) -> list[tuple[torch.nn.Module, Any]]:
+    """Return the modules of a model that make a rotary embedding, each with the one it has."""
+    found = ((module, getattr(module, "rotary_pos_emb", None)) for module in model.modules())
+    return [(module, rotary) for module, rotary in found if is_rotary(rotary)]
 
 
 def is_rotary(module: Any) -> bool:

@@ -1,7 +1,7 @@
 """The ``sdpa`` backend: windows and fragments through PyTorch's scaled-dot-product attention.
 
 Shapes: T tokens (Tq of queries, Tk of keys), H query heads, G key/value heads (H a multiple of G),
-D head size, S sequence length, B sequences, W window.
+D head size (C of values, where it is another), S sequence length, B sequences, W window.
 
 No S x S mask is ever made: equal windows become the batch of one causal call; fragments are padded
 to a few lengths and each length is one causal call (a padded key lies after every real query, so
@@ -35,14 +35,14 @@ def attend_grid(
     """Attend within equal windows of each sequence.
 
     Args:
-        query: [S, B, H, D]; key, value: [S, B, G, D].
+        query: [S, B, H, D]; key: [S, B, G, D]; value: [S, B, G, C].
         window_len: tokens; the last window of a sequence may be shorter.
         scale: factor on the logits.
 
     Returns:
-        [S, B, H * D].
+        [S, B, H * C].
     """
-    seq_length, num_rows, num_heads, head_dim = query.shape
+    seq_length, num_rows, num_heads, _ = query.shape
     whole = seq_length // window_len * window_len
     parts = []
     for start, stop, width in ((0, whole, window_len), (whole, seq_length, seq_length - whole)):
@@ -57,7 +57,9 @@ def attend_grid(
             for tensor in (query, key, value)
         )
         out = _causal(q, k, v, scale)
-        parts.append(out.transpose(1, 2).reshape(stop - start, num_rows, num_heads * head_dim))
+        parts.append(
+            out.transpose(1, 2).reshape(stop - start, num_rows, num_heads * value.shape[-1])
+        )
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -67,12 +69,12 @@ def attend_segments(
     """Attend within segments of any lengths.
 
     Args:
-        query: [Tq, H, D]; key, value: [Tk, G, D].
+        query: [Tq, H, D]; key: [Tk, G, D]; value: [Tk, G, C].
         segments: offsets into Tq and Tk.
         scale: factor on the logits.
 
     Returns:
-        [Tq, H, D].
+        [Tq, H, C].
     """
     batches = _batches(segments)
     parts = []
@@ -115,7 +117,12 @@ def _attend(
 ) -> torch.Tensor:
     arguments["enable_gqa"] = query.shape[1] != key.shape[1]
     if query.device.type != "cuda":
-        return scaled_dot_product_attention(query, key, value, **arguments)
+        # the CPU's flash attention wants one size; without it all logits would be kept
+        missing = max(0, query.shape[-1] - value.shape[-1])
+        if missing:
+            value = torch.nn.functional.pad(value, (0, missing))
+        out = scaled_dot_product_attention(query, key, value, **arguments)
+        return out[..., :-missing] if missing else out
     with sdpa_kernel(_KERNELS):
         return scaled_dot_product_attention(query, key, value, **arguments)
 
@@ -130,10 +137,10 @@ def _attend_band(
     """Attend in one segment whose last query sees the last key, a block of queries at a time.
 
     Args:
-        query: [M, H, D]; key, value: [N, G, D] with N >= M.
+        query: [M, H, D]; key: [N, G, D] with N >= M; value: [N, G, C].
 
     Returns:
-        [M, H, D].
+        [M, H, C].
     """
     num_queries, offset = query.shape[0], key.shape[0] - query.shape[0]
     block = min(max(sliding_window or _MAX_BLOCK, _MIN_BLOCK), _MAX_BLOCK)

@@ -6,6 +6,8 @@ Part of the CPU engine; `prepare()` runs once, when the engine is installed.
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
 import os
 import sysconfig
 from typing import Any
@@ -35,6 +37,7 @@ def prepare() -> None:
     _allow_norms_under_sequence_parallel()
     _resume_distributed_optimizer()
     _move_splits_to_numpy()
+    attend_with_narrower_values()
     older_megatron.prepare()
     hybrid.prepare()
 
@@ -156,3 +159,30 @@ def _move_splits_to_numpy() -> None:
         return move(tensor, as_numpy, **kwargs)
 
     token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def attend_with_narrower_values() -> None:
+    """Let Megatron's plain attention be built for multi-latent attention.
+
+    Its forward pass takes values of any width; only its constructor, which Transformer Engine's
+    stands for on a GPU, does not know the arguments that say so.
+    """
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    original = DotProductAttention.__init__
+    if "v_channels" in inspect.signature(original).parameters:
+        return
+
+    @functools.wraps(original)
+    def __init__(
+        self: Any,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        original(self, *args, **kwargs)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    DotProductAttention.__init__ = __init__

@@ -87,6 +87,38 @@ class Mamba:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Multi-latent attention, in place of queries, keys and values of one size. In elements.
+
+    Args:
+        query_rank: of the queries' latent; 0: they are projected directly.
+        key_value_rank: of the keys' and values' latent.
+        head_size: of queries and keys, without positions.
+        rotary_size: of their rotary part, of which all keys share one.
+        value_size: of a head of values.
+    """
+
+    query_rank: int
+    key_value_rank: int
+    head_size: int
+    rotary_size: int
+    value_size: int
+
+    def weights(self, hidden_size: int, num_heads: int) -> int:
+        """Return the elements of a layer's matrices, that of the output included."""
+        queries = num_heads * (self.head_size + self.rotary_size)
+        total = queries * (self.query_rank or hidden_size) + hidden_size * self.query_rank
+        total += hidden_size * (self.key_value_rank + self.rotary_size)
+        total += self.key_value_rank * num_heads * (self.head_size + self.value_size)
+        return total + num_heads * self.value_size * hidden_size
+
+    @property
+    def normed(self) -> int:
+        """Elements that --qk-layernorm normalises."""
+        return self.query_rank + self.key_value_rank
+
+
+@dataclass(frozen=True)
 class DecoderShape:
     """A decoder as Megatron builds it. Sizes in elements.
 
@@ -104,6 +136,8 @@ class DecoderShape:
         num_mlp_layers: layers with a dense MLP; None: every layer that has no experts.
         experts: the layers that have a mixture of experts, or None.
         mamba: the layers that have a state in place of attention, or None.
+        latent: multi-latent attention, or None.
+        prediction_heads: of multi-token prediction; each has a layer like the last one.
     """
 
     num_layers: int
@@ -124,6 +158,8 @@ class DecoderShape:
     num_mlp_layers: int | None = None
     experts: Experts | None = None
     mamba: Mamba | None = None
+    latent: Latent | None = None
+    prediction_heads: int = 0
 
     @classmethod
     def of_paper(cls, model: ModelShape) -> DecoderShape:
@@ -144,6 +180,18 @@ class DecoderShape:
         return self.num_attention_heads * self.kv_channels
 
     @property
+    def head_size(self) -> float:
+        """Size of a head, the mean of keys and values."""
+        if self.latent is None:
+            return self.kv_channels
+        return (self.latent.head_size + self.latent.rotary_size + self.latent.value_size) / 2
+
+    @property
+    def core_size(self) -> float:
+        """Work of a (query, key) pair in all layers: elements of their heads, as `head_size`."""
+        return self._attention_layers * self.num_attention_heads * self.head_size
+
+    @property
     def num_parameters(self) -> int:
         """All parameters, embeddings and vocabulary padding included: what memory has to hold."""
         return self._parameters(active=False)
@@ -159,18 +207,24 @@ class DecoderShape:
 
         Of a mixture of experts, those that the token goes to; Megatron does not count the router.
         """
-        layers = self.num_layers * self._attention_weights + self._mlp_layers * self._mlp_weights
+        attention = self._attention_weights + (self.latent.normed if self.latent else 0)
+        layers = self._attention_layers * attention + self._mlp_layers * self._mlp_weights
+        layers += self.prediction_heads * self.hidden_size * (2 * self.hidden_size + 3)
         if self.experts:
             layers += self.experts.num_layers * self._expert_weights(self.experts.topk)
         if self.mamba:
             layers += self.mamba.num_layers * self.mamba.weights(self.hidden_size)
-        return layers + self.vocab_size * self.hidden_size
+        return layers + (1 + self.prediction_heads) * self.vocab_size * self.hidden_size
+
+    @property
+    def _attention_layers(self) -> int:
+        return self.num_layers + self.prediction_heads
 
     @property
     def _mlp_layers(self) -> int:
         if self.num_mlp_layers is not None:
             return self.num_mlp_layers
-        return self.num_layers - (self.experts.num_layers if self.experts else 0)
+        return self._attention_layers - (self.experts.num_layers if self.experts else 0)
 
     @property
     def _qkv_size(self) -> int:
@@ -183,6 +237,8 @@ class DecoderShape:
 
     @property
     def _attention_weights(self) -> int:
+        if self.latent:
+            return self.latent.weights(self.hidden_size, self.num_attention_heads)
         return self.hidden_size * (self._qkv_size + self.query_size)
 
     @property
@@ -207,11 +263,12 @@ class DecoderShape:
     def _parameters(self, *, active: bool) -> int:
         embeddings = 1 if self.tied_embeddings else 2
         total = (
-            self.num_layers * self._attention_parameters
+            self._attention_layers * self._attention_parameters
             + self._mlp_layers * self._mlp_parameters
             + self._norm_parameters
             + embeddings * self.vocab_size * self.hidden_size
             + self.learned_positions * self.hidden_size
+            + self.prediction_heads * (2 * self.hidden_size**2 + 3 * self._norm_parameters)
         )
         if self.experts:
             num_experts = self.experts.topk if active else self.experts.num_experts
@@ -224,12 +281,13 @@ class DecoderShape:
     @property
     def _attention_parameters(self) -> int:
         biases = 0
-        if self.linear_bias or self.qkv_bias:
+        if (self.linear_bias or self.qkv_bias) and not self.latent:
             biases += self._qkv_size
         if self.linear_bias:
             biases += self.hidden_size
         if self.qk_norm:
-            biases += 2 * self.kv_channels * (2 if self.norm_bias else 1)
+            normed = self.latent.normed if self.latent else 2 * self.kv_channels
+            biases += normed * (2 if self.norm_bias else 1)
         return self._attention_weights + self._norm_parameters + biases
 
     @property
@@ -310,7 +368,7 @@ def flops(shape: DecoderShape, *, seq_length: int, pairs: Fraction | float, toke
     square of each window, though causal kernels do half of it. In pairs, l**2 is 2 * pairs - l.
     """
     context = (2 * pairs - seq_length) / seq_length
-    attention = 12 * shape.num_layers * shape.query_size * context
+    attention = 12 * shape.core_size * context
     return float((6 * shape.active_parameters + attention) * tokens)
 
 
@@ -319,7 +377,7 @@ def megatron_flops(
 ) -> tuple[float, float]:
     """Return (matrix products, attention) as Megatron's log counts them: the causal half only."""
     context = (2 * pairs - seq_length) / seq_length
-    attention = 6 * shape.num_layers * shape.query_size * context
+    attention = 6 * shape.core_size * context
     products = 6 * shape.matmul_parameters
     if shape.mamba:  # the scan, three times 7 operations for each element of the state
         products += 21 * shape.mamba.num_layers * shape.mamba.inner_size * shape.mamba.state_dim

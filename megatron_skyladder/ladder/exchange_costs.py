@@ -111,13 +111,15 @@ def gathered_tokens(cp_size: int, seq_length: int) -> int:
     return seq_length - seq_length // cp_size
 
 
-def key_value_bytes(num_tokens: float, *, num_groups: int, head_dim: int, num_bytes: int) -> float:
+def key_value_bytes(
+    num_tokens: float, *, num_groups: int, head_dim: float, num_bytes: int
+) -> float:
     """Return the size of the keys and values of some tokens in one layer.
 
     Args:
         num_tokens: tokens.
         num_groups: key/value heads of a tensor-parallel rank.
-        head_dim: size of a head.
+        head_dim: size of a head, the mean of keys and values.
         num_bytes: of a number, such as 2 for bf16.
     """
     return 2 * num_tokens * num_groups * head_dim * num_bytes

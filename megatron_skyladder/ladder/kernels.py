@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from math import gcd
 
 AUTO = "auto"
 
@@ -118,6 +119,59 @@ PREFERENCES = (
         )
     ),
 )
+
+
+_TILE = 128  # channels: the value heads that kernels have beside longer keys
+
+
+def value_width(
+    name: str, key_size: int, value_size: int, capability: tuple[int, int]
+) -> int | None:
+    """Return how wide value heads have to be for a kernel to train, where keys differ from them.
+
+    Multi-latent attention has keys that are wider than values. Read off the libraries' sources of
+    August 2026: csrc/flash_attn/flash_api.cpp (FlashAttention 2, which torch ships too) wants one
+    size up to 256; hopper/flash_api.cpp (mha_fwd) and flash_attn/cute/interface.py
+    (_validate_head_dims) name their pairs; Transformer Engine's fused_attn.cpp and utils.py, too.
+    Zeros behind the values change nothing but the width of the output, which is cut again.
+
+    Args:
+        name: a key of ``KERNELS``.
+        key_size: channels of a head of queries and keys.
+        value_size: channels of a head of values.
+        capability: of the device.
+
+    Returns:
+        Channels, at least ``value_size``: what values are padded to; None: no width will do.
+    """
+    if key_size == value_size:
+        return value_size  # as stock Megatron calls it, whatever it is
+    for width in sorted({value_size, _TILE, key_size}):
+        if width >= value_size and _takes(name, key_size, width, capability[0]):
+            return width
+    return None
+
+
+def _takes(name: str, key: int, value: int, major: int) -> bool:
+    """Return whether a kernel trains with these heads."""
+    same = key == value <= 256
+    whole = key % 8 == value % 8 == 0
+    small = whole and max(key, value) <= 128
+    if name == "sdpa":
+        return True
+    if name in ("flash", "varlen"):
+        return same
+    if name == "fa3":
+        pair = (128 < key <= 192 and 96 < value <= 128) or (key <= 64 and value <= 512)
+        return major <= 9 and (same or (major == 9 and whole and pair))
+    if major == 9:  # fa4 and te
+        return whole and max(key, value) <= 256
+    if major in (10, 11):
+        # in FlashAttention 4 both are read from tensor memory in steps that the keys' size sets,
+        # which has to divide that of the values
+        steps = key < 128 or (-(-value // 16) * 8) % gcd(32, -(-key // 16) * 8) == 0
+        return (small and (name == "te" or steps)) or (key, value) in ((192, 128), (256, 256))
+    return major == 12 and small and (name == "te" or same)
 
 
 def preference(call: Call, capability: tuple[int, int]) -> Preference:

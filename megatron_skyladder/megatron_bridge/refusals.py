@@ -212,6 +212,18 @@ REFUSALS = (
         "Set it to false.",
     ),
     Refusal(
+        "model.mtp_num_layers={value}",
+        _is_set("model", "mtp_num_layers"),
+        "its heads would be shown tokens beyond a fragment, from which nothing keeps them there",
+        "Drop it, or train with megatron_skyladder.pretrain_gpt.",
+    ),
+    Refusal(
+        "model.multi_latent_attention=true",
+        _is_set("model", "multi_latent_attention"),
+        "it has not been tested in Megatron Bridge",
+        "Train with megatron_skyladder.pretrain_gpt.",
+    ),
+    Refusal(
         "inprocess_restart.enabled=true",
         lambda cfg: cfg.inprocess_restart and cfg.inprocess_restart.enabled,
         "restarting within the process has not been tested",

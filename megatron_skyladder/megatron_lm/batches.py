@@ -30,13 +30,14 @@ def get_batch(
     """
     active = clock.installed()
     masks_documents = training and active is not None and active.config.intra_document
-    has_data = compat.is_first_or_last_pipeline_stage(vp_stage)
+    has_data = compat.needs_sequences(vp_stage)
     batch: Batch = dict.fromkeys(BATCH_KEYS)
     if not has_data and not masks_documents:
         return batch, None
     tap = HostTap(data_iterator, in_order if has_data and training and active else dict)
     if has_data:
-        batch = compat.cp_batch(compat.tp_batch(tap if data_iterator is not None else None))
+        read = compat.tp_batch(tap if data_iterator is not None else None, vp_stage)
+        batch = compat.cp_batch(read)
         if active is None:
             return batch, batch.get("attention_mask")
     elif data_iterator is not None:

@@ -80,18 +80,43 @@ def padded_vocab_size() -> int:
     return args().padded_vocab_size
 
 
-def is_first_or_last_pipeline_stage(vp_stage: int | None) -> bool:
+def needs_sequences(vp_stage: int | None) -> bool:
     """Return whether this (virtual) stage embeds tokens or computes the loss."""
-    from megatron.training.utils import is_first_or_last_pipeline_stage as is_first_or_last
+    from megatron.training.utils import is_first_or_last_pipeline_stage
 
-    return is_first_or_last(vp_stage)
+    return is_first_or_last_pipeline_stage(vp_stage) or has_prediction_heads(vp_stage)
 
 
-def tp_batch(data_iterator: Any) -> dict[str, torch.Tensor | None]:
+def has_prediction_heads(vp_stage: int | None) -> bool:
+    """Return whether this (virtual) stage holds heads of multi-token prediction."""
+    options = args()
+    if not getattr(options, "mtp_num_layers", None):
+        return False
+    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+
+    layout = options.pipeline_model_parallel_layout
+    if layout is not None:
+        from megatron.core.transformer.pipeline_parallel_layer_layout import (
+            PipelineParallelLayerLayout,
+        )
+
+        layout = PipelineParallelLayerLayout(layout, options.pipeline_model_parallel_size)
+    return bool(
+        mtp_on_this_rank(
+            layout=layout,
+            mtp_num_layers=options.mtp_num_layers,
+            ignore_virtual=False,
+            vp_stage=vp_stage,
+        )
+    )
+
+
+def tp_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, torch.Tensor | None]:
     """Read a batch on tensor-parallel rank 0 and share it with the group, as Megatron does.
 
     Args:
         data_iterator: None on the other ranks.
+        vp_stage: the virtual pipeline stage, where there are several.
     """
     from megatron.core import utils
 
@@ -119,7 +144,7 @@ def tp_batch(data_iterator: Any) -> dict[str, torch.Tensor | None]:
         "tp_rank": mpu.get_tensor_model_parallel_rank(),
         "micro_batch_size": options.micro_batch_size,
         "seq_length": options.seq_length,
-        "mtp_on_this_rank": False,
+        "mtp_on_this_rank": has_prediction_heads(vp_stage),
         "pipeline_model_parallel_size": options.pipeline_model_parallel_size,
         "is_pipeline_first_stage": mpu.is_pipeline_first_stage(),
         "is_pipeline_last_stage": mpu.is_pipeline_last_stage(),

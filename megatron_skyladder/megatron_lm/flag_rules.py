@@ -19,19 +19,20 @@ logger = logging.getLogger(__name__)
 
 _USE_DOCUMENTS = "To keep documents apart, use --skyladder-intra-document instead."
 _PACKS = "it packs sequences of several lengths and brings masks of its own"
+_LOOKED_UP = ("context_parallel_size", "calculate_per_token_loss")  # by rules of other flags
 RECURRENT_STATE = "skyladder_recurrent_state"  # our flag, by its name in Megatron's arguments
 _CARRIES = (
     "its state carries what a window hides, so say where it starts anew: "
     "--skyladder-recurrent-state fragments, documents or free"
 )
 _SYMBOLS = {  # of --hybrid-layer-pattern: what a layer does that windows cannot be combined with
-    layer_pattern.LATENT_ATTENTION: "+ is multi-latent attention, and SkyLadder's does not take "
-    "latent keys and values",
+    layer_pattern.LATENT_ATTENTION: "+ is multi-latent attention, which SkyLadder knows in a GPT "
+    "only",
     layer_pattern.SPARSE_ATTENTION: "D is sparse attention: its indexer chooses what is seen",
     layer_pattern.MAMBA: f"M is a Mamba layer: {_CARRIES}",
     layer_pattern.GATED_DELTA_NET: f"G is a gated delta net layer: {_CARRIES}",
-    layer_pattern.PREDICTION_HEADS: "after / are layers of multi-token prediction, which have no "
-    "window",
+    layer_pattern.PREDICTION_HEADS: "after / are heads of multi-token prediction, which SkyLadder "
+    "knows in a GPT only",
 }
 _SET_BY_SYMBOLS = {  # flags that Megatron sets itself, for a pattern that has one of these
     "--multi-latent-attention": layer_pattern.LATENT_ATTENTION + layer_pattern.SPARSE_ATTENTION,
@@ -56,6 +57,29 @@ def _of_symbols(pattern: Any, lookup: limits.Lookup) -> str:
 def _of_symbols_once(pattern: Any, lookup: limits.Lookup) -> str:
     """The same, unless the old flag was given, of which Megatron makes the new one."""
     return "" if lookup("hybrid_override_pattern") else _of_symbols(pattern, lookup)
+
+
+def _parts_heads_from_batch(value: Any, lookup: limits.Lookup) -> str:
+    """Return why heads of multi-token prediction do not know the fragments; nothing without."""
+    if not (limits.is_given(value) and limits.is_above_zero(lookup("mtp_num_layers"))):
+        return ""
+    return (
+        "with --mtp-num-layers, whose heads would run apart from the batch whose fragments they "
+        "have to keep to"
+    )
+
+
+def _weighs_heads_by_part(value: Any, lookup: limits.Lookup) -> str:
+    """Return why the loss of such a head would depend on the layout; nothing where it does not."""
+    heads = limits.is_above_zero(lookup("mtp_num_layers"))
+    per_token = limits.is_given(lookup("calculate_per_token_loss"))
+    parts = limits.is_above_one(lookup("context_parallel_size"))
+    if not (limits.is_given(value) and heads and per_token and parts):
+        return ""
+    return (
+        "with --mtp-num-layers, --context-parallel-size and --calculate-per-token-loss, where "
+        "Megatron weighs each rank's part of a head's loss by the part's own count of tokens"
+    )
 
 
 def _packing(flag: str) -> FlagRule:
@@ -128,18 +152,34 @@ RULES = (
     ),
     # --- models and trainers whose attention is not the one that SkyLadder replaces ---
     FlagRule(
-        "--mtp-num-layers",
+        "--overlap-moe-expert-parallel-comm",
         Effect.REFUSED,
-        "the layers of multi-token prediction have no window",
-        "Drop --mtp-num-layers.",
-        not_counted=True,
-        entry_point_always=True,
+        "with heads of multi-token prediction",
+        "Drop one of the two.",
+        explain=_parts_heads_from_batch,
+    ),
+    FlagRule(
+        "--eod-mask-loss",
+        Effect.REFUSED,
+        "with heads of multi-token prediction, and losses per token of parts of sequences",
+        "Drop --calculate-per-token-loss.",
+        explain=_weighs_heads_by_part,
+    ),
+    FlagRule(
+        "--mtp-num-layers",
+        Effect.HARMLESS,
+        "adds heads under the same window and documents; none is shown a token beyond a fragment",
     ),
     FlagRule(
         "--multi-latent-attention",
+        Effect.HARMLESS,
+        "has keys that are wider than values, which the kernels take or get padded",
+    ),
+    FlagRule(
+        "--cache-mla-latents",
         Effect.REFUSED,
-        "its attention does not take latent keys and values",
-        not_counted=True,
+        "it is for generating text, which needs a model without windows",
+        "Drop --cache-mla-latents.",
     ),
     FlagRule(
         "--experimental-attention-variant",
@@ -305,7 +345,8 @@ def given_values(words: Sequence[str]) -> dict[str, Any]:
     """
     names = {rule.flag: rule.name for rule in RULES}
     ours = {rule.only_with[0] for rule in RULES if rule.only_with}
-    names |= {f"--{name.replace('_', '-')}": name for name in (*ours, RECURRENT_STATE)}
+    others = (*ours, RECURRENT_STATE, *_LOOKED_UP)
+    names |= {f"--{name.replace('_', '-')}": name for name in others}
     values: dict[str, list[str]] = {}
     name = ""
     for word in words:

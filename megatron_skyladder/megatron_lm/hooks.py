@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_skyladder.attention import recurrent
+from megatron_skyladder.attention import prediction_heads, recurrent
 from megatron_skyladder.attention.layer_spec import with_skyladder
 from megatron_skyladder.attention.rotary import follow_layout
 from megatron_skyladder.errors import UsageError
@@ -46,6 +46,7 @@ class Hook:
     Args:
         only_in: the release lines that need it; empty: all.
         of_hybrid_model: whether it is about HybridModel, which not every release has.
+        of_prediction_heads: whether it is about multi-token prediction, which not every run has.
         package: whose function it is, where it is not Megatron's: it may be missing, or wrapped by
             its own package.
     """
@@ -56,6 +57,7 @@ class Hook:
     reason: str
     only_in: tuple[str, ...] = ()
     of_hybrid_model: bool = False
+    of_prediction_heads: bool = False
     package: str = ""
 
 
@@ -83,6 +85,7 @@ def install(config: SkyLadderConfig, options: Any) -> None:
     line = releases.installed().line
     for hook in (*HOOKS, *GUARDS):
         missing = hook.of_hybrid_model and not hybrid.is_in_megatron()
+        missing |= hook.of_prediction_heads and not getattr(options, "mtp_num_layers", None)
         if not missing and (not hook.only_in or line in hook.only_in):
             _wrap(hook)
     if config.recurrent_state not in ("", "free"):
@@ -109,6 +112,11 @@ def check_options(config: SkyLadderConfig, options: Any) -> None:
     """Refuse what cannot be combined, before anything is built."""
     flag_rules.check(options)
     hybrid.check(options)
+    if getattr(options, "mtp_num_layers", None) and not prediction_heads.can_follow():
+        raise UsageError(
+            "--mtp-num-layers needs Megatron 0.17 or later with SkyLadder: earlier ones shift the "
+            "tokens of a prediction head in several places. Drop it, or take a later release."
+        )
     if config.intra_document:
         compat.eod_token()
         data_check.check(config, options)
@@ -179,12 +187,15 @@ def _built_with_skyladder(
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs)
-        given.arguments[spec] = with_skyladder(given.arguments[spec])
+        for name in (spec, "mtp_block_spec"):
+            if given.arguments.get(name) is not None:
+                given.arguments[name] = with_skyladder(given.arguments[name])
         if clock.current().config.init == "reference":
             draw_as_reference(given.arguments["config"], num_blocks(given.arguments))
         original(*given.args, **given.kwargs)
         ids_begin_anew = getattr(compat.args(), "reset_position_ids", False)
         follow_layout(self, checks_ids=not ids_begin_anew)
+        prediction_heads.follow_fragments(self)
 
     return __init__
 
@@ -286,6 +297,13 @@ HOOKS = (
         "evaluate",
         _evaluate_by_length,
         "to report validation losses by context length",
+    ),
+    Hook(
+        prediction_heads.MODULE,
+        "roll_tensor",
+        prediction_heads.within_fragments,
+        "to keep prediction heads from tokens beyond a fragment",
+        of_prediction_heads=True,
     ),
     Hook(
         "megatron.core.tensor_parallel.layers",

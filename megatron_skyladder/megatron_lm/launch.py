@@ -73,9 +73,16 @@ def launch(
 
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:
     """Return the ranks of a pipeline that hold word embeddings, as Megatron's script has it."""
-    if compat.args().untie_embeddings_and_output_weights:
-        return pp_ranks[:1]
-    return sorted({pp_ranks[0], pp_ranks[-1]})
+    options = compat.args()
+    ranks = {pp_ranks[0]}
+    if not options.untie_embeddings_and_output_weights:
+        ranks.add(pp_ranks[-1])
+    if options.mtp_num_layers:
+        from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+        from megatron.training.arguments import core_transformer_config_from_args
+
+        ranks.update(get_mtp_ranks(pp_ranks, core_transformer_config_from_args(options)))
+    return sorted(ranks)
 
 
 def gpt_model(

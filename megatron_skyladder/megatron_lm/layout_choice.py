@@ -32,7 +32,8 @@ def choose(options: Any, model: list[Any], forward_step: Callable[..., Any]) -> 
     active = clock.current()
     if options.context_parallel_size == 1 or active.config.context_parallel_layout == "zigzag":
         return
-    keeps = _keeps_zigzag(options, forward_step)
+    config = get_attr_wrapped_model(model[0], "config")
+    keeps = _keeps_zigzag(options, config, forward_step)
     if keeps:
         logger.warning("context parallelism keeps Megatron's zigzag, because %s", keeps)
         return
@@ -43,7 +44,7 @@ def choose(options: Any, model: list[Any], forward_step: Callable[..., Any]) -> 
     if not active.config.intra_document:
         logger.info("context parallelism shares out tokens by the window")
         return
-    window = _shares_by_window(options, get_attr_wrapped_model(model[0], "config"))
+    window = _shares_by_window(options, config)
     if window:
         logger.info("context parallelism shares out tokens by the window alone, because %s", window)
         return
@@ -51,7 +52,7 @@ def choose(options: Any, model: list[Any], forward_step: Callable[..., Any]) -> 
     logger.info("context parallelism shares out tokens by the window and each sequence's documents")
 
 
-def _keeps_zigzag(options: Any, forward_step: Callable[..., Any]) -> str:
+def _keeps_zigzag(options: Any, config: Any, forward_step: Callable[..., Any]) -> str:
     """Return why batches cannot have another order than Megatron's; empty where they can."""
     if not (_is_ours(forward_step) or _calls(forward_step, ARRANGES)):
         return (
@@ -64,7 +65,14 @@ def _keeps_zigzag(options: Any, forward_step: Callable[..., Any]) -> str:
     positions = getattr(options, "position_embedding_type", "rope")
     if positions not in ("rope", "yarn", "learned_absolute", "none"):
         return f"--position-embedding-type {positions} takes its positions from elsewhere."
-    if positions == "yarn" and not _follows_yarn():
+    latent = getattr(config, "multi_latent_attention", False)
+    rope_type = config.rope_type if latent else None
+    if rope_type == "yarn" and getattr(config, "apply_rope_fusion", False):
+        return (
+            "the fused rotary embedding of multi-latent attention counts positions by Megatron's "
+            "cut. Add --no-rope-fusion to balance work."
+        )
+    if "yarn" in (positions, rope_type) and not _follows_yarn():
         return "YaRN's embeddings cannot have another order in this release of Megatron."
     return ""
 

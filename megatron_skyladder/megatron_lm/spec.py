@@ -8,6 +8,7 @@ from typing import Any
 from megatron_skyladder.errors import UsageError
 
 NOT_BUILT = (  # by `gpt_layer_spec`; from 0.19 on Megatron's trainer builds the model
+    "mtp_num_layers",
     "heterogeneous_layers_config_path",
     "experimental_attention_variant",
     "use_grouped_gemm_for_dense_mlp",

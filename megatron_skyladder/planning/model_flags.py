@@ -7,7 +7,13 @@ import ast
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.ladder.costs import DecoderShape, Experts, Mamba, padded_vocab_size
+from megatron_skyladder.ladder.costs import (
+    DecoderShape,
+    Experts,
+    Latent,
+    Mamba,
+    padded_vocab_size,
+)
 from megatron_skyladder.ladder.numbers import argument, whole
 from megatron_skyladder.planning.vocabulary_size import UnknownVocabularyError, vocabulary_size
 
@@ -30,6 +36,12 @@ INTEGERS = {
     "--mamba-head-dim": "width of one",
     "--mamba-num-groups": "groups of its state",
     "--mamba-state-dim": "size of its state",
+    "--q-lora-rank": "of latent queries",
+    "--kv-lora-rank": "of latent keys and values",
+    "--qk-head-dim": "of latent attention's heads, without positions",
+    "--qk-pos-emb-head-dim": "of their rotary part",
+    "--v-head-dim": "of their values",
+    "--mtp-num-layers": "heads of multi-token prediction",
 }
 TEXTS = {
     "--moe-layer-freq": "which layers have experts: N, or a list such as [0]*2+[1]*22",
@@ -47,6 +59,8 @@ SWITCHES = {
     "--disable-bias-linear": "no biases",
     "--add-qkv-bias": "a bias for queries, keys and values only",
     "--qk-layernorm": "normalise queries and keys",
+    "--multi-latent-attention": "keys and values from a latent",
+    "--mtp-use-repeated-layer": "one layer for all heads of multi-token prediction",
     "--attention-output-gate": "a gate on what attention returns",
     "--moe-shared-expert-gate": "a gate on what shared experts return",
     "--use-rotary-position-embeddings": "RoPE (old name)",
@@ -61,6 +75,10 @@ DEFAULTS = {  # Megatron's
     "mamba_head_dim": 64,
     "mamba_num_groups": 8,
     "mamba_state_dim": 128,
+    "kv_lora_rank": 32,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128,
 }
 _COUNTED_SYMBOLS = "*-EM"
 _MAX_PATTERN = 10_000  # layers: nobody has more, and a list is multiplied out
@@ -96,7 +114,7 @@ def decoder_shape(flags: argparse.Namespace, notes: list[str]) -> DecoderShape:
     pattern = _pattern(flags)
     _check_given(flags, pattern)
     hidden, heads = flags.hidden_size, flags.num_attention_heads
-    if flags.kv_channels is None and hidden % heads:
+    if flags.kv_channels is None and hidden % heads and not flags.multi_latent_attention:
         raise UsageError(
             f"--hidden-size={hidden} is no multiple of --num-attention-heads={heads}. "
             "Change one of them, or give --kv-channels."
@@ -128,6 +146,8 @@ def decoder_shape(flags: argparse.Namespace, notes: list[str]) -> DecoderShape:
         num_mlp_layers=pattern.count("-") if pattern else None,
         experts=_experts(flags, pattern, ffn_hidden_size),
         mamba=_mamba(flags, pattern),
+        latent=_latent(flags),
+        prediction_heads=_prediction_heads(flags),
     )
 
 
@@ -187,7 +207,11 @@ def _experts(flags: argparse.Namespace, pattern: str, ffn_hidden_size: int) -> E
         if "E" in pattern:
             raise NotCountedError("the experts are not known: give --num-experts")
         return None
-    num_layers = pattern.count("E") if pattern else sum(_expert_layers(flags))
+    if pattern:
+        num_layers = pattern.count("E")
+    else:
+        layers = _expert_layers(flags)
+        num_layers = sum(layers) + layers[-1] * _prediction_heads(flags)
     return Experts(
         num_layers=num_layers,
         num_experts=flags.num_experts,
@@ -242,6 +266,24 @@ def _evaluated(node: ast.AST) -> Any:
             if len(values) * times <= _MAX_PATTERN:
                 return values * times
     raise ValueError("not a list of layers")
+
+
+def _latent(flags: argparse.Namespace) -> Latent | None:
+    if not flags.multi_latent_attention:
+        return None
+    return Latent(
+        query_rank=flags.q_lora_rank or 0,
+        key_value_rank=flags.kv_lora_rank,
+        head_size=flags.qk_head_dim,
+        rotary_size=flags.qk_pos_emb_head_dim,
+        value_size=flags.v_head_dim,
+    )
+
+
+def _prediction_heads(flags: argparse.Namespace) -> int:
+    if flags.mtp_num_layers and flags.mtp_use_repeated_layer:
+        raise NotCountedError("--mtp-use-repeated-layer gives heads that plan cannot count")
+    return flags.mtp_num_layers or 0
 
 
 def _mamba(flags: argparse.Namespace, pattern: str) -> Mamba | None:

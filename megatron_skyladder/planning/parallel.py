@@ -100,7 +100,7 @@ def parallel_costs(plan: PlannedRun, window: int, kind: Kind | None = None) -> P
     if plan.shape is not None:
         groups = max(1, plan.shape.num_query_groups // plan.tensor_parallel_size)
         size = OUR_PASSES * key_value_bytes(
-            tokens, num_groups=groups, head_dim=plan.shape.kv_channels, num_bytes=NUM_BYTES
+            tokens, num_groups=groups, head_dim=plan.shape.head_size, num_bytes=NUM_BYTES
         )
     return ParallelCosts(
         work=tuple(float(pairs) / num_rows for pairs in costs.pairs),

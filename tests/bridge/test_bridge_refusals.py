@@ -29,7 +29,7 @@ REFUSED = {
     "cuda_graphs": "model.cuda_graph_impl=local cannot be combined",
     "attention_dropout": r"model.attention_dropout=0.1 \(Megatron.s default\) cannot be combined",
     "prediction_of_more_tokens": "model.mtp_num_layers=1 cannot be combined",
-    "latent_attention": "model.multi_latent_attention cannot be combined",
+    "latent_attention": "model.multi_latent_attention=true cannot be combined",
 }
 TAKEN = (
     *("nothing", "partial_spec", "masked_losses", "evaluation_alone", "fully_reshardable"),

@@ -458,3 +458,22 @@ def batch_left_in_order() -> None:
     from megatron_skyladder.megatron_lm import batches
 
     batches.in_order = dict
+
+
+def values_swapped_in_exchange() -> None:
+    """Take the first channels of what other ranks send for values, and the last for keys."""
+    from megatron_skyladder.attention import context_parallel
+
+    def arrive(*args: Any) -> Any:
+        received, out = apply(*args)
+        return received.flip(-1), out
+
+    apply = context_parallel._Arrive.apply
+    context_parallel._Arrive = type("Swapped", (), {"apply": staticmethod(arrive)})
+
+
+def heads_see_beyond_fragments() -> None:
+    """Shift tokens of prediction heads as Megatron does, by the sequence alone."""
+    from megatron_skyladder.attention import prediction_heads
+
+    prediction_heads._Follower.begin = lambda *_: None

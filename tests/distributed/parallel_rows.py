@@ -42,6 +42,7 @@ class Case:
         heads: of queries, and of keys and values.
         sliding: whether the window slides.
         kind: what decides which tokens a rank holds.
+        value_dim: size of a head of values; of queries and keys it is ``HEAD_DIM``.
     """
 
     seq_length: int
@@ -51,6 +52,7 @@ class Case:
     heads: tuple[int, int] = (2, 1)
     sliding: bool = False
     kind: Kind = Kind.ZIGZAG
+    value_dim: int = HEAD_DIM
 
     @property
     def cut(self) -> int:
@@ -91,11 +93,15 @@ class Case:
         """Whole rows of query, key, value and the output's gradient, [S, rows, heads, D]."""
         generator = torch.Generator().manual_seed(seed)
         num_heads, num_groups = self.heads
+        shapes = (
+            (num_heads, HEAD_DIM),
+            (num_groups, HEAD_DIM),
+            (num_groups, self.value_dim),
+            (num_heads, self.value_dim),
+        )
         return [
-            torch.randn(
-                self.seq_length, self.num_rows, n, HEAD_DIM, generator=generator, dtype=dtype
-            )
-            for n in (num_heads, num_groups, num_groups, num_heads)
+            torch.randn(self.seq_length, self.num_rows, *shape, generator=generator, dtype=dtype)
+            for shape in shapes
         ]
 
 
@@ -114,7 +120,8 @@ def random_case(generator: np.random.Generator, cp_size: int) -> Case:
     window_len = int(generator.integers(1, seq_length + 1))
     sliding = bool(generator.random() < 0.4)
     kind = list(Kind)[generator.integers(3)]
-    return Case(seq_length, window_len, ends, num_rows, heads, sliding, kind)
+    value_dim = [HEAD_DIM, 3, 6][generator.integers(3)]  # as in multi-latent attention, and wider
+    return Case(seq_length, window_len, ends, num_rows, heads, sliding, kind, value_dim)
 
 
 def attend_densely(
@@ -157,7 +164,13 @@ def attention_module(case: Case, group: Any) -> Iterator[SkyLadderAttention]:
         context_parallel_size=group.size(),
     )
     yield SkyLadderAttention(
-        transformer, 2, AttnMaskType.causal, "self", pg_collection=SimpleNamespace(cp=group)
+        transformer,
+        2,
+        AttnMaskType.causal,
+        "self",
+        pg_collection=SimpleNamespace(cp=group),
+        k_channels=HEAD_DIM,
+        v_channels=case.value_dim,
     )
     clock.uninstall()
 

@@ -394,14 +394,19 @@ def _gather_reduced_shards(chunk: Any) -> None:
             torch.distributed.all_gather(parts, part, group=group)
 
 
-def _hand_over_dense_masks(windows: list[int], eod: int | None, sliding: bool) -> None:
+def _hand_over_dense_masks(
+    windows: list[int], eod: int | None, sliding: bool, shifts_within_it: bool = False
+) -> None:
     """Give stock Megatron's own attention a dense mask made pair by pair from the definition.
 
     Args:
         windows: tokens, of each step in turn.
         eod: the token that ends a document; None: documents are not masked.
         sliding: whether the window slides.
+        shifts_within_it: whether heads of multi-token prediction get no token that does not see
+            the one before it.
     """
+    from megatron.core.transformer import multi_token_prediction
     from megatron.training import get_args
 
     from megatron_skyladder.megatron_lm import batches
@@ -414,9 +419,20 @@ def _hand_over_dense_masks(windows: list[int], eod: int | None, sliding: bool) -
         if not training:
             return batch, None
         step = _consumed_samples() // get_args().global_batch_size
-        return batch, megatron_dense_mask(
+        mask = megatron_dense_mask(
             batch["tokens"].numpy(), window_len=windows[step], eod=eod, sliding=sliding
         )
+
+        def roll_tensor(tensor: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            rolled = torch.zeros_like(tensor)
+            for row, at in numpy.ndindex(tensor.shape[0], tensor.shape[1] - 1):
+                if not mask[row, 0, at + 1, at]:  # True is hidden
+                    rolled[row, at] = tensor[row, at + 1]
+            return rolled, rolled.sum()
+
+        if shifts_within_it:
+            multi_token_prediction.roll_tensor = roll_tensor
+        return batch, mask
 
     batches.get_batch = get_batch_with_mask
 

@@ -22,9 +22,20 @@ LLAMA = (
     "--normalization RMSNorm --swiglu --disable-bias-linear "
     "--untie-embeddings-and-output-weights --group-query-attention --num-query-groups 2"
 )
+HEADS = "--mtp-num-layers 2"
+LATENT = (
+    "--normalization RMSNorm --swiglu --disable-bias-linear --qk-layernorm "
+    "--untie-embeddings-and-output-weights --multi-latent-attention --q-lora-rank 16 "
+    "--kv-lora-rank 12 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 6 "
+    "--rotary-scaling-factor 4 --mscale 1.0 --mscale-all-dim 0.5"
+)
 ARCHITECTURES = {
+    "heads": f"{LLAMA} {HEADS}",
+    "tied-heads": f"--normalization LayerNorm --kv-channels 16 {HEADS}",
     "llama": LLAMA,
     "gpt": "--normalization LayerNorm --kv-channels 16",  # heads wider than hidden / heads
+    "mla": LATENT,
+    "mla-heads": f"{LATENT} {HEADS}",
     "moe": f"{LLAMA} --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
     "--moe-router-load-balancing-type none",
 }

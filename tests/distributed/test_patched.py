@@ -119,6 +119,24 @@ def test_context_parallel_ranks_hold_the_same_tokens(
         assert wanted
 
 
+def test_latent_attention_and_prediction_heads_train_the_same(
+    trainer: Trainer, patched: tuple[ProcessPool, Path]
+) -> None:
+    pool, folder = patched
+    flags = (
+        "--train-samples 24 --micro-batch-size 1 --context-parallel-size 2 "
+        "--skyladder-start-window 8 --skyladder-alpha 14 --skyladder-intra-document "
+        "--skyladder-context-parallel-layout balanced --skyladder-allow-unfinished"
+    )
+    options: dict[str, Any] = {"num_processes": 2, "load": False, "architecture": "mla-heads"}
+    ours = trainer.train(flags, **options)
+    theirs = trainer.on(pool).train(flags, script=str(folder / "pretrain_gpt.py"), **options)
+    assert "mask probe passed" in theirs.log()
+    for name in ("loss", "grad_norm"):
+        assert len(ours.steps(name)) == 3
+        assert theirs.steps(name) == ours.steps(name)
+
+
 def test_documents_that_cannot_be_found_are_pointed_out(
     trainer: Trainer, patched: tuple[ProcessPool, Path]
 ) -> None:

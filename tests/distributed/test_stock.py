@@ -23,7 +23,6 @@ REFUSED = (
     "--sft",
     "--fim-data",
     "--dataloader-inter-document-masking",
-    "--mtp-num-layers 1",
     "--logits-load-dir nowhere",
 )
 

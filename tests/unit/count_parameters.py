@@ -31,6 +31,10 @@ def main() -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
     from megatron.core import parallel_state
 
+    from megatron_skyladder.cpu.megatron import attend_with_narrower_values
+
+    attend_with_narrower_values()
+    torch.cuda.current_device = lambda: "meta"  # type: ignore[assignment,return-value]
     logging.disable(logging.WARNING)
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -62,15 +66,21 @@ def built(args: Any) -> int:
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_block_spec,
         get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
     )
     from megatron.training.arguments import core_transformer_config_from_args
 
     config = core_transformer_config_from_args(args)
     spec = get_gpt_layer_local_spec(
-        qk_layernorm=args.qk_layernorm, normalization=args.normalization
+        qk_layernorm=args.qk_layernorm,
+        normalization=args.normalization,
+        multi_latent_attention=args.multi_latent_attention,
     )
+    last = spec
     if args.num_experts:
         spec = get_gpt_decoder_block_spec(config, False, normalization=args.normalization)
+        last = spec.layer_specs[-1]
+    heads = get_gpt_mtp_block_spec(config, last, False) if args.mtp_num_layers else None
     with torch.device("meta"):
         model = GPTModel(
             config,
@@ -78,6 +88,7 @@ def built(args: Any) -> int:
             vocab_size=args.padded_vocab_size,
             max_sequence_length=args.max_position_embeddings,
             position_embedding_type=args.position_embedding_type,
+            mtp_block_spec=heads,
             share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         )
     return sum(parameter.numel() for parameter in model.parameters())

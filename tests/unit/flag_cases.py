@@ -125,9 +125,27 @@ CASES = {
     "--cp-partition-mode": Case(
         "--cp-partition-mode contiguous", "gives context-parallel ranks other", parser="unknown"
     ),
-    "--mtp-num-layers": Case("--mtp-num-layers 1", "layers of multi-token prediction have no"),
+    "--mtp-num-layers": Case(
+        "--mtp-num-layers 1", "none is shown a token beyond a fragment", stops=False
+    ),
+    "--overlap-moe-expert-parallel-comm": Case(
+        "--overlap-moe-expert-parallel-comm --mtp-num-layers 1",
+        "would run apart from the batch",
+        parser="parses",
+    ),
+    "--eod-mask-loss": Case(
+        "--eod-mask-loss --mtp-num-layers 1 --context-parallel-size 2 --calculate-per-token-loss",
+        "by the part's own count of tokens",
+        parser="parses",
+    ),
     "--multi-latent-attention": Case(
-        "--multi-latent-attention", "does not take latent keys", parser="parses"
+        "--multi-latent-attention",
+        "keys that are wider than values",
+        stops=False,
+        parser="parses",
+    ),
+    "--cache-mla-latents": Case(
+        "--cache-mla-latents", "it is for generating text", parser="parses"
     ),
     "--experimental-attention-variant": Case(
         "--experimental-attention-variant dsa", "choose what they see themselves", parser="parses"

@@ -97,6 +97,7 @@ def paper_flags(name: str) -> str:
 
 TINY = "--num-layers 2 --hidden-size 96 --num-attention-heads 6 --vocab-size 1000"
 MOE = f"{TINY} --disable-bias-linear"
+ROPE = "--position-embedding-type rope"
 FLAGS = [
     *(paper_flags(name) for name in MODELS),
     paper_flags("1b") + " --tensor-model-parallel-size 4",  # 32,256 rows
@@ -119,6 +120,11 @@ FLAGS = [
     f"{MOE} --num-experts 4 --swiglu --moe-shared-expert-intermediate-size 72 "
     "--moe-shared-expert-gate",
     f"{TINY} --num-experts 4",  # experts with biases
+    f"{TINY} --multi-latent-attention {ROPE}",
+    f"{TINY} --multi-latent-attention {ROPE} --q-lora-rank 24 --kv-lora-rank 20 --qk-head-dim 16 "
+    "--qk-pos-emb-head-dim 8 --v-head-dim 12 --qk-layernorm",
+    f"{MOE} --mtp-num-layers 2 {ROPE}",
+    f"{MOE} --num-experts 4 --moe-layer-freq [0]+[1] --mtp-num-layers 1 {ROPE}",
 ]
 # one symbol for each layer; --num-layers follows from them
 HYBRIDS = [

@@ -193,7 +193,7 @@ def test_values_that_fit(flags: str) -> None:
         ("*-D-", "D is sparse attention: its indexer"),
         ("*-M-", "M is a Mamba layer"),
         ("*-G-", "G is a gated delta net"),
-        ("*-/*-/*-", "after / are layers of multi-token prediction"),
+        ("*-/*-/*-", "after / are heads of multi-token prediction"),
         ("--", "it has no attention (*) whose window"),
         ("-|-/*-", "it has no attention (*) whose window"),
     ],
@@ -216,12 +216,11 @@ def test_patterns_with_attention_alone_fit(pattern: str | None) -> None:
     flag_rules.check(Namespace(hybrid_layer_pattern=pattern))
 
 
-def test_the_flags_that_a_symbol_sets_are_refused_without_it() -> None:
-    options = Namespace(hybrid_layer_pattern="*-/*-", multi_latent_attention=True, mtp_num_layers=1)
-    with pytest.raises(UsageError) as refused:
-        flag_rules.check(options)
-    assert "--multi-latent-attention cannot" in str(refused.value)
-    assert "--mtp-num-layers" not in str(refused.value)
+def test_the_flags_that_a_symbol_sets_are_found_without_it() -> None:
+    options = {"multi_latent_attention": True, "mtp_num_layers": 1}
+    for pattern, flags in (("*-/*-", {"--multi-latent-attention"}), ("+-", {"--mtp-num-layers"})):
+        found = flag_rules.findings({**options, "hybrid_layer_pattern": pattern})
+        assert {each.rule.flag for each in found if each.rule.name in options} == flags
 
 
 def test_flags_that_do_not_arrive_are_refused() -> None:

@@ -39,7 +39,9 @@ def wrapped(*args: Any) -> Any:
 def choose(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[..., tuple[Kind, str]]]:
     caplog.set_level(logging.INFO)
 
-    def choose(forward_step: Any = None, fused: bool = False, **given: Any) -> tuple[Kind, str]:
+    def choose(
+        forward_step: Any = None, fused: bool = False, latent: str = "", **given: Any
+    ) -> tuple[Kind, str]:
         """Return the layout and what was said."""
         from megatron_skyladder import pretrain_gpt
         from megatron_skyladder.megatron_lm import layout_choice
@@ -58,7 +60,8 @@ def choose(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[..., tuple[Kin
             "micro_batch_size": 1,
             "position_embedding_type": "rope",
         }
-        model = SimpleNamespace(config=SimpleNamespace(apply_rope_fusion=fused))
+        of_model = {"multi_latent_attention": bool(latent), "rope_type": latent or "rope"}
+        model = SimpleNamespace(config=SimpleNamespace(apply_rope_fusion=fused, **of_model))
         forward_step = forward_step or pretrain_gpt.forward_step
         caplog.clear()
         layout_choice.choose(SimpleNamespace(**options | given), [model], forward_step)
@@ -76,6 +79,8 @@ def test_by_the_window_or_by_documents(choose: Any) -> None:
     assert choose(intra_document=True, fused=True)[0] is Kind.SEQUENCE
     assert choose(intra_document=True, micro_batch_size=2)[0] is Kind.SEQUENCE
     assert choose(mask="sliding", intra_document=True)[0] is Kind.WINDOW
+    for rope in ("rope", "yarn"):
+        assert choose(intra_document=True, latent=rope)[0] is Kind.SEQUENCE
 
 
 @pytest.mark.parametrize(
@@ -98,6 +103,7 @@ def test_documents_that_share_one_order(choose: Any, given: dict[str, Any], reas
         ({"forward_step": lambda iterator, model: None}, "-m megatron_skyladder.pretrain_gpt"),
         ({"recurrent_state": "fragments"}, "recurrent layers of the pattern"),
         ({"position_embedding_type": "mrope"}, "--position-embedding-type mrope"),
+        ({"latent": "yarn", "fused": True}, "Add --no-rope-fusion to balance work"),
     ],
 )
 def test_what_keeps_zigzag_is_said(choose: Any, given: dict[str, Any], reason: str) -> None:

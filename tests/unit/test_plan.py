@@ -294,7 +294,8 @@ def test_a_hybrid_layout_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ("--multi-latent-attention", "--multi-latent-attention cannot be combined"),
+        ("--mtp-num-layers 1 --mtp-use-repeated-layer", "gives heads that plan cannot count"),
+        ("--multi-latent-attention --mtp-num-layers 1", ""),
         ("--heterogeneous-layers-config-path x", "gives layers that differ"),
         ("--num-experts 4 --hybrid-layer-pattern *E --vocab-size 8", ""),
         ("--hybrid-layer-pattern *E", "the experts are not known: give --num-experts"),

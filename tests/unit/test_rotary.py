@@ -145,6 +145,53 @@ def test_documents_have_an_order_for_each_sequence(rotary: Any, active: Clock) -
         assert torch.equal(found, embedding_at(rotary, positions)), lengths
 
 
+class LatentAttention(torch.nn.Module):
+    """What a layer of multi-latent attention is here: it makes its own embedding."""
+
+    def __init__(self, rotary: torch.nn.Module) -> None:
+        super().__init__()
+        self.rotary_pos_emb = rotary
+
+    def forward(self, hidden_states: Any, attention_mask: Any = None) -> Any:
+        return self.rotary_pos_emb(LENGTH, packed_seq=False)
+
+
+class LatentModel(torch.nn.Module):
+    """A model without an embedding of its own."""
+
+    def __init__(self, rotary: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = LatentAttention(rotary)
+
+    def forward(self, input_ids: Any, position_ids: Any, attention_mask: Any) -> Any:
+        return self.layer(None, attention_mask=attention_mask)
+
+
+def test_a_layers_own_embedding_follows_the_mask_that_travels(rotary: Any, active: Clock) -> None:
+    """Recomputed, a layer is called with the mask of its micro-batch, not with the latest."""
+    from megatron_skyladder.attention.rotary import RotaryPositions, WrongPositionsError
+
+    active.layout_kind = Kind.SEQUENCE
+    model = LatentModel(rotary)
+    RotaryPositions(model, GROUP, checks_ids=True)
+    batches = []
+    for lengths in ([30, 18], [5, 25, 18], [48]):
+        positions = ids(by_fragments(lengths, SIZE))
+        mask = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+        batches.append((positions, mask))
+        found = tensor_of(model(None, positions, mask), rotary)
+        assert torch.equal(found, embedding_at(rotary, positions))
+    for positions, mask in batches:
+        found = tensor_of(model.layer(None, attention_mask=mask), rotary)
+        assert torch.equal(found, embedding_at(rotary, positions))
+    RotaryPositions.compares_always = True
+    try:
+        with pytest.raises(WrongPositionsError):
+            model(None, batches[0][0], batches[1][1])
+    finally:
+        RotaryPositions.compares_always = False
+
+
 def test_a_batch_in_another_order_is_found_at_each_change(rotary: Any, active: Clock) -> None:
     from megatron_skyladder.attention.rotary import WrongPositionsError
 

@@ -393,7 +393,7 @@ MOE = """
     ("flags", "message"),
     [
         ("", ""),
-        ("--multi-latent-attention", "--multi-latent-attention cannot be combined with SkyLadder"),
+        ("--qk-clip", "--qk-clip cannot be combined with SkyLadder"),
         ("--attention-dropout 0.1", "--attention-dropout=0.1 cannot be combined"),
         ("--skyladder-alpha 1/1000", "takes 120,000 steps, but the run has 100"),
         ("--expert-model-parallel-size 3", "no multiple of expert TP x EP x PP = 3"),

@@ -1,7 +1,8 @@
 """What every backend answers, and the views that it is called on.
 
 Shapes: T tokens of all sequences of a micro-batch, one after the other; S tokens of one sequence, b
-sequences, h query heads, g key/value heads (h a multiple of g), d head size, W window.
+sequences, h query heads, g key/value heads (h a multiple of g), d head size of queries and keys, c
+of values (d but for multi-latent attention), W window.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ class Backend(torch.nn.Module):
         """Attend within segments of any lengths, causal, aligned at the bottom right.
 
         Args:
-            query: [Tq, h, d]; key, value: [Tk, g, d].
+            query: [Tq, h, d]; key: [Tk, g, d]; value: [Tk, g, c].
             segments: offsets into Tq and Tk that attention may not cross.
 
         Returns:
-            [Tq, h, d].
+            [Tq, h, c].
         """
         raise NotImplementedError
 
@@ -64,11 +65,11 @@ class Backend(torch.nn.Module):
         meets key head i * g + j * g // h.
 
         Args:
-            query: [S, b, h, d]; key, value: [S, b, g, d].
+            query: [S, b, h, d]; key: [S, b, g, d]; value: [S, b, g, c].
             segments: with ``grid`` set.
 
         Returns:
-            [S, b, h * d].
+            [S, b, h * c].
         """
         num_tokens, num_sequences = query.shape[:2]
         joined = (tensor.flatten(1, 2) for tensor in (query, key, value))
@@ -80,6 +81,46 @@ class Backend(torch.nn.Module):
     ) -> torch.Tensor:
         """Attend to whole sequences, causal; shapes as for `attend_windows`."""
         return self.attend_windows(query, key, value, segments)
+
+
+class WidenedValues(Backend):
+    """Another backend, whose kernel wants wider values: zeros behind them, cut off the output.
+
+    Args:
+        inner: the backend.
+        width: channels of a head of values that it wants.
+    """
+
+    def __init__(self, inner: Backend, width: int) -> None:
+        super().__init__(inner.softmax_scale)
+        self._inner, self._width = inner, width
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """See `Backend`."""
+        out: torch.Tensor = self._inner(query, key, self._widened(value), segments)
+        return out[..., : value.shape[-1]]
+
+    def attend_windows(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """See `Backend`."""
+        out = self._inner.attend_windows(query, key, self._widened(value), segments)
+        return self._cut(out, value)
+
+    def attend_full(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """See `Backend`."""
+        out = self._inner.attend_full(query, key, self._widened(value), segments)
+        return self._cut(out, value)
+
+    def _widened(self, value: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(value, (0, self._width - value.shape[-1]))
+
+    def _cut(self, out: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return out.unflatten(-1, (-1, self._width))[..., : value.shape[-1]].flatten(-2)
 
 
 def window_size(segments: Segments) -> tuple[int, int]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from megatron_skyladder.attention.backends.base import Backend
+from megatron_skyladder.attention.backends.base import Backend, WidenedValues
 from megatron_skyladder.attention.backends.flash import (
     FlashBackend,
     FlashCuteBackend,
@@ -22,7 +22,7 @@ from megatron_skyladder.attention.segments import Segments
 from megatron_skyladder.cpu import engine as cpu_engine
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import measured
-from megatron_skyladder.ladder.kernels import AUTO, KERNELS, Call, preference
+from megatron_skyladder.ladder.kernels import AUTO, KERNELS, Call, preference, value_width
 from megatron_skyladder.ladder.measured import Measured
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,13 @@ BACKENDS: dict[str, type[Backend]] = {
     "sdpa": SdpaBackend,
 }
 _HOPPER = (9, 0)
+
+
+class Heads(NamedTuple):
+    """Channels of a head: of queries and keys, and of values."""
+
+    key: int
+    value: int
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,11 @@ def make_backend(name: str, *, config: Any, scale: float, **stock_arguments: Any
     Raises:
         UsageError: what the backend needs is not installed, or the device cannot run it.
     """
+    heads = None
+    if stock_arguments.get("k_channels") is not None:  # multi-latent attention says so
+        heads = Heads(stock_arguments["k_channels"], stock_arguments["v_channels"])
     choices = choose_backends(
-        name, config.params_dtype, deterministic=bool(config.deterministic_mode)
+        name, config.params_dtype, deterministic=bool(config.deterministic_mode), heads=heads
     )
     if stock_arguments["layer_number"] == 1:
         for choice in choices:
@@ -95,7 +105,7 @@ def make_backend(name: str, *, config: Any, scale: float, **stock_arguments: Any
                 "attention backend for %s: %s (%s)", choice.call.value, choice.name, choice.reason
             )
     built = {
-        used: BACKENDS[used].build(config=config, scale=scale, **stock_arguments)
+        used: _build(used, heads, config=config, scale=scale, **stock_arguments)
         for used in {choice.name for choice in choices}
     }
     if len(built) == 1:
@@ -104,8 +114,21 @@ def make_backend(name: str, *, config: Any, scale: float, **stock_arguments: Any
     return BackendOfCalls(scale, full=full, windows=windows, packed=packed)
 
 
+def _build(name: str, heads: Heads | None, **arguments: Any) -> Backend:
+    backend = BACKENDS[name].build(**arguments)
+    if heads is None:
+        return backend
+    width = value_width(name, *heads, _capability())
+    assert width is not None, f"{name} was chosen for heads of {heads}"
+    return backend if width == heads.value else WidenedValues(backend, width)
+
+
 def choose_backends(
-    name: str, dtype: torch.dtype = torch.bfloat16, *, deterministic: bool = False
+    name: str,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    deterministic: bool = False,
+    heads: Heads | None = None,
 ) -> tuple[Choice, Choice, Choice]:
     """Return what runs the full window, windows, and packed calls here.
 
@@ -115,16 +138,19 @@ def choose_backends(
             that is installed.
         dtype: of the model's parameters.
         deterministic: whether the model is.
+        heads: sizes of its heads; None: keys and values have the same.
 
     Raises:
         UsageError: what was named is not installed, or the device cannot run it.
     """
-    full, windows, packed = (_choose(name, call, dtype, deterministic) for call in Call)
+    full, windows, packed = (_choose(name, call, dtype, deterministic, heads) for call in Call)
     return full, windows, packed
 
 
 @lru_cache(maxsize=64)
-def _choose(name: str, call: Call, dtype: torch.dtype, deterministic: bool) -> Choice:
+def _choose(
+    name: str, call: Call, dtype: torch.dtype, deterministic: bool, heads: Heads | None
+) -> Choice:
     if name != AUTO:
         lacks = missing(name)
         if lacks:
@@ -132,10 +158,10 @@ def _choose(name: str, call: Call, dtype: torch.dtype, deterministic: bool) -> C
                 f"--skyladder-attention-backend={name} needs {lacks}. Install it, or use auto, "
                 "which takes the best of what is there."
             )
-        why = unfit(name, call, deterministic=deterministic)
+        why = unfit(name, call, deterministic=deterministic, heads=heads)
         if why is None:
             return Choice(call, name, "as --skyladder-attention-backend says")
-        if not deterministic:
+        if not deterministic or unfit(name, call, deterministic=False, heads=heads):
             raise UsageError(f"--skyladder-attention-backend={name} cannot be used here: {why}.")
     elif cpu_engine.is_installed() or cpu_engine.is_requested():
         return Choice(call, "sdpa", "the CPU engine runs, the others need a GPU")
@@ -144,12 +170,12 @@ def _choose(name: str, call: Call, dtype: torch.dtype, deterministic: bool) -> C
     found = _measured()
     if found is not None:
         for candidate in found.order(call):
-            if _problem(candidate, call, deterministic) is None:
+            if _problem(candidate, call, deterministic, heads) is None:
                 return Choice(call, candidate, found.reason(call, candidate))
     row = preference(call, _capability())
     passed_over: list[str] = []
     for candidate in row.order:
-        problem = _problem(candidate, call, deterministic)
+        problem = _problem(candidate, call, deterministic, heads)
         if problem is None:
             return Choice(call, candidate, "; ".join([*passed_over, row.reason]))
         passed_over.append(f"no {problem}")
@@ -168,8 +194,8 @@ def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else _HOPPER
 
 
-def _problem(name: str, call: Call, deterministic: bool) -> str | None:
-    return missing(name) or unfit(name, call, deterministic=deterministic)
+def _problem(name: str, call: Call, deterministic: bool, heads: Heads | None) -> str | None:
+    return missing(name) or unfit(name, call, deterministic=deterministic, heads=heads)
 
 
 def missing(name: str) -> str | None:
@@ -185,12 +211,18 @@ def missing(name: str) -> str | None:
     return None
 
 
-def unfit(name: str, call: Call, *, deterministic: bool) -> str | None:
+def unfit(name: str, call: Call, *, deterministic: bool, heads: Heads | None = None) -> str | None:
     """Return why an installed backend cannot run a call on this device, or None."""
     capability = _capability()
     lowest = KERNELS[name].capability
     if capability < lowest:
         return f"{name} below compute capability {lowest[0]}.{lowest[1]}"
+    if heads is not None and value_width(name, *heads, capability) is None:
+        return (
+            f"{name} for keys of {heads.key} channels and values of {heads.value} on compute "
+            f"capability {capability[0]}.{capability[1]}: it has no kernel for them, which "
+            "flash and varlen have up to 256 channels, and sdpa for any"
+        )
     if name == "fa4" and deterministic and capability[0] == 12:
         return "fa4 in --deterministic-mode on compute capability 12: it has no such backward"
     if name != "te" or call is not Call.PACKED:

@@ -91,7 +91,7 @@ class TransformerEngineBackend(Backend):
                 max_seqlen_kv=segments.max_seqlen_k,
             ),
         )
-        return out.view(query.shape)
+        return out.view(*query.shape[:2], value.shape[-1])
 
     def attend_windows(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments

@@ -90,11 +90,12 @@ class Passes:
 
     def _find(self, chunk: Any, where: str) -> dict[str, SkyLadderAttention]:
         found = {}
-        for module in chunk.modules():
+        for path, module in chunk.named_modules():
             attention = getattr(module, "core_attention", None)
             if attention is None:
                 continue
-            name = f"layer {getattr(module, 'layer_number', '?')}{where}"
+            kind_of_layer = "prediction head" if "mtp" in path.split(".") else "layer"
+            name = f"{kind_of_layer} {getattr(module, 'layer_number', '?')}{where}"
             if isinstance(attention, SkyLadderAttention):
                 found[name] = attention
             else:
