@@ -100,6 +100,7 @@ def _forget_other_settings(output: Path, args: argparse.Namespace) -> None:
 def _prepare(output: Path) -> tuple[Path, Path]:
     """Make corpus, tokenizer and Megatron's files, or find them made."""
     from megatron_skyladder.cli import main
+    from megatron_skyladder.data.bpe import train_tokenizer
     from megatron_skyladder.demo import corpus, runs
 
     text, tokenizer, prefix = output / "corpus.jsonl", output / "tokenizer", output / "corpus"
@@ -108,7 +109,7 @@ def _prepare(output: Path) -> tuple[Path, Path]:
         print(f"  {corpus.write_corpus(text)} documents in {text}")
     if not (tokenizer / "tokenizer.json").exists():
         print(f"tokenizer: byte-level BPE with {runs.VOCAB_SIZE:,} tokens")
-        corpus.train_tokenizer(text, tokenizer, runs.VOCAB_SIZE)
+        train_tokenizer(corpus.texts(text), tokenizer, runs.VOCAB_SIZE)
     command = ["prepare", "--input", str(text), "--output-prefix", str(prefix), "--workers", "2"]
     command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
     if main(command):

@@ -17,7 +17,6 @@ from megatron_skyladder.files import whole
 
 logger = logging.getLogger(__name__)
 
-END_OF_DOCUMENT = "<|endoftext|>"
 _LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
 
 
@@ -47,26 +46,8 @@ def write_corpus(path: Path) -> int:
     return len(shuffled)
 
 
-def train_tokenizer(corpus: Path, folder: Path, vocab_size: int) -> None:
-    """Train a byte-level BPE tokenizer and save it as Hugging Face's loaders expect it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+def texts(corpus: Path) -> Iterator[str]:
+    """Yield the documents of a file that `write_corpus` wrote."""
     with corpus.open(encoding="utf-8") as lines:
-        tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_DOCUMENT,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-    tokenizer.save(str(folder / "tokenizer.json"))
+        for line in lines:
+            yield json.loads(line)["text"]

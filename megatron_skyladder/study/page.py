@@ -1,0 +1,410 @@
+"""docs/experiments.md: what came out, from the records of finished runs and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_skyladder.files import write_text
+from megatron_skyladder.study import records, results
+from megatron_skyladder.study.records import Record
+from megatron_skyladder.study.results import Arm, Figure
+from megatron_skyladder.study.settings import Study
+from megatron_skyladder.study.training import read_rows
+
+PICTURE = "losses.png"
+NONE = "-"  # a cell that has no run yet
+
+HEAD = """\
+# Experiments
+
+The paper's comparison at a scale that two CPU cores can rerun: the same small model, text, starting
+weights and order of the text; only the window differs. `skyladder study --write` makes this page
+from the records in `{records}/`, one file for each finished run; `{config}` says what is run.
+
+"""
+
+LIMITS = """\
+**What scale this is**: a model of {parameters} million parameters, {tokens} million tokens for each
+run, sequences of {seq_length:,} tokens, on one CPU core each. The paper's smallest model has 120
+million parameters, sees 100 billion tokens, and its sequences have 8,192. What is below shows
+whether an effect exists in this setting and how it is made; it does not show how large the effect
+is in a real run, that an order among schedules holds at another scale, or anything about benchmarks
+and the speed of a GPU.
+"""
+
+HOW_TO_READ = """\
+Losses are nats per token on held-out documents, lower is better. A figure in parentheses is the
+lowest and the highest seed. Differences are between runs of the same seed, which start from the
+same weights and read the same text in the same order."""
+
+EQUAL_TIME = """\
+Time is the CPU time of the training process, validation and checkpoints left out, so that other
+work on the machine counts for little. *Loss at equal time* compares the run with the constant one
+when the quicker of the two has ended; the other one is then in mid-schedule, at a higher learning
+rate, which is to the advantage of the quicker one."""
+
+COPYING = """\
+A span of {span} random tokens stands twice in held-out text. How many tokens of the second copy
+(without the first {cue}) are the likeliest ones to the model, by the distance between the copies in
+tokens; {samples} sequences. Guessing gets {chance:.2f} %."""
+
+RERUN = """\
+## Rerun it
+
+```
+pip install 'megatron-skyladder[training,data,plot]' safetensors
+skyladder study --run       # nice 19, one core for each run; Ctrl-C saves, the same command goes on
+skyladder study --status    # how far, and how many core hours are left
+skyladder study --write     # this page, from the records
+```
+"""
+
+
+@dataclass(frozen=True)
+class _Given:
+    study: Study
+    found: list[Record]
+    failures: list[dict[str, Any]]
+    corpus: dict[str, Any] | None
+
+    @property
+    def arms(self) -> list[Arm]:
+        return results.arms_of(self.found, list(self.study.arms))
+
+    @property
+    def reference(self) -> Arm | None:
+        """The arm that others are compared with: the file's first."""
+        first = next(iter(self.study.arms), None)
+        return next((arm for arm in self.arms if arm.name == first), None)
+
+
+def write(study: Study, config: Path) -> None:
+    """Write the page and its picture from the records.
+
+    Args:
+        study: with the folder of records and the name of the page.
+        config: the study's file, which the page names.
+    """
+    names = [run.name for run in study.runs]
+    found = [it for it in records.read_all(study.records, names) if it.name in names]
+    corpus = study.records / records.CORPUS
+    given = _Given(
+        study,
+        found,
+        read_rows(study.records / records.FAILURES),
+        json.loads(corpus.read_text(encoding="utf-8")) if corpus.exists() else None,
+    )
+    picture = None
+    if given.arms:
+        from megatron_skyladder.study.pictures import draw
+
+        picture = study.records / PICTURE
+        draw(given.arms, picture)
+    text = page(given, config, _beside(picture, study.page) if picture else None)
+    study.page.parent.mkdir(parents=True, exist_ok=True)
+    write_text(study.page, text)
+
+
+def page(given: _Given, config: Path, picture: str | None) -> str:
+    """Return the page as Markdown."""
+    study = given.study
+    parts = [
+        HEAD.format(records=study.records.as_posix(), config=config.as_posix()),
+        _limits(study),
+        "\n## What came out\n\n",
+        _verdicts(given),
+    ]
+    if given.arms:
+        parts += [
+            f"\n{HOW_TO_READ}\n\n",
+            _table(_losses(given)),
+            f"\n{EQUAL_TIME}\n\n",
+            _table(_times(given)),
+            _copying(given),
+        ]
+    if picture:
+        parts.append(f"\n![Losses against tokens and time, by context, and copying]({picture})\n")
+    parts += [
+        "\n## Runs\n\n",
+        _table(_runs(given)),
+        _failures(given),
+        "\n## The learning rate\n\n",
+        _sweep(given),
+        "\n## Text\n\n",
+        _text(given),
+        "\n## Commands\n\n",
+        _commands(given),
+        f"\n{RERUN}",
+    ]
+    return "".join(parts)
+
+
+def _limits(study: Study) -> str:
+    main = next(run for run in study.runs if not run.is_sweep)
+    return LIMITS.format(
+        parameters=f"{_parameters(study) / 1e6:.1f}",
+        tokens=f"{main.train_iters * main.step_tokens / 1e6:.1f}",
+        seq_length=main.seq_length,
+    )
+
+
+def _parameters(study: Study) -> int:
+    """Count the weights of a Llama of these flags, embedding and output included."""
+    run = study.runs[0]
+    layers, hidden, ffn, heads = (
+        int(run.value(flag))
+        for flag in ("--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads")
+    )
+    groups = heads
+    if "--num-query-groups" in run.flags:
+        groups = int(run.value("--num-query-groups"))
+    keys = hidden // heads * groups
+    layer = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * ffn + 2 * hidden
+    return layers * layer + hidden + 2 * hidden * study.vocab_size
+
+
+def _verdicts(given: _Given) -> str:
+    planned = [run for run in given.study.runs if not run.is_sweep]
+    done = [it for it in given.found if not it.is_sweep]
+    lines = [f"{len(done)} of {len(planned)} runs have finished."]
+    reference = given.reference
+    compared = []
+    if reference is not None:
+        noise = results.noise(reference)
+        several = len(reference.records) > 1
+        lines.append(
+            f"Differences below {noise:.3f} are noise here: "
+            + (
+                f"so far apart are the seeds of `{reference.name}`, or the paper's 0.01 if that "
+                "is more."
+                if several
+                else f"the paper's figure, as `{reference.name}` has finished with one seed only."
+            )
+        )
+        for arm in given.arms:
+            if arm is not reference:
+                compared += _verdict(arm, reference, noise)
+    if not compared:
+        lines.append("Nothing can be compared yet.")
+    missing = [name for name in given.study.arms if name not in {arm.name for arm in given.arms}]
+    text = " ".join(lines) + "\n"
+    if compared:
+        text += "\n" + "\n".join(compared) + "\n"
+    if missing:
+        text += f"\nNot finished yet: {', '.join(f'`{name}`' for name in missing)}.\n"
+    return text
+
+
+def _verdict(arm: Arm, reference: Arm, noise: float) -> list[str]:
+    loss = results.difference(arm, reference, results.final_difference)
+    if loss is None:
+        return []
+    if abs(loss.mean) < noise:
+        word = "no difference that exceeds noise"
+    else:
+        word = "better" if loss.mean < 0 else "worse"
+    seeds = "one seed" if len(loss.values) == 1 else f"{len(loss.values)} seeds"
+    text = f"- `{arm.name}` against `{reference.name}`, {seeds}: {word} at equal tokens"
+    text += f" ({loss.text(3, signed=True)} nats)"
+    saved = results.difference(arm, reference, results.time_saved)
+    if saved is not None:
+        more = "less" if saved.mean >= 0 else "more"
+        text += f"; {abs(100 * saved.mean):.1f} % {more} CPU time"
+    return [text + "."]
+
+
+def _losses(given: _Given) -> list[list[str]]:
+    lengths = sorted({key for arm in given.arms for it in arm.records for key in it.last.by_length})
+    head = ["arm", "seeds", *(f"at {length:,}" for length in lengths)]
+    rows = [[*head, "whole sequences", "difference"]]
+    for arm in given.arms:
+        cells = [f"`{arm.name}`", str(len(arm.records))]
+        for length in lengths:
+            cells.append(_cell(arm.figure(lambda it, key=length: it.last.by_length.get(key)), 3))
+        cells.append(_cell(arm.figure(lambda it: it.last.loss), 3))
+        cells.append(_against(arm, given.reference, results.final_difference, 3))
+        rows.append(cells)
+    return rows
+
+
+def _times(given: _Given) -> list[list[str]]:
+    rows = [["arm", "CPU hours", "time saved (%)", "loss at equal time, difference"]]
+    for arm in given.arms:
+        hours = arm.figure(results.total_seconds)
+        rows.append(
+            [
+                f"`{arm.name}`",
+                NONE if hours is None else hours.text(2, scale=1 / 3600),
+                _against(arm, given.reference, results.time_saved, 1, scale=100),
+                _against(arm, given.reference, results.equal_time_difference, 3),
+            ]
+        )
+    return rows
+
+
+def _copying(given: _Given) -> str:
+    arms = [arm for arm in given.arms if any(it.copying for it in arm.records)]
+    distances = sorted({key for arm in arms for it in arm.records for key in it.copying})
+    if not distances:
+        return ""
+    from megatron_skyladder.study.copying import CUE
+
+    options = given.study.copying
+    rows = [["arm", *(f"{distance:,} (%)" for distance in distances)]]
+    for arm in arms:
+        cells = [f"`{arm.name}`"]
+        for distance in distances:
+            found = arm.figure(
+                lambda it, key=distance: it.copying[key].accuracy if key in it.copying else None
+            )
+            cells.append(NONE if found is None else found.text(1, scale=100))
+        rows.append(cells)
+    text = COPYING.format(
+        span=options.span,
+        cue=CUE,
+        samples=options.samples,
+        chance=100 / (given.study.vocab_size - 1),
+    )
+    return f"\n{text}\n\n{_table(rows)}"
+
+
+def _runs(given: _Given) -> list[list[str]]:
+    found = {record.name: record for record in given.found}
+    rows = [["run", "seed", "state", "started", "finished", "starts", "CPU hours", "loss"]]
+    for planned in given.study.runs:
+        record = found.get(planned.name)
+        if record is None:
+            rows.append([f"`{planned.arm}`", str(planned.seed), "not finished", *[NONE] * 5])
+            continue
+        starts = [it["time"] for it in record.events if it["event"] == "started"]
+        ends = [it["time"] for it in record.events if it["event"] == "finished"]
+        seconds = results.total_seconds(record)
+        rows.append(
+            [
+                *(f"`{record.arm}`", str(record.seed), "finished"),
+                *(_date(starts[:1]), _date(ends[-1:]), str(len(starts))),
+                NONE if seconds is None else f"{seconds / 3600:.2f}",
+                f"{record.last.loss:.4f}",
+            ]
+        )
+    return rows
+
+
+def _failures(given: _Given) -> str:
+    if not given.failures:
+        return "\nNo start of a run has failed.\n"
+    lines = ["\nStarts that failed (a failed run goes on from its last checkpoint):\n"]
+    lines += [f"- {_date([it['time']])}, `{it['run']}`: {it['what']}" for it in given.failures]
+    return "\n".join(lines) + "\n"
+
+
+def _sweep(given: _Given) -> str:
+    tried = [run for run in given.study.runs if run.is_sweep]
+    if not tried:
+        return "No other rate was tried.\n"
+    main = next(run for run in given.study.runs if not run.is_sweep)
+    found = {record.name: record for record in given.found}
+    rows = [["learning rate", "steps", "validation loss"]]
+    for run in tried:
+        record = found.get(run.name)
+        loss = "not finished" if record is None else f"{record.last.loss:.4f}"
+        rows.append([run.value("--lr"), f"{run.train_iters:,}", loss])
+    return (
+        f"Tried with the constant window, so that it is not handicapped; all arms train with "
+        f"{main.value('--lr')}.\n\n{_table(rows)}"
+    )
+
+
+def _text(given: _Given) -> str:
+    if given.corpus is None:
+        return "The text has not been made yet.\n"
+    train, held_out = given.corpus["train"], given.corpus["validation"]
+    tokens = given.corpus["tokens"]
+    rows = [["package", "version", "documents", "MB", "duplicates left out", "SHA-256"]]
+    for source in given.corpus["sources"]:
+        rows.append(
+            [
+                f"{source['kind']} {source['name']}",
+                *(source["version"], f"{source['documents']:,}"),
+                f"{source['num_bytes'] / 1e6:.1f}",
+                *(f"{source['duplicates']:,}", f"`{source['sha256'][:16]}`"),
+            ]
+        )
+    share = train["characters_in_long"] / train["characters"]
+    return (
+        f"{train['documents']:,} documents for training ({train['bytes'] / 1e6:.0f} MB, "
+        f"{tokens['train'] / 1e6:.1f} million tokens of a byte-level BPE with "
+        f"{given.study.vocab_size:,} entries trained on them), {held_out['documents']:,} held out "
+        f"({tokens['validation'] / 1e6:.2f} million tokens), chosen by a hash of their text. "
+        f"Documents of 8,192 characters or more hold {100 * share:.0f} % of the text.\n\n"
+        + _table(rows)
+    )
+
+
+def _commands(given: _Given) -> str:
+    rows = [["arm", "its flags"]]
+    rows += [[f"`{name}`", f"`{flags}`"] for name, flags in given.study.arms.items()]
+    text = (
+        "Every run is Megatron's trainer in one process, with `SKYLADDER_DEVICE=cpu` and "
+        "`OMP_NUM_THREADS=1`, in the study's folder; `skyladder study --run` starts it. Each "
+        "record holds its whole command. The flags of all:\n\n```\n"
+        + _folded(["python -m megatron_skyladder.pretrain_gpt", *given.study.flags])
+        + "\n```\n\n"
+        + _table(rows)
+    )
+    first = next((it for it in given.found if not it.is_sweep), None)
+    if first is not None:
+        words = ["python", *map(shlex.quote, first.command)]
+        text += f"\nThe whole command of `{first.name}`:\n\n```\n{_folded(words)}\n```\n"
+        machines = sorted({_machine(record) for record in given.found})
+        text += "\nMachine and versions: " + "; ".join(machines) + ".\n"
+    return text
+
+
+def _machine(record: Record) -> str:
+    versions = [f"{name} {value}" for name, value in record.machine.items() if name != "processor"]
+    return ", ".join([record.machine.get("processor", "unknown processor"), *versions])
+
+
+def _folded(words: Sequence[str], width: int = 96) -> str:
+    """Return words of a command on lines of a shell."""
+    lines, line = [], ""
+    for word in words:
+        if line and len(line) + len(word) > width:
+            lines.append(line.rstrip() + " \\")
+            line = "  "
+        line += word + " "
+    return "\n".join([*lines, line.rstrip()])
+
+
+def _against(
+    arm: Arm, reference: Arm | None, value: Any, digits: int, *, scale: float = 1.0
+) -> str:
+    if reference is None or arm is reference:
+        return ""
+    found = results.difference(arm, reference, value)
+    return NONE if found is None else found.text(digits, signed=True, scale=scale)
+
+
+def _cell(found: Figure | None, digits: int) -> str:
+    return NONE if found is None else found.text(digits)
+
+
+def _date(times: Sequence[str]) -> str:
+    return times[0][:16].replace("T", " ") if times else NONE
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def _beside(picture: Path, page: Path) -> str:
+    import os
+
+    return Path(os.path.relpath(picture, page.parent)).as_posix()

@@ -1,0 +1,254 @@
+"""The queue: which run is next, several at a time, one failure in nobody's way."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_skyladder.errors import UsageError
+from megatron_skyladder.study import records
+from megatron_skyladder.study.records import Copied
+from megatron_skyladder.study.settings import Planned, Study
+from megatron_skyladder.study.training import (
+    LOWEST_PRIORITY,
+    VALIDATION_DATA,
+    Outcome,
+    Training,
+    append_row,
+    now,
+    read_rows,
+)
+
+RECORDS = "records"  # below the study's folder; --write takes them from there
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run is.
+
+    Args:
+        planned: the run.
+        word: ``finished``, ``running``, ``begun``, ``failed`` or ``waiting``.
+        iteration: the last step that was logged.
+        step_seconds: mean CPU time of its steps so far; None where none was timed.
+        failure: of the last start, if it failed.
+    """
+
+    planned: Planned
+    word: str
+    iteration: int
+    step_seconds: float | None
+    failure: str = ""
+
+    @property
+    def steps_left(self) -> int:
+        """Steps to train."""
+        return 0 if self.word == "finished" else self.planned.train_iters - self.iteration
+
+
+def states(study: Study, output: Path) -> list[State]:
+    """Return how far each run is, in the order of the queue."""
+    is_running = is_locked(output)
+    found = []
+    for planned in study.runs:
+        training = Training(planned, output, "")
+        rows = read_rows(training.folder / "steps.jsonl")
+        events = read_rows(training.folder / "events.jsonl")
+        iteration = int(rows[-1]["iteration"]) if rows else 0
+        timed = [row["cpu"] for row in rows if row["cpu"] is not None]
+        last = events[-1]["event"] if events else ""
+        failure = events[-1]["what"] if last == Outcome.FAILED.value else ""
+        if (output / RECORDS / f"{planned.name}{records.SUFFIX}").exists():
+            word, iteration = "finished", planned.train_iters
+        elif last == Outcome.FAILED.value:
+            word = "failed"
+        elif last == "started" and is_running:
+            word = "running"
+        else:
+            word = "begun" if events else "waiting"
+        mean = sum(timed) / len(timed) if timed else None
+        found.append(State(planned, word, iteration, mean, failure))
+    return found
+
+
+def seconds_left(found: Sequence[State]) -> float | None:
+    """Return the CPU time that is left, by the pace of each run, or of all where it has none.
+
+    Returns:
+        Seconds of one core; None before any step was timed.
+    """
+    known = [state.step_seconds for state in found if state.step_seconds is not None]
+    if not known:
+        return None
+    pace = sum(known) / len(known)
+    return sum(state.steps_left * (state.step_seconds or pace) for state in found)
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[int]:
+    """Hold the study's folder for one queue; the descriptor goes to the processes it starts.
+
+    Raises:
+        UsageError: another queue runs, or what it started still does.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(output / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another skyladder study runs in {output}, or a process that it started. Wait "
+                "for it, stop it (Ctrl-C or SIGTERM: it saves first), or give another --output."
+            ) from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(output: Path) -> bool:
+    """Return whether a queue runs in this folder."""
+    try:
+        with locked(output):
+            return False
+    except UsageError:
+        return True
+
+
+@dataclass
+class Queue:
+    """Trains what is not finished, in order.
+
+    Args:
+        study: what there is to train.
+        output: the study's folder.
+        corpus: what identifies its text.
+        say: called with a line when a run begins or ends.
+        on_step: called with a run's name and its step, after each.
+        lock: the descriptor of `locked`.
+        failures: name -> what went wrong, of this call.
+    """
+
+    study: Study
+    output: Path
+    corpus: str
+    say: Callable[[str], None]
+    on_step: Callable[[str, int], None] = lambda name, iteration: None
+    lock: int | None = None
+    failures: dict[str, str] = field(default_factory=dict)
+    _active: dict[str, Training] = field(default_factory=dict)
+    _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _stopping: bool = False
+
+    def run(self, workers: int) -> None:
+        """Run everything that has no record yet; return when nothing runs any more.
+
+        Args:
+            workers: runs at a time, each on one core.
+        """
+        waiting = [state.planned for state in states(self.study, self.output)]
+        waiting = [planned for planned in waiting if not self._record(planned).exists()]
+        with ThreadPoolExecutor(workers) as pool:
+            for done in [pool.submit(self._one, planned) for planned in waiting]:
+                while not done.done():  # a signal's handler runs between two waits
+                    time.sleep(0.2)
+                done.result()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether somebody has asked for an end."""
+        return self._stopping
+
+    def stop(self) -> None:
+        """Let what runs save and end; the second time, end it at once."""
+        at_once, self._stopping = self._stopping, True
+        for training in list(self._active.values()):
+            training.stop(at_once=at_once)
+        for process in list(self._processes):
+            process.kill()  # nothing to save: measured anew
+
+    def _record(self, planned: Planned) -> Path:
+        return self.output / RECORDS / f"{planned.name}{records.SUFFIX}"
+
+    def _one(self, planned: Planned) -> None:
+        """Train a run and write its record; what goes wrong is kept and said."""
+        if self._stopping:
+            return
+        kept_open = () if self.lock is None else (self.lock,)
+        training = Training(planned, self.output, self.corpus, kept_open)
+        self._active[planned.name] = training
+        try:
+            begin = training.saved_iteration
+            self.say(f"{planned.name}: begins" + (f" after step {begin}" if begin else ""))
+            outcome = training.train(lambda iteration, _: self.on_step(planned.name, iteration))
+            if outcome is Outcome.FINISHED:
+                self._conclude(planned, training)
+            elif outcome is Outcome.STOPPED:
+                self.say(f"{planned.name}: stopped, saved after step {training.saved_iteration}")
+            else:
+                self._fail(planned, training.failure, f"; its log is {training.log}")
+        except Exception as error:  # one run's; the others go on
+            self._fail(planned, f"{type(error).__name__}: {error}")
+        finally:
+            self._active.pop(planned.name)
+
+    def _conclude(self, planned: Planned, training: Training) -> None:
+        copying = self._copying(training)
+        if self._stopping and copying is None:
+            self.say(f"{planned.name}: trained; what it copies is measured another time")
+            return
+        record = records.record_of(training, copying or {})
+        records.write(record, self.output / RECORDS)
+        self.say(f"{planned.name}: finished, validation loss {record.last.loss:.4f}")
+
+    def _fail(self, planned: Planned, what: str, where: str = "") -> None:
+        self.failures[planned.name] = what
+        (self.output / RECORDS).mkdir(exist_ok=True)
+        row = {"time": now(), "run": planned.name, "what": what}
+        append_row(self.output / RECORDS / records.FAILURES, row)
+        self.say(f"{planned.name}: FAILED, {what}{where}")
+
+    def _copying(self, training: Training) -> Mapping[int, Copied] | None:
+        """Measure the last checkpoint, in a process of its own; None where it was stopped."""
+        options = self.study.copying
+        if not options.distances:
+            return {}
+        out = training.folder / "copying.json"
+        command = [
+            *(*LOWEST_PRIORITY, sys.executable, "-m", "megatron_skyladder.study.copying"),
+            *("--checkpoints", str(training.checkpoints.relative_to(self.output))),
+            *("--data", VALIDATION_DATA, "--span", str(options.span)),
+            *("--samples", str(options.samples)),
+            *("--seq-length", str(training.planned.seq_length)),
+            *("--distances", *map(str, options.distances)),
+            *("--out", str(out.relative_to(self.output))),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "SKYLADDER_DEVICE": "cpu"}
+        log = training.folder / "copying.log"
+        with log.open("wb") as printed:
+            process = subprocess.Popen(
+                command,
+                cwd=self.output,
+                env=environment,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._processes.append(process)
+            code = process.wait()
+            self._processes.remove(process)
+        if code and self._stopping:
+            return None
+        if code:
+            raise RuntimeError(f"what it copies could not be measured; the log is {log}")
+        found = json.loads(out.read_text(encoding="utf-8"))
+        return {int(distance): Copied(**values) for distance, values in found.items()}

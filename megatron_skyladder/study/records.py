@@ -1,0 +1,203 @@
+"""What is kept of a finished run: one JSON file, small enough for the repository."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_skyladder import __version__
+from megatron_skyladder.files import write_text
+from megatron_skyladder.report.runlog import read_run
+from megatron_skyladder.study.settings import Planned
+from megatron_skyladder.study.training import Training, read_rows, step_seconds
+
+CORPUS, FAILURES, SUFFIX = "corpus.json", "failures.jsonl", ".json"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One validation.
+
+    Args:
+        iteration: after which it ran.
+        loss: whole sequences visible, nats per token.
+        by_length: loss under blocked windows of so many tokens, on fewer sequences.
+    """
+
+    iteration: int
+    loss: float
+    by_length: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Copied:
+    """How well a model repeats random tokens from one distance.
+
+    Args:
+        accuracy: share of the tokens that were likeliest, 0 to 1.
+        loss: nats per token.
+    """
+
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run.
+
+    Args:
+        arm: its name in the study's file.
+        seed: of weights and data order.
+        is_sweep: whether it tried a setting, and is no arm of the comparison.
+        command: words after ``python``, relative to the study's folder.
+        schedule: as SkyLadder logged it.
+        step_tokens: tokens of a step.
+        losses: [steps], of training, within the window of the step.
+        windows: [steps], tokens.
+        seconds: [steps], CPU time; None where the machine did not say.
+        validations: ascending.
+        copying: by distance in tokens.
+        events: starts, stops and failures, with their times.
+        machine: processor and versions.
+        corpus: what identifies the text.
+    """
+
+    arm: str
+    seed: int
+    is_sweep: bool
+    command: list[str]
+    schedule: str
+    step_tokens: int
+    losses: list[float | None]
+    windows: list[int | None]
+    seconds: list[float] | None
+    validations: list[Checked]
+    copying: dict[int, Copied] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    machine: dict[str, str] = field(default_factory=dict)
+    corpus: str = ""
+
+    @property
+    def name(self) -> str:
+        """As `Planned.name`."""
+        return f"{self.arm}-seed{self.seed}"
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens."""
+        return len(self.losses) * self.step_tokens
+
+    @property
+    def last(self) -> Checked:
+        """The last validation."""
+        return self.validations[-1]
+
+
+def record_of(training: Training, copying: Mapping[int, Copied]) -> Record:
+    """Return the record of a run that is complete.
+
+    Raises:
+        ValueError: its log does not show a whole run.
+    """
+    planned: Planned = training.planned
+    log = read_run(training.log)
+    by_step = {record.iteration: record for record in log.iterations}
+    missing = [step for step in range(1, planned.train_iters + 1) if step not in by_step]
+    checked = [
+        Checked(record.iteration, record.loss, record.by_length)
+        for record in log.validations
+        if record.loss is not None and record.dataset == "validation"
+    ]
+    if missing or not checked or checked[-1].iteration != planned.train_iters:
+        raise ValueError(
+            f"{training.log} does not show a whole run: steps missing: {missing[:3]}, validations: "
+            f"{[record.iteration for record in checked]}."
+        )
+    steps = [by_step[step] for step in range(1, planned.train_iters + 1)]
+    return Record(
+        arm=planned.arm,
+        seed=planned.seed,
+        is_sweep=planned.is_sweep,
+        command=training.command(),
+        schedule=log.schedule or "SkyLadder off",
+        step_tokens=planned.step_tokens,
+        losses=[step.loss for step in steps],
+        windows=[step.window for step in steps],
+        seconds=step_seconds(read_rows(training.folder / "steps.jsonl"), planned.train_iters),
+        validations=checked,
+        copying=dict(copying),
+        events=read_rows(training.folder / "events.jsonl"),
+        machine=machine(),
+        corpus=training.corpus,
+    )
+
+
+def machine() -> dict[str, str]:
+    """Return processor and versions, of which a run's speed and rounding depend."""
+    found = {"processor": _processor(), "python": platform.python_version()}
+    for name in ("torch", "megatron-core"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return {**found, "megatron-skyladder": __version__}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write(record: Record, folder: Path) -> Path:
+    """Write a record, whole or not at all; columns stand on one line each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record.name}{SUFFIX}"
+    values = asdict(record)
+    values["losses"] = [None if loss is None else round(loss, 5) for loss in record.losses]
+    if record.seconds is not None:
+        values["seconds"] = [round(seconds, 2) for seconds in record.seconds]
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items()]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+    return path
+
+
+def read(path: Path) -> Record:
+    """Read a record that `write` wrote.
+
+    Raises:
+        ValueError: the file is none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["validations"] = [
+            Checked(it["iteration"], it["loss"], _by_number(it["by_length"]))
+            for it in values["validations"]
+        ]
+        values["copying"] = {
+            distance: Copied(**found) for distance, found in _by_number(values["copying"]).items()
+        }
+        return Record(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no record of a run of the study: {error}") from None
+
+
+def read_all(folder: Path, order: Sequence[str] = ()) -> list[Record]:
+    """Return the records of a folder, in the order of these names, others behind."""
+    paths = [path for path in sorted(folder.glob(f"*{SUFFIX}")) if path.name != CORPUS]
+    found = [read(path) for path in paths]
+    places = {name: place for place, name in enumerate(order)}
+    return sorted(found, key=lambda record: places.get(record.name, len(places)))
+
+
+def _by_number(values: Mapping[str, Any]) -> dict[int, Any]:
+    return {int(key): value for key, value in values.items()}

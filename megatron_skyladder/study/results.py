@@ -1,0 +1,141 @@
+"""The arithmetic of the tables: means over seeds, differences of pairs, losses at equal time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from megatron_skyladder.study.records import Record
+
+NOISE = 0.01  # nats: what the paper counts as no difference; used until seeds say more
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value over seeds.
+
+    Args:
+        values: one for each seed, at least one.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return sum(self.values) / len(self.values)
+
+    def text(self, digits: int, *, signed: bool = False, scale: float = 1.0) -> str:
+        """Return the mean, and the lowest and highest seed where there are several."""
+        sign = "+" if signed else ""
+        shown = [f"{scale * value:{sign},.{digits}f}" for value in (self.mean, *self.values)]
+        if len(self.values) == 1:
+            return shown[0]
+        low, high = (scale * pick(self.values) for pick in (min, max))
+        return f"{shown[0]} ({low:{sign},.{digits}f} to {high:{sign},.{digits}f})"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The finished runs of one arm.
+
+    Args:
+        name: of the arm.
+        records: by ascending seed.
+    """
+
+    name: str
+    records: tuple[Record, ...]
+
+    def figure(self, value: Callable[[Record], float | None]) -> Figure | None:
+        """Return a value over the seeds that have it; None where none has."""
+        return figure(value(record) for record in self.records)
+
+
+def figure(values: Iterable[float | None]) -> Figure | None:
+    """Return the values that are there; None where there are none."""
+    known = tuple(value for value in values if value is not None)
+    return Figure(known) if known else None
+
+
+def arms_of(records: Sequence[Record], order: Sequence[str]) -> list[Arm]:
+    """Return the arms that have finished runs, in this order."""
+    found = []
+    for name in order:
+        seeds = sorted((it for it in records if it.arm == name), key=lambda it: it.seed)
+        if seeds:
+            found.append(Arm(name, tuple(seeds)))
+    return found
+
+
+def difference(
+    arm: Arm, reference: Arm, value: Callable[[Record, Record], float | None]
+) -> Figure | None:
+    """Return how the runs of two arms with the same seed differ; None where no seed is in both.
+
+    The same seed is the same starting weights and the same order of the text, so what both have in
+    common cancels out.
+
+    Args:
+        arm: what is compared.
+        reference: with what.
+        value: takes a run of each and returns the difference.
+    """
+    others = {record.seed: record for record in reference.records}
+    return figure(
+        value(record, others[record.seed]) for record in arm.records if record.seed in others
+    )
+
+
+def final_difference(record: Record, other: Record) -> float:
+    """Return the difference of the last validation losses, in nats."""
+    return record.last.loss - other.last.loss
+
+
+def total_seconds(record: Record) -> float | None:
+    """Return the CPU time of training, validation left out."""
+    return None if record.seconds is None else sum(record.seconds)
+
+
+def time_saved(record: Record, other: Record) -> float | None:
+    """Return by which share of 1 a run took less CPU time than another."""
+    own, others = total_seconds(record), total_seconds(other)
+    return None if own is None or not others else 1 - own / others
+
+
+def equal_time_difference(record: Record, other: Record) -> float | None:
+    """Return the difference of the losses when the quicker of the two has ended, in nats."""
+    own, others = total_seconds(record), total_seconds(other)
+    if own is None or others is None:
+        return None
+    quicker = min(own, others)
+    return loss_after(record, quicker) - loss_after(other, quicker)
+
+
+def loss_after(record: Record, seconds: float) -> float:
+    """Return the validation loss after so much CPU time, linear between two validations.
+
+    Before the first validation it is the first one's, behind the last one the last one's.
+    """
+    assert record.seconds is not None
+    times = list(accumulate(record.seconds))
+    points = [(times[it.iteration - 1], it.loss) for it in record.validations]
+    before = points[0]
+    if seconds <= before[0]:
+        return before[1]
+    for after in points[1:]:
+        if seconds <= after[0]:
+            share = (seconds - before[0]) / (after[0] - before[0])
+            return before[1] + share * (after[1] - before[1])
+        before = after
+    return points[-1][1]
+
+
+def noise(reference: Arm) -> float:
+    """Return what a difference has to exceed: how far the reference's seeds lie apart.
+
+    `NOISE` where there is one seed, and at least that.
+    """
+    losses = [record.last.loss for record in reference.records]
+    return max(NOISE, max(losses) - min(losses))

@@ -1,0 +1,195 @@
+"""What a study is: one INI file, such as ``examples/study.ini``."""
+
+from __future__ import annotations
+
+import configparser
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_skyladder.errors import UsageError
+from megatron_skyladder.study.packages import Package
+
+# [section] -> the keys it knows; None: any, which are names
+_SECTIONS: dict[str, tuple[str, ...] | None] = {
+    "study": ("records", "page"),
+    "corpus": ("packages", "validation-share", "vocab-size"),
+    "training": ("flags",),
+    "sweep": None,
+    "arms": None,
+    "queue": ("runs",),
+    "copying": ("distances", "span", "samples"),
+}
+
+
+@dataclass(frozen=True)
+class Copying:
+    """How copying is tested; see `copying`.
+
+    Args:
+        distances: tokens from a random token to its repetition.
+        span: tokens that are repeated.
+        samples: sequences for each distance.
+    """
+
+    distances: tuple[int, ...] = ()
+    span: int = 32
+    samples: int = 64
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of the queue.
+
+    Args:
+        arm: its name in the file.
+        seed: of weights and data order.
+        flags: of Megatron and SkyLadder, those of every run first, the arm's and --seed behind.
+        is_sweep: whether it tries a setting, and is no arm of the comparison.
+    """
+
+    arm: str
+    seed: int
+    flags: tuple[str, ...]
+    is_sweep: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its record."""
+        return f"{self.arm}-seed{self.seed}"
+
+    def value(self, flag: str) -> str:
+        """Return what a flag is given, by the last word on it.
+
+        Raises:
+            UsageError: it is not given.
+        """
+        places = [place for place, word in enumerate(self.flags) if word == flag]
+        if not places or places[-1] + 1 == len(self.flags):
+            raise UsageError(f"[training] gives no {flag}, which a study has to know.")
+        return self.flags[places[-1] + 1]
+
+    @property
+    def train_iters(self) -> int:
+        """Steps."""
+        return int(self.value("--train-iters"))
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a sequence."""
+        return int(self.value("--seq-length"))
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step."""
+        return int(self.value("--global-batch-size")) * self.seq_length
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study, resolved.
+
+    Args:
+        records: folder of the finished runs' records, kept with the documentation.
+        page: the page that is written from them.
+        packages: whose text is trained on.
+        validation_share: of the documents.
+        vocab_size: of the tokenizer.
+        flags: of every run.
+        runs: in the order in which they are started.
+        arms: name -> the arm's own flags, those of [arms] alone, in the file's order.
+        copying: what is tested at the end of each run.
+    """
+
+    records: Path
+    page: Path
+    packages: tuple[Package, ...]
+    validation_share: float
+    vocab_size: int
+    flags: tuple[str, ...]
+    runs: tuple[Planned, ...]
+    arms: dict[str, str]
+    copying: Copying
+
+
+def read(path: Path) -> Study:
+    """Read a study.
+
+    Raises:
+        UsageError: the file holds something else.
+    """
+    parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(" #",))
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # names may have capitals
+    try:
+        parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
+    except configparser.Error as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    _check_names(parser, path)
+    sections = {name: dict(parser[name]) if name in parser else {} for name in _SECTIONS}
+    common = tuple(_of(sections, "training", "flags", path).split())
+    packages = _of(sections, "corpus", "packages", path).strip().splitlines()
+    runs = [
+        _planned(word, sections, common, path)
+        for word in _of(sections, "queue", "runs", path).split()
+    ]
+    names = [run.name for run in runs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UsageError(f"{path} has {twice} in [queue] twice.")
+    for run in runs:
+        _ = run.train_iters, run.step_tokens  # said now, not after hours
+    return Study(
+        records=Path(sections["study"].get("records", "docs/experiments")),
+        page=Path(sections["study"].get("page", "docs/experiments.md")),
+        packages=tuple(Package.parse(line) for line in packages),
+        validation_share=_number(sections["corpus"], "validation-share", 0.02, path),
+        vocab_size=int(_number(sections["corpus"], "vocab-size", 4096, path)),
+        flags=common,
+        runs=tuple(runs),
+        arms={name: " ".join(flags.split()) for name, flags in sections["arms"].items()},
+        copying=Copying(
+            tuple(int(word) for word in sections["copying"].get("distances", "").split()),
+            int(_number(sections["copying"], "span", Copying.span, path)),
+            int(_number(sections["copying"], "samples", Copying.samples, path)),
+        ),
+    )
+
+
+def _check_names(parser: configparser.ConfigParser, path: Path) -> None:
+    for section in parser.sections():
+        if section not in _SECTIONS:
+            raise UsageError(
+                f"{path} has a section [{section}]. Known are: {', '.join(_SECTIONS)}."
+            )
+        known = _SECTIONS[section]
+        for key in parser[section]:
+            if known is not None and key not in known:
+                raise UsageError(
+                    f"{path} has {key} in [{section}]. Known there are: {', '.join(known)}."
+                )
+
+
+def _of(sections: dict[str, dict[str, str]], section: str, key: str, path: Path) -> str:
+    if not sections[section].get(key, "").strip():
+        raise UsageError(f"{path} gives no {key} in [{section}]; examples/study.ini has all.")
+    return sections[section][key]
+
+
+def _number(section: dict[str, str], key: str, default: float, path: Path) -> float:
+    try:
+        return float(section.get(key, default))
+    except ValueError:
+        raise UsageError(f"{path}: {key} = {section[key]} is not a number.") from None
+
+
+def _planned(
+    word: str, sections: dict[str, dict[str, str]], common: Sequence[str], path: Path
+) -> Planned:
+    arm, _, seed = word.partition(":")
+    known = {**sections["sweep"], **sections["arms"]}
+    if arm not in known or not seed.isdigit():
+        raise UsageError(
+            f"{path} has {word} in [queue]. Give ARM:SEED, with an arm of: {', '.join(known)}."
+        )
+    flags = (*common, *known[arm].split(), "--seed", seed)
+    return Planned(arm, int(seed), flags, is_sweep=arm in sections["sweep"])
