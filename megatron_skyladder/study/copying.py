@@ -65,11 +65,11 @@ def scores(logits: np.ndarray, spans: np.ndarray) -> tuple[float, float]:
         logits: float, [samples, span, vocabulary]; row i is the prediction of span token i.
         spans: int, [samples, span].
     """
-    told, wanted = logits[:, CUE:].astype(np.float64), spans[:, CUE:]
-    right = told.argmax(axis=-1) == wanted
-    highest = told.max(axis=-1, keepdims=True)
-    total = highest[..., 0] + np.log(np.exp(told - highest).sum(axis=-1))
-    chosen = np.take_along_axis(told, wanted[..., None], axis=-1)[..., 0]
+    given, wanted = logits[:, CUE:].astype(np.float64), spans[:, CUE:]
+    right = given.argmax(axis=-1) == wanted
+    highest = given.max(axis=-1, keepdims=True)
+    total = highest[..., 0] + np.log(np.exp(given - highest).sum(axis=-1))
+    chosen = np.take_along_axis(given, wanted[..., None], axis=-1)[..., 0]
     return float(right.mean()), float((total - chosen).mean())
 
 

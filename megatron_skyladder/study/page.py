@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +69,24 @@ skyladder study --write     # this page, from the records
 
 
 @dataclass(frozen=True)
-class _Given:
+class Given:
+    """What a page is made of.
+
+    Args:
+        study: what there was to run.
+        found: records of finished runs of this study.
+        failures: starts that failed.
+        corpus: what is known about the text; None before it is made.
+    """
+
     study: Study
     found: list[Record]
     failures: list[dict[str, Any]]
     corpus: dict[str, Any] | None
 
-    @property
+    @cached_property
     def arms(self) -> list[Arm]:
+        """Those that have finished runs."""
         return results.arms_of(self.found, list(self.study.arms))
 
     @property
@@ -93,7 +106,7 @@ def write(study: Study, config: Path) -> None:
     names = [run.name for run in study.runs]
     found = [it for it in records.read_all(study.records, names) if it.name in names]
     corpus = study.records / records.CORPUS
-    given = _Given(
+    given = Given(
         study,
         found,
         read_rows(study.records / records.FAILURES),
@@ -110,7 +123,7 @@ def write(study: Study, config: Path) -> None:
     write_text(study.page, text)
 
 
-def page(given: _Given, config: Path, picture: str | None) -> str:
+def page(given: Given, config: Path, picture: str | None) -> str:
     """Return the page as Markdown."""
     study = given.study
     parts = [
@@ -168,7 +181,7 @@ def _parameters(study: Study) -> int:
     return layers * layer + hidden + 2 * hidden * study.vocab_size
 
 
-def _verdicts(given: _Given) -> str:
+def _verdicts(given: Given) -> str:
     planned = [run for run in given.study.runs if not run.is_sweep]
     done = [it for it in given.found if not it.is_sweep]
     lines = [f"{len(done)} of {len(planned)} runs have finished."]
@@ -192,11 +205,11 @@ def _verdicts(given: _Given) -> str:
     if not compared:
         lines.append("Nothing can be compared yet.")
     missing = [name for name in given.study.arms if name not in {arm.name for arm in given.arms}]
-    text = " ".join(lines) + "\n"
+    text = _wrapped(" ".join(lines))
     if compared:
         text += "\n" + "\n".join(compared) + "\n"
     if missing:
-        text += f"\nNot finished yet: {', '.join(f'`{name}`' for name in missing)}.\n"
+        text += "\n" + _wrapped(f"Not finished yet: {', '.join(f'`{it}`' for it in missing)}.")
     return text
 
 
@@ -209,33 +222,38 @@ def _verdict(arm: Arm, reference: Arm, noise: float) -> list[str]:
     else:
         word = "better" if loss.mean < 0 else "worse"
     seeds = "one seed" if len(loss.values) == 1 else f"{len(loss.values)} seeds"
-    text = f"- `{arm.name}` against `{reference.name}`, {seeds}: {word} at equal tokens"
+    tokens = arm.records[0].tokens
+    at = "at equal tokens"
+    if tokens != reference.records[0].tokens:
+        at = f"after {tokens / 1e6:.1f} million tokens"
+    text = f"- `{arm.name}` against `{reference.name}`, {seeds}: {word} {at}"
     text += f" ({loss.text(3, signed=True)} nats)"
     saved = results.difference(arm, reference, results.time_saved)
     if saved is not None:
         more = "less" if saved.mean >= 0 else "more"
         text += f"; {abs(100 * saved.mean):.1f} % {more} CPU time"
-    return [text + "."]
+    return [_wrapped(text + ".", indent="  ").rstrip()]
 
 
-def _losses(given: _Given) -> list[list[str]]:
+def _losses(given: Given) -> list[list[str]]:
     lengths = sorted({key for arm in given.arms for it in arm.records for key in it.last.by_length})
-    head = ["arm", "seeds", *(f"at {length:,}" for length in lengths)]
+    head = ["arm", "tokens (millions)", "seeds", *(f"at {length:,}" for length in lengths)]
     rows = [[*head, "whole sequences", "difference"]]
     for arm in given.arms:
-        cells = [f"`{arm.name}`", str(len(arm.records))]
+        tokens = f"{arm.records[0].tokens / 1e6:.1f}"
+        cells = [f"`{arm.name}`", tokens, str(len(arm.records))]
         for length in lengths:
-            cells.append(_cell(arm.figure(lambda it, key=length: it.last.by_length.get(key)), 3))
+            cells.append(_cell(arm.figure(_at_length(length)), 3))
         cells.append(_cell(arm.figure(lambda it: it.last.loss), 3))
         cells.append(_against(arm, given.reference, results.final_difference, 3))
         rows.append(cells)
     return rows
 
 
-def _times(given: _Given) -> list[list[str]]:
+def _times(given: Given) -> list[list[str]]:
     rows = [["arm", "CPU hours", "time saved (%)", "loss at equal time, difference"]]
     for arm in given.arms:
-        hours = arm.figure(results.total_seconds)
+        hours = arm.figure(lambda it: it.seconds)
         rows.append(
             [
                 f"`{arm.name}`",
@@ -247,7 +265,7 @@ def _times(given: _Given) -> list[list[str]]:
     return rows
 
 
-def _copying(given: _Given) -> str:
+def _copying(given: Given) -> str:
     arms = [arm for arm in given.arms if any(it.copying for it in arm.records)]
     distances = sorted({key for arm in arms for it in arm.records for key in it.copying})
     if not distances:
@@ -259,9 +277,7 @@ def _copying(given: _Given) -> str:
     for arm in arms:
         cells = [f"`{arm.name}`"]
         for distance in distances:
-            found = arm.figure(
-                lambda it, key=distance: it.copying[key].accuracy if key in it.copying else None
-            )
+            found = arm.figure(_copied(distance))
             cells.append(NONE if found is None else found.text(1, scale=100))
         rows.append(cells)
     text = COPYING.format(
@@ -273,7 +289,18 @@ def _copying(given: _Given) -> str:
     return f"\n{text}\n\n{_table(rows)}"
 
 
-def _runs(given: _Given) -> list[list[str]]:
+def _at_length(length: int) -> Callable[[Record], float | None]:
+    return lambda record: record.last.by_length.get(length)
+
+
+def _copied(distance: int) -> Callable[[Record], float | None]:
+    def accuracy(record: Record) -> float | None:
+        return record.copying[distance].accuracy if distance in record.copying else None
+
+    return accuracy
+
+
+def _runs(given: Given) -> list[list[str]]:
     found = {record.name: record for record in given.found}
     rows = [["run", "seed", "state", "started", "finished", "starts", "CPU hours", "loss"]]
     for planned in given.study.runs:
@@ -283,7 +310,7 @@ def _runs(given: _Given) -> list[list[str]]:
             continue
         starts = [it["time"] for it in record.events if it["event"] == "started"]
         ends = [it["time"] for it in record.events if it["event"] == "finished"]
-        seconds = results.total_seconds(record)
+        seconds = record.seconds
         rows.append(
             [
                 *(f"`{record.arm}`", str(record.seed), "finished"),
@@ -295,7 +322,7 @@ def _runs(given: _Given) -> list[list[str]]:
     return rows
 
 
-def _failures(given: _Given) -> str:
+def _failures(given: Given) -> str:
     if not given.failures:
         return "\nNo start of a run has failed.\n"
     lines = ["\nStarts that failed (a failed run goes on from its last checkpoint):\n"]
@@ -303,7 +330,7 @@ def _failures(given: _Given) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _sweep(given: _Given) -> str:
+def _sweep(given: Given) -> str:
     tried = [run for run in given.study.runs if run.is_sweep]
     if not tried:
         return "No other rate was tried.\n"
@@ -314,13 +341,14 @@ def _sweep(given: _Given) -> str:
         record = found.get(run.name)
         loss = "not finished" if record is None else f"{record.last.loss:.4f}"
         rows.append([run.value("--lr"), f"{run.train_iters:,}", loss])
-    return (
-        f"Tried with the constant window, so that it is not handicapped; all arms train with "
-        f"{main.value('--lr')}.\n\n{_table(rows)}"
+    text = (
+        "Tried with the constant window, so that it is not handicapped; all arms train with "
+        f"{main.value('--lr')}."
     )
+    return f"{_wrapped(text)}\n{_table(rows)}"
 
 
-def _text(given: _Given) -> str:
+def _text(given: Given) -> str:
     if given.corpus is None:
         return "The text has not been made yet.\n"
     train, held_out = given.corpus["train"], given.corpus["validation"]
@@ -336,23 +364,26 @@ def _text(given: _Given) -> str:
             ]
         )
     share = train["characters_in_long"] / train["characters"]
-    return (
+    text = (
         f"{train['documents']:,} documents for training ({train['bytes'] / 1e6:.0f} MB, "
         f"{tokens['train'] / 1e6:.1f} million tokens of a byte-level BPE with "
         f"{given.study.vocab_size:,} entries trained on them), {held_out['documents']:,} held out "
         f"({tokens['validation'] / 1e6:.2f} million tokens), chosen by a hash of their text. "
-        f"Documents of 8,192 characters or more hold {100 * share:.0f} % of the text.\n\n"
-        + _table(rows)
+        f"Documents of 8,192 characters or more hold {100 * share:.0f} % of the text."
     )
+    return f"{_wrapped(text)}\n{_table(rows)}"
 
 
-def _commands(given: _Given) -> str:
+def _commands(given: Given) -> str:
     rows = [["arm", "its flags"]]
     rows += [[f"`{name}`", f"`{flags}`"] for name, flags in given.study.arms.items()]
-    text = (
+    about = (
         "Every run is Megatron's trainer in one process, with `SKYLADDER_DEVICE=cpu` and "
         "`OMP_NUM_THREADS=1`, in the study's folder; `skyladder study --run` starts it. Each "
-        "record holds its whole command. The flags of all:\n\n```\n"
+        "record holds its whole command. The flags of all:"
+    )
+    text = (
+        f"{_wrapped(about)}\n```\n"
         + _folded(["python -m megatron_skyladder.pretrain_gpt", *given.study.flags])
         + "\n```\n\n"
         + _table(rows)
@@ -362,13 +393,17 @@ def _commands(given: _Given) -> str:
         words = ["python", *map(shlex.quote, first.command)]
         text += f"\nThe whole command of `{first.name}`:\n\n```\n{_folded(words)}\n```\n"
         machines = sorted({_machine(record) for record in given.found})
-        text += "\nMachine and versions: " + "; ".join(machines) + ".\n"
+        text += "\n" + _wrapped(f"Machine and versions: {'; '.join(machines)}.")
     return text
 
 
 def _machine(record: Record) -> str:
     versions = [f"{name} {value}" for name, value in record.machine.items() if name != "processor"]
     return ", ".join([record.machine.get("processor", "unknown processor"), *versions])
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 100, subsequent_indent=indent, break_on_hyphens=False) + "\n"
 
 
 def _folded(words: Sequence[str], width: int = 96) -> str:
@@ -405,6 +440,4 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _beside(picture: Path, page: Path) -> str:
-    import os
-
     return Path(os.path.relpath(picture, page.parent)).as_posix()

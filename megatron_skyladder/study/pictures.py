@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,9 @@ def draw(arms: Sequence[Arm], path: Path) -> None:
     by_tokens, by_time, by_length, copying = panels.flat
     for place, arm in enumerate(arms):
         style = {"color": images.colour_of(place), "linestyle": _dashes(place)}
-        _band(by_tokens, arm, _tokens, lambda record: [it.loss for it in record.validations], style)
+        _band(by_tokens, arm, _tokens, _losses, style)
         if all(record.seconds is not None for record in arm.records):
-            _band(
-                by_time, arm, _hours, lambda record: [it.loss for it in record.validations], style
-            )
+            _band(by_time, arm, _hours, _losses, style)
         _band(
             by_length,
             arm,
@@ -72,13 +69,16 @@ def _dashes(place: int) -> str:
     return ("-", "--", ":")[place // 10 % 3]  # the palette has ten colours
 
 
+def _losses(record: Record) -> list[float]:
+    return [it.loss for it in record.validations]
+
+
 def _tokens(record: Record) -> list[float]:
     return [it.iteration * record.step_tokens / 1e6 for it in record.validations]
 
 
 def _hours(record: Record) -> list[float]:
-    times = list(accumulate(record.seconds or ()))
-    return [times[it.iteration - 1] / 3600 for it in record.validations]
+    return [(it.seconds or 0.0) / 3600 for it in record.validations]
 
 
 def _band(

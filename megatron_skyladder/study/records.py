@@ -12,11 +12,12 @@ from typing import Any
 
 from megatron_skyladder import __version__
 from megatron_skyladder.files import write_text
-from megatron_skyladder.report.runlog import read_run
+from megatron_skyladder.report.runlog import Iteration, read_run
 from megatron_skyladder.study.settings import Planned
 from megatron_skyladder.study.training import Training, read_rows, step_seconds
 
 CORPUS, FAILURES, SUFFIX = "corpus.json", "failures.jsonl", ".json"
+POINTS = 200
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Checked:
         iteration: after which it ran.
         loss: whole sequences visible, nats per token.
         by_length: loss under blocked windows of so many tokens, on fewer sequences.
+        seconds: CPU time of training until then; None where the machine did not say.
     """
 
     iteration: int
     loss: float
     by_length: dict[int, float]
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,10 @@ class Record:
         is_sweep: whether it tried a setting, and is no arm of the comparison.
         command: words after ``python``, relative to the study's folder.
         schedule: as SkyLadder logged it.
+        steps: of training.
         step_tokens: tokens of a step.
-        losses: [steps], of training, within the window of the step.
-        windows: [steps], tokens.
-        seconds: [steps], CPU time; None where the machine did not say.
+        curve: at most `POINTS` of (step, mean training loss of the steps since the point before,
+            window of the step).
         validations: ascending.
         copying: by distance in tokens.
         events: starts, stops and failures, with their times.
@@ -73,10 +76,9 @@ class Record:
     is_sweep: bool
     command: list[str]
     schedule: str
+    steps: int
     step_tokens: int
-    losses: list[float | None]
-    windows: list[int | None]
-    seconds: list[float] | None
+    curve: list[tuple[int, float, int | None]]
     validations: list[Checked]
     copying: dict[int, Copied] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -91,12 +93,17 @@ class Record:
     @property
     def tokens(self) -> int:
         """Training tokens."""
-        return len(self.losses) * self.step_tokens
+        return self.steps * self.step_tokens
 
     @property
     def last(self) -> Checked:
         """The last validation."""
         return self.validations[-1]
+
+    @property
+    def seconds(self) -> float | None:
+        """CPU time of training, validation and checkpoints left out."""
+        return self.last.seconds
 
 
 def record_of(training: Training, copying: Mapping[int, Copied]) -> Record:
@@ -109,8 +116,14 @@ def record_of(training: Training, copying: Mapping[int, Copied]) -> Record:
     log = read_run(training.log)
     by_step = {record.iteration: record for record in log.iterations}
     missing = [step for step in range(1, planned.train_iters + 1) if step not in by_step]
+    spent = step_seconds(read_rows(training.folder / "steps.jsonl"), planned.train_iters)
     checked = [
-        Checked(record.iteration, record.loss, record.by_length)
+        Checked(
+            record.iteration,
+            record.loss,
+            record.by_length,
+            None if spent is None else round(sum(spent[: record.iteration]), 1),
+        )
         for record in log.validations
         if record.loss is not None and record.dataset == "validation"
     ]
@@ -119,23 +132,30 @@ def record_of(training: Training, copying: Mapping[int, Copied]) -> Record:
             f"{training.log} does not show a whole run: steps missing: {missing[:3]}, validations: "
             f"{[record.iteration for record in checked]}."
         )
-    steps = [by_step[step] for step in range(1, planned.train_iters + 1)]
     return Record(
         arm=planned.arm,
         seed=planned.seed,
         is_sweep=planned.is_sweep,
         command=training.command(),
         schedule=log.schedule or "SkyLadder off",
+        steps=planned.train_iters,
         step_tokens=planned.step_tokens,
-        losses=[step.loss for step in steps],
-        windows=[step.window for step in steps],
-        seconds=step_seconds(read_rows(training.folder / "steps.jsonl"), planned.train_iters),
+        curve=_curve(by_step, planned.train_iters),
         validations=checked,
         copying=dict(copying),
         events=read_rows(training.folder / "events.jsonl"),
         machine=machine(),
         corpus=training.corpus,
     )
+
+
+def _curve(by_step: Mapping[int, Iteration], steps: int) -> list[tuple[int, float, int | None]]:
+    every = -(-steps // POINTS)
+    points = []
+    for end in range(every, steps + 1, every):
+        losses = [by_step[step].loss or 0.0 for step in range(end - every + 1, end + 1)]
+        points.append((end, round(sum(losses) / every, 5), by_step[end].window))
+    return points
 
 
 def machine() -> dict[str, str]:
@@ -163,9 +183,6 @@ def write(record: Record, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record.name}{SUFFIX}"
     values = asdict(record)
-    values["losses"] = [None if loss is None else round(loss, 5) for loss in record.losses]
-    if record.seconds is not None:
-        values["seconds"] = [round(seconds, 2) for seconds in record.seconds]
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items()]
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return path
@@ -180,9 +197,10 @@ def read(path: Path) -> Record:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         values["validations"] = [
-            Checked(it["iteration"], it["loss"], _by_number(it["by_length"]))
+            Checked(**{**it, "by_length": _by_number(it["by_length"])})
             for it in values["validations"]
         ]
+        values["curve"] = [tuple(point) for point in values["curve"]]
         values["copying"] = {
             distance: Copied(**found) for distance, found in _by_number(values["copying"]).items()
         }

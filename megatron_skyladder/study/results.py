@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from megatron_skyladder.study.records import Record
 
@@ -93,23 +92,18 @@ def final_difference(record: Record, other: Record) -> float:
     return record.last.loss - other.last.loss
 
 
-def total_seconds(record: Record) -> float | None:
-    """Return the CPU time of training, validation left out."""
-    return None if record.seconds is None else sum(record.seconds)
-
-
 def time_saved(record: Record, other: Record) -> float | None:
     """Return by which share of 1 a run took less CPU time than another."""
-    own, others = total_seconds(record), total_seconds(other)
-    return None if own is None or not others else 1 - own / others
+    if record.seconds is None or not other.seconds:
+        return None
+    return 1 - record.seconds / other.seconds
 
 
 def equal_time_difference(record: Record, other: Record) -> float | None:
     """Return the difference of the losses when the quicker of the two has ended, in nats."""
-    own, others = total_seconds(record), total_seconds(other)
-    if own is None or others is None:
+    if record.seconds is None or other.seconds is None:
         return None
-    quicker = min(own, others)
+    quicker = min(record.seconds, other.seconds)
     return loss_after(record, quicker) - loss_after(other, quicker)
 
 
@@ -118,18 +112,16 @@ def loss_after(record: Record, seconds: float) -> float:
 
     Before the first validation it is the first one's, behind the last one the last one's.
     """
-    assert record.seconds is not None
-    times = list(accumulate(record.seconds))
-    points = [(times[it.iteration - 1], it.loss) for it in record.validations]
-    before = points[0]
-    if seconds <= before[0]:
-        return before[1]
-    for after in points[1:]:
-        if seconds <= after[0]:
-            share = (seconds - before[0]) / (after[0] - before[0])
-            return before[1] + share * (after[1] - before[1])
+    before = record.validations[0]
+    for after in record.validations:
+        assert before.seconds is not None and after.seconds is not None
+        if seconds <= after.seconds:
+            if after is before:
+                break
+            share = (seconds - before.seconds) / (after.seconds - before.seconds)
+            return before.loss + share * (after.loss - before.loss)
         before = after
-    return points[-1][1]
+    return before.loss
 
 
 def noise(reference: Arm) -> float:

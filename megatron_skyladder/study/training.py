@@ -214,10 +214,10 @@ class _Steps:
     def _note(self, iteration: int, loss: float) -> None:
         so_far = cpu_seconds(self._pid)
         self._count += 1
-        is_known = self._is_clean and self._count > _WARMING_UP
-        is_known = is_known and so_far is not None and self._before is not None
-        spent = so_far - self._before if is_known else None
-        row = {"iteration": iteration, "cpu": None if spent is None else round(spent, 2)}
+        spent = None
+        if self._is_clean and self._count > _WARMING_UP and so_far is not None:
+            spent = round(so_far - (self._before or 0.0), 2)
+        row = {"iteration": iteration, "cpu": spent}
         append_row(self._path, row)
         self._before, self._is_clean = so_far, True
         self._on_step(iteration, loss)
