@@ -7,6 +7,7 @@ comes.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import os
@@ -142,6 +143,7 @@ class Training:
                 start_new_session=True,  # Ctrl-C is ours to pass on
                 pass_fds=self.kept_open,
             )
+        threading.Thread(target=_end_group, args=(self._process,), daemon=True).start()
         self._note("started", self.saved_iteration)
         with self._process as process, self.log.open("a", encoding="utf-8") as log:
             assert process.stdout is not None
@@ -153,6 +155,7 @@ class Training:
         with self._lock:
             self._stopping = True
             if self._process is not None and self._process.poll() is None:
+                # its helpers end with it; a SIGTERM is the trainer's alone to answer
                 self._process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
 
     def _begin(self) -> None:
@@ -191,6 +194,13 @@ class Training:
     def _note(self, event: str, iteration: int, what: str = "") -> None:
         row = {"time": now(), "event": event, "iteration": iteration, "what": what}
         append_row(self.folder / "events.jsonl", row)
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """End what a trainer leaves behind when it is killed, or its output would never end."""
+    process.wait()
+    with contextlib.suppress(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 class _Steps:
