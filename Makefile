@@ -10,11 +10,11 @@ EXTRAS := training,data,plot,dev
 TRANSFORMERS4 := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
 FA4 := --pre "flash-attn-4[cu13]==4.0.0b36"
 # unit tests that train, or start many processes
-SLOW := report_browser check_gpu examples engine slurm_node benchmarks weights spec flag_rules costs
+SLOW := report_browser check_gpu examples engine study_runs slurm_node benchmarks weights spec flag_rules costs
 SLURM_TOOLS := munged slurmctld slurmd sbatch shellcheck ip
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client shellcheck iproute2
 
-.PHONY: help install demo newcomer test test-quick test-releases test-te test-slurm test-bridge test-evaluate browser bench docs check format lint types clean
+.PHONY: help install demo study newcomer test test-quick test-releases test-te test-slurm test-bridge test-evaluate browser bench docs check format lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ $(READY): setup.py pyproject.toml constraints.txt tools/find_python.sh
 
 demo: $(READY)  ## pretrain a small model twice, constant window and SkyLadder; table and plot
 	SKYLADDER_DEVICE=cpu $(BIN)/skyladder demo --output demo
+
+study: $(READY)  ## a queue of small runs that compares schedules; Ctrl-C saves, again goes on
+	$(BIN)/skyladder study --run --output study
 
 newcomer:  ## the base install on Python 3.10 to 3.13: the first commands, each under two seconds
 	tools/newcomer.sh

@@ -52,6 +52,7 @@ MESSAGE_FOLDERS = {
     "evaluation": "`evaluate`",
     "gpu_check": "`check-gpu`",
     "demo": "`demo`",
+    "study": "`study`",
     "cli": "Commands",
 }
 _NOT_FOR_USERS = {"NotImplementedError", "AssertionError", "AttributeError", "TypeError"}

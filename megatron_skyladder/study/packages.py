@@ -131,17 +131,19 @@ _DOWNLOADS: dict[str, Callable[[Package], tuple[list[str], str]]] = {DEBIAN: _ap
 
 def _of_deb(path: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
     """Yield what a .deb would install; dpkg-deb unpacks it, whatever it is compressed with."""
-    with subprocess.Popen(
-        ["dpkg-deb", "--fsys-tarfile", path], stdout=subprocess.PIPE
-    ) as unpacking:
-        assert unpacking.stdout is not None
-        with tarfile.open(fileobj=unpacking.stdout, mode="r|") as archive:
-            for member in archive:
-                file = archive.extractfile(member) if member.isfile() else None
-                if file is not None and is_wanted(member.name):
-                    yield member.name, file.read()
-        if unpacking.wait():
-            raise UsageError(f"dpkg-deb cannot unpack {path}. Delete it to download it anew.")
+    command = ["dpkg-deb", "--fsys-tarfile", str(path)]
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as unpacking:
+            assert unpacking.stdout is not None
+            with tarfile.open(fileobj=unpacking.stdout, mode="r|") as archive:
+                for member in archive:
+                    file = archive.extractfile(member) if member.isfile() else None
+                    if file is not None and is_wanted(member.name):
+                        yield member.name, file.read()
+    except tarfile.TarError as error:
+        raise UsageError(
+            f"dpkg-deb cannot unpack {path} ({error}). Delete it to download it anew."
+        ) from None
 
 
 def _of_wheel(path: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:

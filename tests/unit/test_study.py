@@ -1,0 +1,364 @@
+"""The study's text, settings and tables, without training."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_study import write_study
+
+from megatron_skyladder.cli import main
+from megatron_skyladder.errors import UsageError
+from megatron_skyladder.study import copying, corpus, page, queue, records, results, settings
+from megatron_skyladder.study.extract import plain_text
+from megatron_skyladder.study.packages import Package
+from megatron_skyladder.study.records import Checked, Copied, Record
+from megatron_skyladder.study.results import Arm, Figure
+from megatron_skyladder.study.training import append_row, read_rows, step_seconds
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LONG = "All work and no play makes a long document that is taken. " * 10
+
+
+def _record(arm: str, seed: int, losses: tuple[float, ...], seconds: tuple[float, ...]) -> Record:
+    """A run of 10 steps a validation."""
+    checked = [
+        Checked(10 * place, loss, {64: loss + 1, 128: loss}, spent)
+        for place, (loss, spent) in enumerate(zip(losses, seconds, strict=True), start=1)
+    ]
+    return Record(
+        *(arm, seed, False, ["-m", "x"], "constant 128", 10 * len(losses), 1000, [(10, 5.0, 128)]),
+        checked,
+        {64: Copied(0.25 * seed, 3.0)},
+        [{"time": "2026-11-29T05:00:00+00:00", "event": "started", "iteration": 0, "what": ""}],
+    )
+
+
+CONSTANT = Arm(
+    "ladder",  # the first arm of the tiny study
+    (
+        _record("ladder", 1, (6.0, 5.0, 4.0), (100.0, 200.0, 300.0)),
+        _record("ladder", 2, (6.2, 5.2, 4.3), (110.0, 210.0, 310.0)),
+    ),
+)
+QUICK = Arm(
+    "twin",
+    (
+        _record("twin", 1, (6.1, 4.9, 3.8), (50.0, 100.0, 250.0)),
+        _record("twin", 3, (6.1, 4.9, 1.0), (50.0, 100.0, 250.0)),
+    ),
+)
+
+
+def test_html_becomes_what_a_reader_sees() -> None:
+    text = plain_text(
+        "<!DOCTYPE html><html><head><title>T</title></head><body><nav><a>menu</a></nav>"
+        "<h1>One</h1><p>two  &amp;\n three<br/>four</p><script>x()</script>"
+        "<pre>a\n  b</pre><table><tr><td>c</td><td>d</td></tr></table></body></html>"
+    )
+    assert text == "One\n\ntwo & three\nfour\n\na\n  b\n\nc  d\n"
+    assert plain_text("if a < b:\r\n    c  \n\n\n\nd") == "if a < b:\n    c\n\nd\n"
+    hidden = "<html><body><nav><svg><p>never closed</nav>seen</body></html>"
+    assert plain_text(hidden) == "seen\n"
+
+
+def _wheel(folder: Path, name: str, files: dict[str, str]) -> Package:
+    where = folder / f"packages/pypi-{name}-1.0"
+    where.mkdir(parents=True)
+    with zipfile.ZipFile(where / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        for path, text in files.items():
+            wheel.writestr(path, text)
+    return Package.parse(f"pypi {name} 1.0 *.txt *.html")
+
+
+def test_documents_are_taken_once_and_held_out_as_wholes(tmp_path: Path) -> None:
+    first = {f"{number}.txt": f"{number} {LONG}" for number in range(40)}
+    first |= {"stub.txt": "See there.", "left.out": f"no {LONG}"}
+    again = {"same.txt": f"3   {LONG}\n", "new.html": f"<html><body><p>{LONG}</p></body></html>"}
+    packages = [_wheel(tmp_path, "a", first), _wheel(tmp_path, "b", again)]
+    said: list[str] = []
+    record = corpus.build(packages, tmp_path, 0.25, said.append)
+    a, b = record["sources"]
+    assert (a["documents"], a["duplicates"]) == (40, 0)
+    assert (b["documents"], b["duplicates"]) == (1, 1)
+    assert len(a["sha256"]) == 64 and a["file"] == "a-1.0-py3-none-any.whl"
+    parts = [
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in (corpus.TRAIN, corpus.VALIDATION)
+    ]
+    names = [document["name"] for part in parts for document in part]
+    assert len(names) == len(set(names)) == 41 and "b/new.html" in names
+    assert record["validation"]["documents"] == len(parts[1]) and 3 <= len(parts[1]) <= 18
+    assert record["train"]["documents"] + record["validation"]["documents"] == 41
+    before = (tmp_path / corpus.TRAIN).stat().st_mtime_ns
+    assert corpus.build(packages, tmp_path, 0.25, said.append)["sources"] == record["sources"]
+    assert (tmp_path / corpus.TRAIN).stat().st_mtime_ns == before and len(said) == 2
+    held_out = {document["text"] for document in parts[1]}
+    corpus.build(packages[:1], tmp_path, 0.25, said.append)  # one package less
+    fewer = (tmp_path / corpus.VALIDATION).read_text().splitlines()
+    assert {json.loads(line)["text"] for line in fewer} <= held_out
+
+
+def test_packages_that_give_nothing_are_named(tmp_path: Path) -> None:
+    empty = _wheel(tmp_path, "a", {"a.py": LONG})
+    with pytest.raises(UsageError, match=r"a 1.0 has no document that matches \*\.txt \*\.html"):
+        corpus.build([empty], tmp_path, 0.1)
+    few = _wheel(tmp_path, "c", {"1.txt": LONG})
+    with pytest.raises(UsageError, match="none of 1 documents is left for"):
+        corpus.build([few], tmp_path, 0.0)
+    for line in ("pypi a 1.0", "npm a 1.0 *.txt"):
+        with pytest.raises(UsageError, match=r"a package of \[corpus\] reads"):
+            Package.parse(line)
+
+
+def test_a_registry_that_gives_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "apt-get").write_text("#!/bin/sh\necho E: no such version >&2\nexit 100\n")
+    (tools / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    package = Package.parse("debian git-doc 1:9 *.txt")
+    with pytest.raises(
+        UsageError, match=r"debian gives no git-doc 1:9: E: no such version Run apt"
+    ):
+        package.download(tmp_path / "packages")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UsageError, match="git-doc is a debian package, and apt-get is not here"):
+        package.download(tmp_path / "packages")
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+def test_a_debian_package(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "usr/share/doc").mkdir(parents=True)
+    control = "Package: words\nVersion: 1:2\nArchitecture: all\nMaintainer: x <x@y>\n"
+    (tree / "DEBIAN/control").write_text(f"{control}Description: x\n")
+    (tree / "usr/share/doc/a.txt").write_text("first")
+    (tree / "usr/share/doc/b.txt").write_text("second")
+    subprocess.run(["gzip", str(tree / "usr/share/doc/b.txt")], check=True)
+    folder = tmp_path / "packages/debian-words-1%3a2"
+    folder.mkdir(parents=True)
+    path = folder / "words_1%3a2_all.deb"
+    done = ["dpkg-deb", "--root-owner-group", "--build", str(tree), str(path)]
+    subprocess.run(done, check=True, capture_output=True)
+    package = Package.parse("debian words 1:2 */doc/*.txt")
+    assert package.download(tmp_path / "packages") == path
+    assert [text for _, text in package.texts(path)] == ["first", "second"]
+    path.write_bytes(b"no package")
+    with pytest.raises(UsageError, match="dpkg-deb cannot unpack"):
+        list(package.texts(path))
+
+
+def test_the_study_of_the_repository() -> None:
+    study = settings.read(REPOSITORY / "examples/study.ini")
+    names = [run.name for run in study.runs if not run.is_sweep]
+    assert names[:2] == ["constant-seed1", "linear-32-seed1"]  # the decisive pair
+    assert {run.arm for run in study.runs if not run.is_sweep} == set(study.arms)
+    for arm in ("constant", "linear-32", "linear-8", "pow2"):
+        assert f"{arm}-seed2" in names
+    main_run = study.runs[0]
+    assert main_run.value("--seed") == "1" and main_run.seq_length == 2048
+    assert 8e6 <= main_run.train_iters * main_run.step_tokens <= 12e6
+    assert 4e6 <= page._parameters(study) <= 8e6
+    short = next(run for run in study.runs if run.arm == "constant-1680-steps")
+    assert short.train_iters == 1680  # the arm's own word counts
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[arms]", "[arm]", r"has a section \[arm\]"),
+        ("span = 8", "spam = 8", r"has spam in \[copying\]"),
+        ("runs = ladder:1", "runs = lader:1", r"has lader:1 in \[queue\]"),
+        ("runs = ladder:1", "runs = ladder:x", r"has ladder:x in \[queue\]"),
+        ("runs = ladder:1", "runs = twin:1", "twin-seed1 in .queue. twice"),
+        ("--train-iters 60", "", "gives no --train-iters"),
+        ("vocab-size = 300", "vocab-size = many", "vocab-size = many is not a number"),
+        ("pypi words 1.0 *.txt", "", r"gives no packages in \[corpus\]"),
+        ("[copying]", "[copying", "cannot be read"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = write_study(tmp_path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UsageError, match=message):
+        settings.read(path)
+
+
+def test_time_of_steps_that_were_not_timed() -> None:
+    """The median of four on either side; of a step that was trained twice the last time counts."""
+    timed = {1: None, 2: 1.0, 3: 3.0, 4: None, 5: 9.0, 6: 5.0}
+    rows = [{"iteration": 5, "cpu": 90.0}]
+    rows += [{"iteration": step, "cpu": spent} for step, spent in timed.items()]
+    # beside step 1: 1 3 9 5; beside step 4: 1 3 | 9 5; behind step 7: 1 3 9 5
+    assert step_seconds(rows, 7) == [4.0, 1.0, 3.0, 4.0, 9.0, 5.0, 4.0]
+    assert step_seconds([{"iteration": 1, "cpu": None}], 1) is None
+
+
+def test_rows_survive_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
+    append_row(path, {"iteration": 1})
+    with path.open("a") as file:
+        file.write('{"iterat')
+    assert read_rows(path) == [{"iteration": 1}]
+
+
+def test_figures_over_seeds() -> None:
+    assert Figure((1.0, 2.0, 6.0)).text(1) == "3.0 (1.0 to 6.0)"
+    assert Figure((-0.02,)).text(3, signed=True) == "-0.020"
+    assert Figure((0.1, 0.2)).text(0, scale=100) == "15 (10 to 20)"
+    assert results.figure([None, None]) is None
+
+
+def test_differences_are_of_pairs() -> None:
+    found = results.difference(QUICK, CONSTANT, results.final_difference)
+    assert found is not None and found.values == pytest.approx((-0.2,))  # seed 1 alone is in both
+    assert results.difference(QUICK, Arm("x", CONSTANT.records[1:]), results.time_saved) is None
+    saved = results.time_saved(QUICK.records[0], CONSTANT.records[0])
+    assert saved == pytest.approx(1 - 250 / 300)
+    assert results.noise(CONSTANT) == pytest.approx(0.3)
+    assert results.noise(Arm("x", CONSTANT.records[:1])) == 0.01
+
+
+def test_losses_at_equal_time() -> None:
+    """After 250 s the constant run is half way from 5 to 4; the quick one has ended at 3.8."""
+    constant, quick = CONSTANT.records[0], QUICK.records[0]
+    after = [results.loss_after(constant, seconds) for seconds in (10, 100, 150, 250, 300, 999)]
+    assert after == pytest.approx([6.0, 6.0, 5.5, 4.5, 4.0, 4.0])
+    assert results.equal_time_difference(quick, constant) == pytest.approx(3.8 - 4.5)
+    assert results.equal_time_difference(constant, quick) == pytest.approx(4.5 - 3.8)
+    untimed = replace(quick, validations=[replace(quick.last, seconds=None)])
+    assert results.equal_time_difference(untimed, constant) is None
+
+
+def test_copying_is_exact() -> None:
+    """A model that looks back as far as the distance copies all; one that cannot gets nothing."""
+    text = np.arange(40)[None] % 7
+    spans = np.array([[11, 12, 13, 14, 15, 16]])
+    filled = copying.sequences(text, spans, seq_length=40, distance=10)
+    assert filled[0, 24:30].tolist() == filled[0, 34:40].tolist() == [11, 12, 13, 14, 15, 16]
+    assert filled[0, :24].tolist() == text[0, :24].tolist()
+    for distance in (5, 35):
+        with pytest.raises(UsageError, match="Give distances from 6 to 34"):
+            copying.sequences(text, spans, seq_length=40, distance=distance)
+
+    def predict(sequences: np.ndarray, count: int) -> np.ndarray:
+        """Look 16 tokens back for the token before, and say what followed it there."""
+        logits = np.zeros((len(sequences), count, 500))
+        for row, sequence in enumerate(sequences):
+            for place in range(count):
+                here = len(sequence) - count + place
+                for back in range(1, 17):
+                    if sequence[here - 1 - back] == sequence[here - 1]:
+                        logits[row, place, sequence[here - back]] = 50.0
+                        break
+        return logits
+
+    found = copying.measure(
+        predict,
+        np.zeros(200, dtype=np.uint16),
+        (8, 24),
+        span=8,
+        samples=6,
+        seq_length=40,
+        vocab_size=500,
+        left_out=3,
+    )
+    assert found[8]["accuracy"] == 1.0 and found[24]["accuracy"] == 0.0
+    assert found[24]["loss"] > found[8]["loss"]
+
+
+def test_scores_leave_the_cue_out() -> None:
+    logits = np.zeros((1, 6, 4))
+    logits[0, 4, 2], logits[0, 5, 1] = 1.0, 1.0
+    accuracy, loss = copying.scores(logits, np.array([[0, 0, 0, 0, 2, 3]]))
+    assert accuracy == 0.5
+    total = math.log(3 + math.e)
+    assert loss == pytest.approx((total - 1 + total) / 2)
+
+
+def test_a_record_comes_back_whole(tmp_path: Path) -> None:
+    record = CONSTANT.records[0]
+    assert records.read(records.write(record, tmp_path)) == record
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"bad.json is no record of a run"):
+        records.read(tmp_path / "bad.json")
+
+
+def test_the_page_with_nothing_finished(tmp_path: Path) -> None:
+    config = write_study(tmp_path)
+    assert main(["study", str(config), "--write", "--output", str(tmp_path / "study")]) == 0
+    text = (tmp_path / "docs/experiments.md").read_text()
+    assert "0 of 3 runs have finished. Nothing can be compared yet." in text
+    assert text.count("not finished") == 3 and "losses.png" not in text
+    assert "What scale this is" in text and "The text has not been made yet." in text
+
+
+def test_the_page_of_some_runs(tmp_path: Path) -> None:
+    """Its figures by hand; what failed and what is missing are there."""
+    pytest.importorskip("matplotlib")
+    config = write_study(tmp_path, "ladder:1 ladder:2 twin:1 broken:1")
+    output = tmp_path / "study"
+    for record in (*CONSTANT.records, QUICK.records[0]):
+        records.write(record, output / queue.RECORDS)
+    failure = {"time": "2026-11-29T06:00:00+00:00", "run": "broken-seed1", "what": "exit code 2"}
+    append_row(output / queue.RECORDS / records.FAILURES, failure)
+    assert main(["study", str(config), "--write", "--output", str(output)]) == 0
+    text = (tmp_path / "docs/experiments.md").read_text()
+    assert "3 of 4 runs have finished. Differences below 0.300 are noise here" in text
+    verdict = text[text.index("- `twin` against") :].partition("\n\n")[0]
+    assert " ".join(verdict.split()) == (
+        "- `twin` against `ladder`, one seed: no difference that exceeds noise at equal tokens "
+        "(-0.200 nats); 16.7 % less CPU time."
+    )
+    assert "| `ladder` | 0.0 | 2 | 5.150 (5.000 to 5.300) | 4.150 (4.000 to 4.300) |" in text
+    assert "| `twin` | 0.07 | +16.7 | -0.700 |" in text
+    assert "| `ladder` | 37.5 (25.0 to 50.0) |" in text  # copying
+    assert "- 2026-11-29 06:00, `broken-seed1`: exit code 2" in text
+    assert "| `broken` | 1 | not finished |" in text
+    assert (tmp_path / "docs/records/losses.png").exists()
+
+
+def test_status_without_and_with_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_study(tmp_path)
+    output = tmp_path / "study"
+    command = ["study", str(config), "--status", "--output", str(output)]
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("waiting") == 3
+    folder = output / "runs/ladder-seed1"
+    folder.mkdir(parents=True)
+    append_row(folder / "events.jsonl", {"event": "started"})
+    for iteration, spent in ((1, None), (2, 60.0), (3, 120.0)):
+        append_row(folder / "steps.jsonl", {"iteration": iteration, "cpu": spent})
+    records.write(replace(CONSTANT.records[0], arm="twin"), output / queue.RECORDS)
+    failed = output / "runs/broken-seed1"
+    failed.mkdir()
+    append_row(failed / "events.jsonl", {"event": "failed", "what": "exit code 2", "iteration": 0})
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    words = {line.split()[0]: line.split() for line in shown.splitlines() if "seed1" in line}
+    assert words["ladder-seed1"][1:3] == ["begun", "3/60"] and "90.00" in words["ladder-seed1"]
+    assert words["twin-seed1"][1:3] == ["finished", "60/60"]
+    assert "broken-seed1 failed: exit code 2" in shown
+    # 57 steps of the first and 60 of the failed one, at 90 s each
+    assert f"About {(57 + 60) * 90 / 3600:.1f} core hours are left" in shown
+    assert "1 of 3 runs are finished." in shown
+
+
+def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", str(tmp_path / "none.ini"), "--status"]) == 1
+    assert "there is no" in capsys.readouterr().err
+    config = write_study(tmp_path)
+    assert main(["study", str(config), "--run", "--workers", "0"]) == 1
+    assert "--workers=0: give 1 or more" in capsys.readouterr().err
