@@ -21,6 +21,7 @@ from megatron_skyladder.files import write_text
 
 DEFAULT_CONFIG, DEFAULT_OUTPUT = "examples/study.ini", "study"
 NEEDED = ("torch", "megatron", "tokenizers", "transformers", "safetensors")
+LOWEST_PRIORITY = 19
 STOPPED = 130  # exit code, as that of a program that Ctrl-C ended
 
 DESCRIPTION = """\
@@ -65,6 +66,13 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="runs at a time (default: one for each core)"
     )
+    parser.add_argument(
+        "--nice",
+        type=int,
+        default=LOWEST_PRIORITY,
+        metavar="N",
+        help="priority of the runs, 0 (as others) to 19 (behind all others; default)",
+    )
     return parser
 
 
@@ -82,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--workers={args.workers}: give 1 or more.")
     study = settings.read(config)
     if args.is_run:
-        return _run(study, output, args.workers or _cores())
+        return _run(study, output, args.workers or _cores(), args.nice)
     if args.status:
         print(_status(study, output))
         return 0
@@ -96,7 +104,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _run(study: Any, output: Path, workers: int) -> int:
+def _run(study: Any, output: Path, workers: int, priority: int) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
@@ -116,7 +124,9 @@ def _run(study: Any, output: Path, workers: int) -> int:
         with terminal.Progress("study", every=300.0) as progress:
             display = _Display(found, progress)
             training = queue.Queue(
-                study, output, made["identity"], display.say, display.step, lock=lock
+                *(study, output, made["identity"], display.say, display.step),
+                priority=priority,
+                lock=lock,
             )
             with _Stops(training, display):
                 training.run(workers)
@@ -191,7 +201,7 @@ def _status(study: Any, output: Path) -> str:
         ("run", "state", "steps", "", "s a step", "core hours left")
     ]
     for state in found:
-        left = queue.seconds_left([state, *found][:1]) if state.step_seconds else None
+        left = queue.seconds_left([state]) if state.step_seconds else None
         rows.append(
             (
                 state.planned.name,

@@ -27,7 +27,8 @@ HEAD = """\
 
 The paper's comparison at a scale that two CPU cores can rerun: the same small model, text, starting
 weights and order of the text; only the window differs. `skyladder study --write` makes this page
-from the records in `{records}/`, one file for each finished run; `{config}` says what is run.
+from the records in `{records}/`, one file for each finished run; `{config}` says
+what is run.
 
 """
 

@@ -24,6 +24,7 @@ from megatron_skyladder.study.training import (
     Outcome,
     Training,
     append_row,
+    nice,
     now,
     read_rows,
 )
@@ -134,6 +135,7 @@ class Queue:
         corpus: what identifies its text.
         say: called with a line when a run begins or ends.
         on_step: called with a run's name and its step, after each.
+        priority: of nice, for every process.
         lock: the descriptor of `locked`.
         failures: name -> what went wrong, of this call.
     """
@@ -143,6 +145,7 @@ class Queue:
     corpus: str
     say: Callable[[str], None]
     on_step: Callable[[str, int], None] = lambda name, iteration: None
+    priority: int = LOWEST_PRIORITY
     lock: int | None = None
     failures: dict[str, str] = field(default_factory=dict)
     _active: dict[str, Training] = field(default_factory=dict)
@@ -184,7 +187,7 @@ class Queue:
         if self._stopping:
             return
         kept_open = () if self.lock is None else (self.lock,)
-        training = Training(planned, self.output, self.corpus, kept_open)
+        training = Training(planned, self.output, self.corpus, self.priority, kept_open)
         self._active[planned.name] = training
         try:
             begin = training.saved_iteration
@@ -224,7 +227,7 @@ class Queue:
             return {}
         out = training.folder / "copying.json"
         command = [
-            *(*LOWEST_PRIORITY, sys.executable, "-m", "megatron_skyladder.study.copying"),
+            *(*nice(self.priority), sys.executable, "-m", "megatron_skyladder.study.copying"),
             *("--checkpoints", str(training.checkpoints.relative_to(self.output))),
             *("--data", VALIDATION_DATA, "--span", str(options.span)),
             *("--samples", str(options.samples)),

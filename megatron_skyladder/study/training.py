@@ -30,7 +30,7 @@ from megatron_skyladder.study.settings import Planned
 TRAIN_DATA, VALIDATION_DATA = "corpus/train_text_document", "corpus/validation_text_document"
 TOKENIZER = "corpus/tokenizer"
 PRETRAIN = ("-m", "megatron_skyladder.pretrain_gpt")
-LOWEST_PRIORITY = ("nice", "-n", "19")
+LOWEST_PRIORITY = 19  # of nice: whatever else runs goes first
 
 _STEP = re.compile(r" iteration +(\d+)/ +(\d+) \|.*?lm loss: (\S+)")
 _OTHER_WORK = re.compile(r"validation loss at|saving checkpoint|saved checkpoint|loaded checkpoint")
@@ -55,6 +55,7 @@ class Training:
         planned: the run.
         output: the study's folder, which commands are relative to.
         corpus: what identifies the text, so that a run never goes on with another one.
+        priority: of nice.
         kept_open: file descriptors that the process gets, such as that of a lock.
         failure: why the last call failed.
     """
@@ -62,6 +63,7 @@ class Training:
     planned: Planned
     output: Path
     corpus: str
+    priority: int = LOWEST_PRIORITY
     kept_open: tuple[int, ...] = ()
     failure: str = ""
     _process: subprocess.Popen[str] | None = None
@@ -128,7 +130,7 @@ class Training:
             return Outcome.FINISHED
         self._begin()
         environment = {**os.environ, **_alone(), "PYTHONUNBUFFERED": "1"}
-        command = [*LOWEST_PRIORITY, sys.executable, *self.command()]
+        command = [*nice(self.priority), sys.executable, *self.command()]
         with self._lock:
             if self._stopping:
                 return Outcome.STOPPED
@@ -270,6 +272,11 @@ def step_seconds(rows: Sequence[Mapping[str, Any]], train_iters: int) -> list[fl
         middle = len(near) // 2
         seconds.append(near[middle] if len(near) % 2 else (near[middle - 1] + near[middle]) / 2)
     return seconds
+
+
+def nice(priority: int) -> list[str]:
+    """Return the words in front of a command that give it a priority."""
+    return ["nice", "-n", str(priority)]
 
 
 def now() -> str:

@@ -42,7 +42,7 @@ def test_a_study_from_beginning_to_end(tmp_path: Path) -> None:
     said: list[str] = []
 
     for last, times in ((11, 1), (27, 2)):  # once: it saves; twice: SIGKILL
-        going = queue.Queue(study, output, made["identity"], said.append)
+        going = queue.Queue(study, output, made["identity"], said.append, priority=0)
         going.on_step = partial(_stop_at, going, last, times)
         going.run(1)
         state = queue.states(study, output)[0]
@@ -54,7 +54,7 @@ def test_a_study_from_beginning_to_end(tmp_path: Path) -> None:
 
     shown = _call(config, "--status").stdout
     assert "0 of 3 runs are finished" in shown and "core hours are left" in shown
-    done = _call(config, "--run", "--workers", "2")
+    done = _call(config, "--run", "--workers", "2", "--nice", "0")
     assert done.returncode == 1, done.stderr  # one failed, the others went on
     assert "2 of 3 runs are finished" in done.stdout
     failed = next(line for line in done.stderr.splitlines() if "FAILED" in line)
