@@ -48,9 +48,9 @@ same weights and read the same text in the same order."""
 
 EQUAL_TIME = """\
 Time is the CPU time of the training process, validation and checkpoints left out, so that other
-work on the machine counts for little. *Loss at equal time* compares the run with the constant one
-when the quicker of the two has ended; the other one is then in mid-schedule, at a higher learning
-rate, which is to the advantage of the quicker one."""
+work on the machine counts for little. *Equal time* is the difference of the losses to the
+constant run when the quicker of the two has ended; the other one is then in mid-schedule, at a
+higher learning rate, which is to the advantage of the quicker one."""
 
 COPYING = """\
 A span of {span} random tokens stands twice in held-out text. How many tokens of the second copy
@@ -237,7 +237,7 @@ def _verdict(arm: Arm, reference: Arm, noise: float) -> list[str]:
 
 
 def _losses(given: Given) -> list[list[str]]:
-    lengths = sorted({key for arm in given.arms for it in arm.records for key in it.last.by_length})
+    lengths = _lengths(given)
     head = ["arm", "tokens (millions)", "seeds", *(f"at {length:,}" for length in lengths)]
     rows = [[*head, "whole sequences", "difference"]]
     for arm in given.arms:
@@ -252,7 +252,9 @@ def _losses(given: Given) -> list[list[str]]:
 
 
 def _times(given: Given) -> list[list[str]]:
-    rows = [["arm", "CPU hours", "time saved (%)", "loss at equal time, difference"]]
+    lengths = _lengths(given)
+    head = [f"at {length:,}, equal time" for length in lengths]
+    rows = [["arm", "CPU hours", "time saved (%)", *head, "whole sequences, equal time"]]
     for arm in given.arms:
         hours = arm.figure(lambda it: it.seconds)
         rows.append(
@@ -260,7 +262,10 @@ def _times(given: Given) -> list[list[str]]:
                 f"`{arm.name}`",
                 NONE if hours is None else hours.text(2, scale=1 / 3600),
                 _against(arm, given.reference, results.time_saved, 1, scale=100),
-                _against(arm, given.reference, results.equal_time_difference, 3),
+                *(
+                    _against(arm, given.reference, _at_equal_time(length), 3)
+                    for length in (*lengths, None)
+                ),
             ]
         )
     return rows
@@ -288,6 +293,14 @@ def _copying(given: Given) -> str:
         chance=100 / (given.study.vocab_size - 1),
     )
     return f"\n{text}\n\n{_table(rows)}"
+
+
+def _lengths(given: Given) -> list[int]:
+    return sorted({key for arm in given.arms for it in arm.records for key in it.last.by_length})
+
+
+def _at_equal_time(length: int | None) -> Callable[[Record, Record], float | None]:
+    return lambda record, other: results.equal_time_difference(record, other, length)
 
 
 def _at_length(length: int) -> Callable[[Record], float | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_skyladder.study.records import Record
+from megatron_skyladder.study.records import Checked, Record
 
 NOISE = 0.01  # nats: what the paper counts as no difference; used until seeds say more
 
@@ -99,15 +99,21 @@ def time_saved(record: Record, other: Record) -> float | None:
     return 1 - record.seconds / other.seconds
 
 
-def equal_time_difference(record: Record, other: Record) -> float | None:
-    """Return the difference of the losses when the quicker of the two has ended, in nats."""
+def equal_time_difference(record: Record, other: Record, length: int | None = None) -> float | None:
+    """Return the difference of the losses when the quicker of the two has ended, in nats.
+
+    Args:
+        record: what is compared.
+        other: with what.
+        length: of the context, one of those that were measured; None: whole sequences.
+    """
     if record.seconds is None or other.seconds is None:
         return None
     quicker = min(record.seconds, other.seconds)
-    return loss_after(record, quicker) - loss_after(other, quicker)
+    return loss_after(record, quicker, length) - loss_after(other, quicker, length)
 
 
-def loss_after(record: Record, seconds: float) -> float:
+def loss_after(record: Record, seconds: float, length: int | None = None) -> float:
     """Return the validation loss after so much CPU time, linear between two validations.
 
     Before the first validation it is the first one's, behind the last one the last one's.
@@ -119,9 +125,13 @@ def loss_after(record: Record, seconds: float) -> float:
             if after is before:
                 break
             share = (seconds - before.seconds) / (after.seconds - before.seconds)
-            return before.loss + share * (after.loss - before.loss)
+            return (1 - share) * _loss(before, length) + share * _loss(after, length)
         before = after
-    return before.loss
+    return _loss(before, length)
+
+
+def _loss(checked: Checked, length: int | None) -> float:
+    return checked.loss if length is None else checked.by_length[length]
 
 
 def noise(reference: Arm) -> float:

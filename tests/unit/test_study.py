@@ -238,6 +238,9 @@ def test_losses_at_equal_time() -> None:
     assert after == pytest.approx([6.0, 6.0, 5.5, 4.5, 4.0, 4.0])
     assert results.equal_time_difference(quick, constant) == pytest.approx(3.8 - 4.5)
     assert results.equal_time_difference(constant, quick) == pytest.approx(4.5 - 3.8)
+    # one nat more at 64, in both
+    assert results.loss_after(constant, 250, 64) == pytest.approx(5.5)
+    assert results.equal_time_difference(quick, constant, 64) == pytest.approx(3.8 - 4.5)
     untimed = replace(quick, validations=[replace(quick.last, seconds=None)])
     assert results.equal_time_difference(untimed, constant) is None
 
@@ -323,7 +326,7 @@ def test_the_page_of_some_runs(tmp_path: Path) -> None:
         "(-0.200 nats); 16.7 % less CPU time."
     )
     assert "| `ladder` | 0.0 | 2 | 5.150 (5.000 to 5.300) | 4.150 (4.000 to 4.300) |" in text
-    assert "| `twin` | 0.07 | +16.7 | -0.700 |" in text
+    assert "| `twin` | 0.07 | +16.7 | -0.700 | -0.700 | -0.700 |" in text
     assert "| `ladder` | 37.5 (25.0 to 50.0) |" in text  # copying
     assert "- 2026-11-29 06:00, `broken-seed1`: exit code 2" in text
     assert "| `broken` | 1 | not finished |" in text
