@@ -6,21 +6,18 @@ import json
 import os
 import shlex
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_skyladder.files import write_text
 from megatron_skyladder.study import records, results
 from megatron_skyladder.study.records import Record
-from megatron_skyladder.study.results import Arm, Figure
+from megatron_skyladder.study.results import Arm
 from megatron_skyladder.study.settings import Study
+from megatron_skyladder.study.tables import Given, copying_part, date, losses, markdown, runs, times
 from megatron_skyladder.study.training import read_rows
 
 PICTURE = "losses.png"
-NONE = "-"  # a cell that has no run yet
 
 HEAD = """\
 # Experiments
@@ -52,10 +49,6 @@ work on the machine counts for little. *Equal time* is the difference of the los
 constant run when the quicker of the two has ended; the other one is then in mid-schedule, at a
 higher learning rate, which is to the advantage of the quicker one."""
 
-COPYING = """\
-A span of {span} random tokens stands twice in held-out text. How many tokens of the second copy
-(without the first {cue}) are the likeliest ones to the model, by the distance between the copies in
-tokens; {samples} sequences. Guessing gets {chance:.2f} %."""
 
 RERUN = """\
 ## Rerun it
@@ -67,34 +60,6 @@ skyladder study --status    # how far, and how many core hours are left
 skyladder study --write     # this page, from the records
 ```
 """
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a page is made of.
-
-    Args:
-        study: what there was to run.
-        found: records of finished runs of this study.
-        failures: starts that failed.
-        corpus: what is known about the text; None before it is made.
-    """
-
-    study: Study
-    found: list[Record]
-    failures: list[dict[str, Any]]
-    corpus: dict[str, Any] | None
-
-    @cached_property
-    def arms(self) -> list[Arm]:
-        """Those that have finished runs."""
-        return results.arms_of(self.found, list(self.study.arms))
-
-    @property
-    def reference(self) -> Arm | None:
-        """The arm that others are compared with: the file's first."""
-        first = next(iter(self.study.arms), None)
-        return next((arm for arm in self.arms if arm.name == first), None)
 
 
 def write(study: Study, config: Path) -> None:
@@ -136,16 +101,16 @@ def page(given: Given, config: Path, picture: str | None) -> str:
     if given.arms:
         parts += [
             f"\n{HOW_TO_READ}\n\n",
-            _table(_losses(given)),
+            markdown(losses(given)),
             f"\n{EQUAL_TIME}\n\n",
-            _table(_times(given)),
-            _copying(given),
+            markdown(times(given)),
+            copying_part(given),
         ]
     if picture:
         parts.append(f"\n![Losses against tokens and time, by context, and copying]({picture})\n")
     parts += [
         "\n## Runs\n\n",
-        _table(_runs(given)),
+        markdown(runs(given)),
         _failures(given),
         "\n## The learning rate\n\n",
         _sweep(given),
@@ -236,111 +201,11 @@ def _verdict(arm: Arm, reference: Arm, noise: float) -> list[str]:
     return [_wrapped(text + ".", indent="  ").rstrip()]
 
 
-def _losses(given: Given) -> list[list[str]]:
-    lengths = _lengths(given)
-    head = ["arm", "tokens (millions)", "seeds", *(f"at {length:,}" for length in lengths)]
-    rows = [[*head, "whole sequences", "difference"]]
-    for arm in given.arms:
-        tokens = f"{arm.records[0].tokens / 1e6:.1f}"
-        cells = [f"`{arm.name}`", tokens, str(len(arm.records))]
-        for length in lengths:
-            cells.append(_cell(arm.figure(_at_length(length)), 3))
-        cells.append(_cell(arm.figure(lambda it: it.last.loss), 3))
-        cells.append(_against(arm, given.reference, results.final_difference, 3))
-        rows.append(cells)
-    return rows
-
-
-def _times(given: Given) -> list[list[str]]:
-    lengths = _lengths(given)
-    head = [f"at {length:,}, equal time" for length in lengths]
-    rows = [["arm", "CPU hours", "time saved (%)", *head, "whole sequences, equal time"]]
-    for arm in given.arms:
-        hours = arm.figure(lambda it: it.seconds)
-        rows.append(
-            [
-                f"`{arm.name}`",
-                NONE if hours is None else hours.text(2, scale=1 / 3600),
-                _against(arm, given.reference, results.time_saved, 1, scale=100),
-                *(
-                    _against(arm, given.reference, _at_equal_time(length), 3)
-                    for length in (*lengths, None)
-                ),
-            ]
-        )
-    return rows
-
-
-def _copying(given: Given) -> str:
-    arms = [arm for arm in given.arms if any(it.copying for it in arm.records)]
-    distances = sorted({key for arm in arms for it in arm.records for key in it.copying})
-    if not distances:
-        return ""
-    from megatron_skyladder.study.copying import CUE
-
-    options = given.study.copying
-    rows = [["arm", *(f"{distance:,} (%)" for distance in distances)]]
-    for arm in arms:
-        cells = [f"`{arm.name}`"]
-        for distance in distances:
-            found = arm.figure(_copied(distance))
-            cells.append(NONE if found is None else found.text(1, scale=100))
-        rows.append(cells)
-    text = COPYING.format(
-        span=options.span,
-        cue=CUE,
-        samples=options.samples,
-        chance=100 / (given.study.vocab_size - 1),
-    )
-    return f"\n{text}\n\n{_table(rows)}"
-
-
-def _lengths(given: Given) -> list[int]:
-    return sorted({key for arm in given.arms for it in arm.records for key in it.last.by_length})
-
-
-def _at_equal_time(length: int | None) -> Callable[[Record, Record], float | None]:
-    return lambda record, other: results.equal_time_difference(record, other, length)
-
-
-def _at_length(length: int) -> Callable[[Record], float | None]:
-    return lambda record: record.last.by_length.get(length)
-
-
-def _copied(distance: int) -> Callable[[Record], float | None]:
-    def accuracy(record: Record) -> float | None:
-        return record.copying[distance].accuracy if distance in record.copying else None
-
-    return accuracy
-
-
-def _runs(given: Given) -> list[list[str]]:
-    found = {record.name: record for record in given.found}
-    rows = [["run", "seed", "state", "started", "finished", "starts", "CPU hours", "loss"]]
-    for planned in given.study.runs:
-        record = found.get(planned.name)
-        if record is None:
-            rows.append([f"`{planned.arm}`", str(planned.seed), "not finished", *[NONE] * 5])
-            continue
-        starts = [it["time"] for it in record.events if it["event"] == "started"]
-        ends = [it["time"] for it in record.events if it["event"] == "finished"]
-        seconds = record.seconds
-        rows.append(
-            [
-                *(f"`{record.arm}`", str(record.seed), "finished"),
-                *(_date(starts[:1]), _date(ends[-1:]), str(len(starts))),
-                NONE if seconds is None else f"{seconds / 3600:.2f}",
-                f"{record.last.loss:.4f}",
-            ]
-        )
-    return rows
-
-
 def _failures(given: Given) -> str:
     if not given.failures:
         return "\nNo start of a run has failed.\n"
     lines = ["\nStarts that failed (a failed run goes on from its last checkpoint):\n"]
-    lines += [f"- {_date([it['time']])}, `{it['run']}`: {it['what']}" for it in given.failures]
+    lines += [f"- {date([it['time']])}, `{it['run']}`: {it['what']}" for it in given.failures]
     return "\n".join(lines) + "\n"
 
 
@@ -359,7 +224,7 @@ def _sweep(given: Given) -> str:
         "Tried with the constant window, so that it is not handicapped; all arms train with "
         f"{main.value('--lr')}."
     )
-    return f"{_wrapped(text)}\n{_table(rows)}"
+    return f"{_wrapped(text)}\n{markdown(rows)}"
 
 
 def _text(given: Given) -> str:
@@ -385,7 +250,7 @@ def _text(given: Given) -> str:
         f"({tokens['validation'] / 1e6:.2f} million tokens), chosen by a hash of their text. "
         f"Documents of 8,192 characters or more hold {100 * share:.0f} % of the text."
     )
-    return f"{_wrapped(text)}\n{_table(rows)}"
+    return f"{_wrapped(text)}\n{markdown(rows)}"
 
 
 def _commands(given: Given) -> str:
@@ -400,7 +265,7 @@ def _commands(given: Given) -> str:
         f"{_wrapped(about)}\n```\n"
         + _folded(["python -m megatron_skyladder.pretrain_gpt", *given.study.flags])
         + "\n```\n\n"
-        + _table(rows)
+        + markdown(rows)
     )
     first = next((it for it in given.found if not it.is_sweep), None)
     if first is not None:
@@ -429,28 +294,6 @@ def _folded(words: Sequence[str], width: int = 96) -> str:
             line = "  "
         line += word + " "
     return "\n".join([*lines, line.rstrip()])
-
-
-def _against(
-    arm: Arm, reference: Arm | None, value: Any, digits: int, *, scale: float = 1.0
-) -> str:
-    if reference is None or arm is reference:
-        return ""
-    found = results.difference(arm, reference, value)
-    return NONE if found is None else found.text(digits, signed=True, scale=scale)
-
-
-def _cell(found: Figure | None, digits: int) -> str:
-    return NONE if found is None else found.text(digits)
-
-
-def _date(times: Sequence[str]) -> str:
-    return times[0][:16].replace("T", " ") if times else NONE
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
 
 
 def _beside(picture: Path, page: Path) -> str:

@@ -1,0 +1,176 @@
+"""The tables of the study's page, from records; the arithmetic is in `results`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from megatron_skyladder.study import results
+from megatron_skyladder.study.copying import CUE
+from megatron_skyladder.study.records import Record
+from megatron_skyladder.study.results import Arm, Figure
+from megatron_skyladder.study.settings import Study
+
+NONE = "-"  # a cell that has no run yet
+
+
+COPYING = """\
+A span of {span} random tokens stands twice in held-out text. How many tokens of the second copy
+(without the first {cue}) are the likeliest ones to the model, by the distance between the copies in
+tokens; {samples} sequences. Guessing gets {chance:.2f} %."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a page is made of.
+
+    Args:
+        study: what there was to run.
+        found: records of finished runs of this study.
+        failures: starts that failed.
+        corpus: what is known about the text; None before it is made.
+    """
+
+    study: Study
+    found: list[Record]
+    failures: list[dict[str, Any]]
+    corpus: dict[str, Any] | None
+
+    @cached_property
+    def arms(self) -> list[Arm]:
+        """Those that have finished runs."""
+        return results.arms_of(self.found, list(self.study.arms))
+
+    @property
+    def reference(self) -> Arm | None:
+        """The arm that others are compared with: the file's first."""
+        first = next(iter(self.study.arms), None)
+        return next((arm for arm in self.arms if arm.name == first), None)
+
+
+def losses(given: Given) -> list[list[str]]:
+    """Return the losses by length and their differences to the reference."""
+    lengths = _lengths(given)
+    head = ["arm", "tokens (millions)", "seeds", *(f"at {length:,}" for length in lengths)]
+    rows = [[*head, "whole sequences", "difference"]]
+    for arm in given.arms:
+        tokens = f"{arm.records[0].tokens / 1e6:.1f}"
+        cells = [f"`{arm.name}`", tokens, str(len(arm.records))]
+        for length in lengths:
+            cells.append(_cell(arm.figure(_at_length(length)), 3))
+        cells.append(_cell(arm.figure(lambda it: it.last.loss), 3))
+        cells.append(_against(arm, given.reference, results.final_difference, 3))
+        rows.append(cells)
+    return rows
+
+
+def times(given: Given) -> list[list[str]]:
+    """Return CPU time, and losses at equal time."""
+    lengths = _lengths(given)
+    head = [f"at {length:,}, equal time" for length in lengths]
+    rows = [["arm", "CPU hours", "time saved (%)", *head, "whole sequences, equal time"]]
+    for arm in given.arms:
+        hours = arm.figure(lambda it: it.seconds)
+        rows.append(
+            [
+                f"`{arm.name}`",
+                NONE if hours is None else hours.text(2, scale=1 / 3600),
+                _against(arm, given.reference, results.time_saved, 1, scale=100),
+                *(
+                    _against(arm, given.reference, _at_equal_time(length), 3)
+                    for length in (*lengths, None)
+                ),
+            ]
+        )
+    return rows
+
+
+def copying_part(given: Given) -> str:
+    """Return the paragraph and the table about copying; nothing where it was not measured."""
+    arms = [arm for arm in given.arms if any(it.copying for it in arm.records)]
+    distances = sorted({key for arm in arms for it in arm.records for key in it.copying})
+    if not distances:
+        return ""
+    options = given.study.copying
+    rows = [["arm", *(f"{distance:,} (%)" for distance in distances)]]
+    for arm in arms:
+        cells = [f"`{arm.name}`"]
+        for distance in distances:
+            found = arm.figure(_copied(distance))
+            cells.append(NONE if found is None else found.text(1, scale=100))
+        rows.append(cells)
+    text = COPYING.format(
+        span=options.span,
+        cue=CUE,
+        samples=options.samples,
+        chance=100 / (given.study.vocab_size - 1),
+    )
+    return f"\n{text}\n\n{markdown(rows)}"
+
+
+def _lengths(given: Given) -> list[int]:
+    return sorted({key for arm in given.arms for it in arm.records for key in it.last.by_length})
+
+
+def _at_equal_time(length: int | None) -> Callable[[Record, Record], float | None]:
+    return lambda record, other: results.equal_time_difference(record, other, length)
+
+
+def _at_length(length: int) -> Callable[[Record], float | None]:
+    return lambda record: record.last.by_length.get(length)
+
+
+def _copied(distance: int) -> Callable[[Record], float | None]:
+    def accuracy(record: Record) -> float | None:
+        return record.copying[distance].accuracy if distance in record.copying else None
+
+    return accuracy
+
+
+def runs(given: Given) -> list[list[str]]:
+    """Return every run of the queue, finished or not."""
+    found = {record.name: record for record in given.found}
+    rows = [["run", "seed", "state", "started", "finished", "starts", "CPU hours", "loss"]]
+    for planned in given.study.runs:
+        record = found.get(planned.name)
+        if record is None:
+            rows.append([f"`{planned.arm}`", str(planned.seed), "not finished", *[NONE] * 5])
+            continue
+        starts = [it["time"] for it in record.events if it["event"] == "started"]
+        ends = [it["time"] for it in record.events if it["event"] == "finished"]
+        seconds = record.seconds
+        rows.append(
+            [
+                *(f"`{record.arm}`", str(record.seed), "finished"),
+                *(date(starts[:1]), date(ends[-1:]), str(len(starts))),
+                NONE if seconds is None else f"{seconds / 3600:.2f}",
+                f"{record.last.loss:.4f}",
+            ]
+        )
+    return rows
+
+
+def _against(
+    arm: Arm, reference: Arm | None, value: Any, digits: int, *, scale: float = 1.0
+) -> str:
+    if reference is None or arm is reference:
+        return ""
+    found = results.difference(arm, reference, value)
+    return NONE if found is None else found.text(digits, signed=True, scale=scale)
+
+
+def _cell(found: Figure | None, digits: int) -> str:
+    return NONE if found is None else found.text(digits)
+
+
+def date(times: Sequence[str]) -> str:
+    """Return the first time as a date and a time of day."""
+    return times[0][:16].replace("T", " ") if times else NONE
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return cells as a Markdown table; the first line is the head."""
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
