@@ -86,7 +86,7 @@ def test_a_study_from_beginning_to_end(tmp_path: Path) -> None:
     text = (tmp_path / "docs/experiments.md").read_text(encoding="utf-8")
     assert "2 of 3 runs have finished." in text and "Not finished yet: `broken`." in text
     assert "- `twin` against `ladder`, one seed: no difference that exceeds noise" in text
-    assert "`broken-seed1`: exit code 2 after step 0" in text and str(output) not in text
+    assert "`broken-seed1`: exit code 2 after step 0" in text and f"{output}/" not in text
     assert (study.records / "losses.png").stat().st_size > 10_000
 
 
