@@ -52,7 +52,7 @@ class RotaryPositions:
         self._mask: torch.Tensor | None = None
         self._ids: torch.Tensor | None = None
         self._compared: tuple[object, ...] | None = None
-        self._kept: tuple[tuple[Layout, ...], int, Any] | None = None
+        self._kept: tuple[Any, Any] | None = None
         self._latest: tuple[Any, Any, tuple[Layout, ...]] | None = None
         model.register_forward_pre_hook(self._note, with_kwargs=True)
         for owner, rotary in owners_of_rotaries(model):
@@ -82,10 +82,11 @@ class RotaryPositions:
         self._compare(rule, layouts)
         if all(layout.is_zigzag for layout in layouts):
             return None
-        if self._kept is None or self._kept[:2] != (layouts, offset):
+        key = layouts, offset, self._clock.rotary_base(training=rotary.training)
+        if self._kept is None or self._kept[0] != key:
             positions = self._positions(layouts)
-            self._kept = layouts, offset, _at(rotary, seq_length, offset, positions)
-        return self._kept[2]
+            self._kept = key, _at(rotary, seq_length, offset, positions)
+        return self._kept[1]
 
     def _layouts(self, rule: Any) -> tuple[Layout, ...]:
         """Return those that differ between sequences, or the one that all have."""

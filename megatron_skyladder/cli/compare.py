@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_skyladder.cli.plan import to_json as to_plan_json
 from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
-from megatron_skyladder.ladder.flags import name_of
+from megatron_skyladder.ladder.flags import name_of, settings_of
 from megatron_skyladder.ladder.numbers import argument, exact, real
 from megatron_skyladder.ladder.presets import PAPER_RUNS, SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import SCHEDULES, WindowSchedule, all_settings
@@ -225,7 +225,7 @@ def _combinations(
         (f" from {start}", {"skyladder_start_window": start}) for start in args.start_window or []
     ]
     rounds = [(f" by {each}", {"skyladder_round_to": each}) for each in args.round_to or []]
-    uses = kind.settings()
+    uses = kind.settings().keys() - kind.without_effect(settings_of(args))
     swept = [
         values
         for name, values in (("alpha", growth), ("start_window", starts), ("round_to", rounds))

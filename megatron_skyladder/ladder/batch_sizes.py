@@ -30,6 +30,10 @@ class BatchSizes:
         """Samples in a batch once it has grown: one step of the window's schedule."""
         return self.stages[-1][1]
 
+    def flag(self, seq_length: int) -> str:
+        """Return the value of Megatron's ``--step-batch-size-schedule``, thresholds in tokens."""
+        return " ".join(f"{start * seq_length}:{size}" for start, size in self.stages)
+
     def samples_in(self, num_batches: int) -> int:
         """Return the samples that a run of so many batches consumes.
 

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from megatron_skyladder.ladder.config import SkyLadderConfig
+from megatron_skyladder.ladder.schedules import StageValues
 from megatron_skyladder.ladder.sequence_layout import Kind, LayoutRule
 
 
@@ -38,6 +39,8 @@ class Clock:
         self._samples = -1
         self._window = config.seq_length
         self._override: int | None = None
+        self._base_at = -1
+        self._base: int | None = None
 
     def window(self, *, training: bool) -> int:
         """Return the window in tokens; evaluation sees the full sequence."""
@@ -50,6 +53,19 @@ class Clock:
             self._samples = samples
             self._window = self.config.window_at_samples(samples)
         return self._window
+
+    def rotary_base(self, *, training: bool) -> int | None:
+        """Return the base that the stage gives to rotary embeddings; None: the model's own.
+
+        Evaluation has the base of the latest batch that was trained, also where the next one begins
+        another stage: the weights have not seen that yet.
+        """
+        samples = self._consumed_samples()
+        samples = samples if training else max(0, samples - 1)
+        if samples != self._base_at:
+            self._base_at = samples
+            self._base = self.config.values_at_samples(samples).rope
+        return self._base
 
     def layout_rule(self, seq_length: int, cp_size: int, *, training: bool) -> LayoutRule:
         """Return how sequences are shared out among context-parallel ranks right now.
@@ -68,6 +84,11 @@ class Clock:
     def last_window(self) -> int:
         """The window of the latest training step that looked it up; for logging."""
         return self._window
+
+    @property
+    def last_values(self) -> StageValues:
+        """What went with that window; for logging."""
+        return self.config.values_at_samples(max(0, self._samples))
 
     @contextlib.contextmanager
     def override(self, window: int) -> Iterator[None]:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron_skyladder.ladder.alignment import aligned_multiple, explain_multiple
+from megatron_skyladder.ladder.batch_sizes import BatchSizes
 from megatron_skyladder.ladder.kernels import AUTO, KERNELS
 from megatron_skyladder.ladder.numbers import LARGEST, whole
 from megatron_skyladder.ladder.presets import RENAMED_PRESETS, SCHEDULE_PRESETS, Preset
 from megatron_skyladder.ladder.schedules import (
     DEFAULT_EXPAND_FRACTION,
     SCHEDULES,
+    StageValues,
     WindowSchedule,
     all_settings,
     kind_of,
@@ -105,10 +107,30 @@ class SkyLadderConfig:
         if not self.allow_unfinished:
             _check_ends(self.schedule)
 
+    def step_at_samples(self, consumed_samples: int) -> int:
+        """Return the step of the schedule at ``consumed_samples``; 0 before it begins."""
+        return max(0, consumed_samples - self.begin_samples) // self.step_samples
+
     def window_at_samples(self, consumed_samples: int) -> int:
         """Return the window of the global batch that starts after ``consumed_samples``."""
-        step = max(0, consumed_samples - self.begin_samples) // self.step_samples
-        return self.schedule.window_at(step)
+        return self.schedule.window_at(self.step_at_samples(consumed_samples))
+
+    def values_at_samples(self, consumed_samples: int) -> StageValues:
+        """Return what goes with that window: batch, factor on the learning rate, RoPE base."""
+        return self.schedule.values_at(self.step_at_samples(consumed_samples))
+
+    @property
+    def batches(self) -> BatchSizes | None:
+        """The batches that the schedule sets, or None where it leaves them to the trainer.
+
+        The first one lasts from sample 0, also where the schedule begins later.
+        """
+        stages = self.schedule.batches()
+        if not stages:
+            return None
+        starts = [self.begin_samples + step * self.step_samples for step, _ in stages]
+        sizes = [size for _, size in stages]
+        return BatchSizes(tuple(zip([0, *starts[1:]], sizes, strict=True)))
 
     @property
     def fingerprint(self) -> str:
@@ -136,6 +158,7 @@ class TrainingRun:
         train_samples: of the whole run; 0 for an evaluation.
         context_parallel_size: ranks that share a sequence.
         log_interval: iterations between log lines.
+        first_batch: samples in the first global batch, where it is another one.
     """
 
     seq_length: int
@@ -143,6 +166,11 @@ class TrainingRun:
     train_samples: int
     context_parallel_size: int = 1
     log_interval: int = 1
+    first_batch: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.first_batch:
+            object.__setattr__(self, "first_batch", self.step_samples)
 
 
 def make_config(
@@ -168,8 +196,17 @@ def make_config(
     _warn_unused(own, kind, naming)
     for field in preset.assumes.keys() & kind.settings().keys() - own.keys():
         _warn_assumed(name, preset, field, naming)
+    if preset.note and kind.schedule == preset.settings.get("schedule"):
+        logger.warning("%s", rename(f"$preset={name}: {preset.note}", naming))
+    window = _with_preset(own, preset, kind)
+    for field in sorted(own.keys() & kind.without_effect(window)):
+        _warn_without_effect(field, kind, naming)
+    window = {name: window[name] for name in window.keys() - kind.without_effect(window)}
+    # where the schedule sets batches, they are the steps, whatever the trainer was given so far
+    final_batch = kind.final_batch(window, run.first_batch)
+    run = replace(run, step_samples=final_batch or run.step_samples)
     steps = _steps_after(given.get("begin_samples", 0), run)
-    schedule = _schedule(kind, _with_preset(own, preset, kind), run, max(1, steps), naming)
+    schedule = _schedule(kind, window, run, max(1, steps), naming)
     if name and "final_window" not in own:
         _check_final_window(schedule.final_window, run.seq_length, f" (set by $preset={name})")
     _check_stats_interval(given.get("attention_stats_interval"), run.log_interval)
@@ -233,6 +270,8 @@ def _schedule(
         layout = run.seq_length, run.context_parallel_size
         window["round_to"] = aligned_multiple(*layout)
         logger.info("%s", explain_multiple(*layout, name=naming("round_to")))
+    if kind.needs_run:
+        window["of_run"] = run
     return kind(total_steps=total_steps, **window)
 
 
@@ -246,8 +285,12 @@ def _warn_unused(own: Mapping[str, Any], kind: type[WindowSchedule], naming: Nam
         having = schedules_with(name)
         if not kind.is_baseline and any(name in SCHEDULES[other].required() for other in having):
             raise SettingError(not_for(name, kind.schedule))
-        effect = f"${name} has no effect with $schedule={kind.schedule}."
-        logger.warning("%s", rename(effect, naming))
+        _warn_without_effect(name, kind, naming)
+
+
+def _warn_without_effect(name: str, kind: type[WindowSchedule], naming: Naming) -> None:
+    effect = f"${name} has no effect with $schedule={kind.schedule}."
+    logger.warning("%s", rename(effect, naming))
 
 
 def _warn_assumed(name: str, preset: Preset, field: str, naming: Naming) -> None:

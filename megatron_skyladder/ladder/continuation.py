@@ -15,10 +15,11 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any
 
+from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.batch_sizes import BatchSizes, batch_sizes
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.flags import FINGERPRINT, PREFIX, config_from_args, is_requested
@@ -103,6 +104,31 @@ class Checkpoint:
         return {name: value for name, value in given.items() if name not in _NOT_OF_THE_MASK}
 
 
+def rotary_base_reached(arguments: Any) -> int | None:
+    """Return the base that stages gave to rotary embeddings in the latest batch of a checkpoint.
+
+    Args:
+        arguments: Megatron's, as the checkpoint has them.
+
+    Returns:
+        The base, or None where it is the model's own.
+
+    Raises:
+        UsageError: stages moved it, and what they were cannot be read any more.
+    """
+    checkpoint = Checkpoint.of(arguments)
+    if ",rope=" not in (checkpoint.fingerprint or ""):
+        return None
+    config = checkpoint.config()
+    if config is None:
+        raise UsageError(
+            "the run's stages moved the base of rotary embeddings, and which one this checkpoint "
+            f"has reached cannot be told: its arguments no longer give its schedule, "
+            f"{checkpoint.fingerprint!r}. Use the version of megatron-skyladder that trained it."
+        )
+    return config.values_at_samples(max(0, checkpoint.consumed_samples - 1)).rope
+
+
 def _as_typed(value: Any) -> Any:
     """Return a flag as it was typed, where an early version kept what it had read."""
     if isinstance(value, Fraction):
@@ -135,7 +161,11 @@ def goes_on(one: SkyLadderConfig, other: SkyLadderConfig, options: Any, first: i
     still = max(first, _ramp_end(one), _ramp_end(other))  # from there on neither window moves
     sizes = batch_sizes(options)
     starts = _batch_starts(sizes, first, min(_train_samples(options), still + sizes.final))
-    return all(one.window_at_samples(at) == other.window_at_samples(at) for at in starts)
+    return all(
+        one.window_at_samples(at) == other.window_at_samples(at)
+        and one.values_at_samples(at) == other.values_at_samples(at)
+        for at in starts
+    )
 
 
 def _over_samples(config: SkyLadderConfig) -> dict[str, Any]:
@@ -154,12 +184,16 @@ def _over_samples(config: SkyLadderConfig) -> dict[str, Any]:
     return values
 
 
-def _shares(schedule: WindowSchedule, factor: Fraction) -> list[tuple[Fraction, int]]:
-    """Return where windows begin or lie that are given by share, times a factor; else nothing."""
+def _shares(schedule: WindowSchedule, factor: Fraction) -> list[tuple[Fraction, Any]]:
+    """Return where windows begin or lie that are given by share, times a factor; else nothing.
+
+    Of stages: with all that they set.
+    """
     if isinstance(schedule, Staged):
-        ends = itertools.accumulate((stage.share for stage in schedule.stages), initial=Fraction(0))
+        lengths = (stage.share or Fraction(0) for stage in schedule.stages)
+        ends = itertools.accumulate(lengths, initial=Fraction(0))
         pairs = zip(ends, schedule.stages, strict=False)
-        return [(start * factor, stage.window) for start, stage in pairs]
+        return [(start * factor, replace(stage, share=None)) for start, stage in pairs]
     if isinstance(schedule, Points):
         return [(point.share * factor, point.window) for point in schedule.points]
     return []
@@ -238,7 +272,7 @@ def _rate(checkpoint: Checkpoint, saved: SkyLadderConfig, options: Any) -> Flags
     if isinstance(saved.schedule, Staged):
         ends = [start for start, _ in at[1:]] + [Fraction(1)]
         stages = zip(at, ends, strict=True)
-        flags["stages"] = [f"{window}:{end - start}" for (start, window), end in stages]
+        flags["stages"] = [str(replace(each, share=end - start)) for (start, each), end in stages]
     elif isinstance(saved.schedule, Points):
         flags["points"] = [f"{share}:{window}" for share, window in at]
     return flags

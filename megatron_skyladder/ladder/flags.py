@@ -26,6 +26,7 @@ from megatron_skyladder.ladder.numbers import argument, whole
 from megatron_skyladder.ladder.presets import SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import (
     SCHEDULES,
+    Staged,
     WindowSchedule,
     all_settings,
     schedules_with,
@@ -35,6 +36,7 @@ from megatron_skyladder.ladder.settings import SettingError
 PREFIX = "skyladder_"  # of our names in Megatron's arguments
 FINGERPRINT = "skyladder_fingerprint"  # among them, noted by us: checkpoints carry it
 END_LADDER = "--skyladder-end-ladder"
+STEP_BATCHES = "--step-batch-size-schedule"
 _MEGATRONS = {
     "seq_length": "--seq-length",
     "step_samples": "--global-batch-size",
@@ -226,13 +228,14 @@ def _check_end_ladder(args: Any) -> None:
         )
 
 
-def config_from_args(args: Any) -> SkyLadderConfig | None:
+def config_from_args(args: Any, megatron: str = "this Megatron") -> SkyLadderConfig | None:
     """Build the checked configuration from Megatron's parsed and validated arguments.
 
     Args:
         args: a namespace with ``skyladder_*`` and Megatron's ``seq_length``,
             ``global_batch_size`` (or ``step_batch_size_schedule``) and ``train_samples`` or
             ``train_iters``.
+        megatron: what to call the Megatron whose arguments they are, in an error.
 
     Returns:
         The configuration, or None where no ``--skyladder-*`` flag was given.
@@ -243,6 +246,13 @@ def config_from_args(args: Any) -> SkyLadderConfig | None:
     _check_end_ladder(args)
     if not is_requested(args):
         return None
+    config = _config(args)
+    check_batches(args, config, megatron)
+    return config
+
+
+def _config(args: Any) -> SkyLadderConfig:
+    """Build the configuration, whatever Megatron's own flags say of the batches in between."""
     sizes = batch_sizes(args)
     train_samples = getattr(args, "train_samples", None)
     if train_samples is None:
@@ -253,11 +263,84 @@ def config_from_args(args: Any) -> SkyLadderConfig | None:
         train_samples=train_samples,
         context_parallel_size=getattr(args, "context_parallel_size", 1),
         log_interval=getattr(args, "log_interval", None) or 1,
+        first_batch=sizes.stages[0][1],
     )
     try:
         return make_config(run, settings_of(args), naming=flag_of)
     except SettingError as error:
         raise UsageError(error.renamed(flag_of)) from None
+
+
+def keep_stages(args: Any, config: SkyLadderConfig) -> None:
+    """Put the stages of a file among the arguments themselves: a checkpoint carries those.
+
+    Args:
+        args: as for `config_from_args`; changed.
+        config: made of them.
+    """
+    given = getattr(args, name_of("stages"), None) or ()
+    if isinstance(config.schedule, Staged) and any(word.endswith(".ini") for word in given):
+        setattr(args, name_of("stages"), [str(stage) for stage in config.schedule.stages])
+
+
+# --- stages that set batches ----------------------------------------------------------------------
+
+
+def batch_schedule(args: Any) -> str | None:
+    """Return the value of ``--step-batch-size-schedule`` that stages ask for, or None.
+
+    Args:
+        args: as for `config_from_args`; of ``global_batch_size`` the first batch is taken, where
+            stages are relative to it.
+
+    Raises:
+        UsageError: stages set batches, and the run's length is not given in samples.
+    """
+    if not is_requested(args):
+        return None
+    batches = _config(args).batches
+    if batches is None:
+        return None
+    _need_train_samples(args)
+    return batches.flag(args.seq_length)
+
+
+def check_batches(args: Any, config: SkyLadderConfig, megatron: str) -> None:
+    """Refuse a run whose batches are not those of its stages: Megatron is who makes them.
+
+    Raises:
+        UsageError: the message has the flag that fits.
+    """
+    wanted = config.batches
+    if wanted is None:
+        return
+    _need_train_samples(args)
+    if batch_sizes(args) == wanted:
+        return
+    flag = f"{STEP_BATCHES} {wanted.flag(args.seq_length)!r}"
+    if not hasattr(args, STEP_BATCHES[2:].replace("-", "_")):
+        raise UsageError(
+            f"{flag_of('stages')} sets batches, which takes {STEP_BATCHES}, and {megatron} has no "
+            f"such flag: releases have it from 0.18 on. Take a newer release (with {flag}), or "
+            "leave batch out of the stages."
+        )
+    given = "the flag is not there"
+    if getattr(args, "step_batch_size_schedule", None) is not None:
+        given = f"the flag says {args.step_batch_size_schedule!r}"
+    raise UsageError(
+        f"{flag_of('stages')} sets batches, and {given}: Megatron makes the batches, and has to "
+        f"make these. Give {flag}, without --global-batch-size; skyladder plan prints it."
+    )
+
+
+def _need_train_samples(args: Any) -> None:
+    if getattr(args, "train_samples", None) is None:
+        raise UsageError(
+            f"{flag_of('stages')} sets batches, so the run's length has to be given in samples: "
+            "with --train-iters Megatron decays the learning rate over iterations times micro-batch"
+            " size times data-parallel size, which is not what such a run has. Give "
+            "--train-samples (and --lr-warmup-samples, --lr-decay-samples)."
+        )
 
 
 def settings_of(args: Any) -> dict[str, Any]:

@@ -79,12 +79,14 @@ class Preset:
         summary: what it does, one line.
         source: where it was published, or what speaks for it.
         assumes: settings that depend on the model, with what each has to be.
+        note: what has to be known of it, a sentence.
     """
 
     settings: Mapping[str, str]
     summary: str
     source: str
     assumes: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 def _of_paper(name: str, run: PaperRun) -> Preset:

@@ -53,6 +53,7 @@ def apply(cfg: Any, **given: Any) -> Ladder:
     flags = settings.read(given)
     options = settings.options_of(cfg, flags)
     config = settings.config_of(options)
+    refusals.check_stages(config)
     refusals.check(cfg, finished=False)
     for text in refusals.noted(cfg):
         logger.warning("%s", text)

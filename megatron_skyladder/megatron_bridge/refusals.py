@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_skyladder.attention import limits
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.megatron_bridge.spelling import in_bridges_words
 from megatron_skyladder.megatron_lm import flag_rules
 
@@ -57,6 +58,29 @@ def check(cfg: Any, *, finished: bool) -> None:
     lines = [*_table(cfg, finished), *_models_rules(cfg)]
     if lines:
         raise UsageError("\n".join(dict.fromkeys(lines)))
+
+
+_STAGES = {  # by the field of `StageValues`
+    "batch": "batch, but Bridge has no schedule of batches that could follow",
+    "rate_factor": "lr, but Bridge's scheduler sets the learning rate, and SkyLadder changes "
+    "nothing inside Bridge",
+    "rope": "rope, but Bridge's checkpoints name one rotary base, and its export would write that",
+}
+
+
+def check_stages(config: SkyLadderConfig) -> None:
+    """Refuse stages that set more than the window.
+
+    Raises:
+        UsageError: one reason on a line.
+    """
+    moves = config.schedule.moves()
+    lines = [f"skyladder.stages sets {why}." for name, why in _STAGES.items() if name in moves]
+    if lines:
+        raise UsageError(
+            "\n".join(lines) + "\nTrain through megatron_skyladder.pretrain_gpt, or let the stages "
+            "set windows alone."
+        )
 
 
 def _table(cfg: Any, finished: bool) -> Iterator[str]:

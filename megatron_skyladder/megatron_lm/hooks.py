@@ -16,10 +16,11 @@ from typing import Any
 from megatron_skyladder.attention import prediction_heads, recurrent
 from megatron_skyladder.attention.layer_spec import with_skyladder
 from megatron_skyladder.attention.rotary import follow_layout
+from megatron_skyladder.attention.rotary_base import follow_base
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import clock, layer_pattern
 from megatron_skyladder.ladder.config import SkyLadderConfig
-from megatron_skyladder.ladder.flags import FINGERPRINT
+from megatron_skyladder.ladder.flags import FINGERPRINT, keep_stages
 from megatron_skyladder.megatron_lm import (
     compat,
     data_check,
@@ -28,6 +29,7 @@ from megatron_skyladder.megatron_lm import (
     layout_choice,
     releases,
     resume,
+    stage_rates,
 )
 from megatron_skyladder.megatron_lm.adapter import MegatronLM
 from megatron_skyladder.megatron_lm.training_log import counting_windows, logging_metrics
@@ -81,6 +83,7 @@ def install(config: SkyLadderConfig, options: Any) -> None:
         )
         options.create_attention_mask_in_dataloader = False
     setattr(options, FINGERPRINT, config.fingerprint)
+    keep_stages(options, config)
     trainer.install(config, MegatronLM())
     line = releases.installed().line
     for hook in (*HOOKS, *GUARDS):
@@ -92,6 +95,8 @@ def install(config: SkyLadderConfig, options: Any) -> None:
         for symbol in hybrid.recurrent_symbols(options):
             for hook in STATES[symbol]:
                 _wrap(hook)
+    for name in config.schedule.moves() & STAGES.keys():
+        _wrap(STAGES[name])
     logger.info("%s", config.fingerprint)
 
 
@@ -194,6 +199,9 @@ def _built_with_skyladder(
             draw_as_reference(given.arguments["config"], num_blocks(given.arguments))
         original(*given.args, **given.kwargs)
         ids_begin_anew = getattr(compat.args(), "reset_position_ids", False)
+        if _moves("rope"):
+            default = signature.parameters["rotary_base"].default
+            follow_base(self, given.arguments.get("rotary_base", default))
         follow_layout(self, checks_ids=not ids_begin_anew)
         prediction_heads.follow_fragments(self)
 
@@ -226,17 +234,30 @@ def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
     return train
 
 
-def _mean_over_sequences(original: Callable[..., Any]) -> Callable[..., Any]:
+def _training_step(original: Callable[..., Any]) -> Callable[..., Any]:
     from megatron_skyladder.runtime.sequence_mean import SequenceMean
 
     mean = SequenceMean()
+    signature = inspect.signature(original)
 
-    def train_step(forward_step_func: Any, *args: Any, **kwargs: Any) -> Any:
-        if not compat.args().calculate_per_token_loss:  # else Megatron counts over all ranks
-            forward_step_func = mean.wrap(forward_step_func)
-        return original(forward_step_func, *args, **kwargs)
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        options = compat.args()
+        if _moves("rate_factor"):
+            stage_rates.begin_step(
+                given.arguments["opt_param_scheduler"], options.consumed_train_samples
+            )
+        if not options.calculate_per_token_loss:  # else Megatron counts over all ranks
+            step = given.arguments["forward_step_func"]
+            given.arguments["forward_step_func"] = mean.wrap(step)
+        return original(*given.args, **given.kwargs)
 
     return train_step
+
+
+def _moves(name: str) -> bool:
+    """Return whether the schedule sets a field of `StageValues`."""
+    return name in clock.current().config.schedule.moves()
 
 
 def _evaluate_by_length(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -259,7 +280,8 @@ HOOKS = (
         "GPTModel.__init__",
         _gpt_with_skyladder,
         "to build its layers with SkyLadder's core attention, to draw weights as --skyladder-init "
-        "says, and to let rotary embeddings follow the tokens of a context-parallel rank",
+        "says, and to let rotary embeddings follow the tokens of a context-parallel rank and the "
+        "stage",
     ),
     Hook(
         _HYBRID_MODEL,
@@ -277,8 +299,9 @@ HOOKS = (
     Hook(
         "megatron.training.training",
         "train_step",
-        _mean_over_sequences,
-        "to average the loss over whole sequences under context parallelism",
+        _training_step,
+        "to average the loss over whole sequences under context parallelism, and to begin with the "
+        "learning rate of the stage",
     ),
     Hook(
         "megatron.training.training",
@@ -313,6 +336,14 @@ HOOKS = (
         only_in=("0.11",),
     ),
 )
+STAGES = {  # by the field of `StageValues` that stages set
+    "rate_factor": Hook(
+        "megatron.core.optimizer_param_scheduler",
+        "OptimizerParamScheduler.get_lr",
+        stage_rates.with_factor,
+        "to multiply the learning rate by the stage's factor",
+    ),
+}
 _ANEW = "to start the state anew where attention ends"
 _GATED_DELTA_NET = "megatron.core.ssm.gated_delta_net.gdn"
 _FLASH_LINEAR_ATTENTION = "flash-linear-attention"

@@ -17,7 +17,7 @@ from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.continuation import Checkpoint, Flags, flags_that_keep
 from megatron_skyladder.ladder.flags import config_from_args
-from megatron_skyladder.megatron_lm import compat
+from megatron_skyladder.megatron_lm import compat, releases
 from megatron_skyladder.runtime.resuming import check, written
 
 BRIDGES_CONFIG = "run_config.yaml"  # which Megatron Bridge writes into each checkpoint
@@ -45,7 +45,7 @@ def config_of_run(options: Any) -> SkyLadderConfig | None:
     it; the message then has the rate that goes on as the checkpoint did.
     """
     try:
-        return config_from_args(options)
+        return config_from_args(options, f"Megatron {releases.installed().version}")
     except UsageError as error:
         keeping = _flags_that_keep_the_checkpoint(options)
         if keeping is None:

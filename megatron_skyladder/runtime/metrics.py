@@ -9,6 +9,12 @@
 | skyladder/tflops_per_gpu     | of the work really done, by Megatron's own count                 |
 | skyladder/hours_left         | training time to the end of the run, with the windows still ahead|
 
+where --skyladder-stages set them, those of the step's stage:
+
+| skyladder/rate_factor        | on the learning rate                                             |
+| skyladder/rotary_base        | of rotary embeddings                                             |
+| skyladder/batch              | samples in the global batch                                      |
+
 and at every --skyladder-attention-stats-interval what `attention.statistics` measures.
 
 The first four are those of the latest step; with documents masked they are counted in its rows. The
@@ -219,7 +225,15 @@ def values(outlook: Outlook, rate: Rate) -> dict[str, float]:
             share=rate.attention_share,
             measured=active.interval,
         ),
+        **stage_values(),
     }
+
+
+def stage_values() -> dict[str, float]:
+    """Return what the stage of the latest step sets beside the window, by name."""
+    values = clock.current().last_values
+    named = {"rate_factor": values.rate_factor, "rotary_base": values.rope, "batch": values.batch}
+    return {f"skyladder/{name}": value for name, value in named.items() if value is not None}
 
 
 def attention_values(config: SkyLadderConfig, iteration: int) -> dict[str, float]:

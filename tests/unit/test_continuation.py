@@ -65,9 +65,9 @@ SHARE = f"{START} --skyladder-expand-fraction 0.64"
         ("--skyladder-preset recommended", None, 8, {"train_iters": 12}, {"alpha": "175/12"}),
         # half of 6 steps is a quarter of 12
         ("--skyladder-schedule staged --skyladder-stages 8:0.5 final:0.5", None, 8,
-         {"train_iters": 12}, {"stages": ["8:1/4", "64:3/4"]}),
+         {"train_iters": 12}, {"stages": ["8:0.25", "64:0.75"]}),
         ("--skyladder-preset shortformer", None, 8, {"train_iters": 12, "seq_length": 256},
-         {"stages": ["128:1/4", "256:3/4"]}),
+         {"stages": ["128:0.25", "256:0.75"]}),
         ("--skyladder-schedule points --skyladder-points 0:8 0.5:16 1:final", None, 8,
          {"train_iters": 12}, {"points": ["0:8", "1/4:16", "1/2:64"]}),
         # shorter: what does not come to its end has to be allowed

@@ -15,6 +15,7 @@ from megatron_skyladder.ladder.schedules.base import (
     DEFAULT_START_WINDOW,
     FINAL_WINDOW,
     SCHEDULES,
+    StageValues,
     WindowSchedule,
     all_settings,
     kind_of,
@@ -34,7 +35,8 @@ from megatron_skyladder.ladder.schedules.ramps import (
     Sinusoidal,
     Stepwise,
 )
-from megatron_skyladder.ladder.schedules.shares import Point, Points, Stage, Staged
+from megatron_skyladder.ladder.schedules.shares import Point, Points
+from megatron_skyladder.ladder.schedules.stages import Stage, Staged
 
 __all__ = [
     "DEFAULT_EXPAND_FRACTION",
@@ -54,6 +56,7 @@ __all__ = [
     "Reversed",
     "Sinusoidal",
     "Stage",
+    "StageValues",
     "Staged",
     "Stepwise",
     "WindowSchedule",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -48,6 +48,24 @@ def _multiple(value: int | str) -> int | str:
         return value if value in ("auto", POWERS_OF_TWO) else whole(value)
     except ValueError:
         raise ValueError(f"{value!r} is neither a number, nor auto or pow2") from None
+
+
+@dataclass(frozen=True)
+class StageValues:
+    """What a stage sets beside the window. None: nothing, it is what Megatron's flags say.
+
+    Args:
+        batch: samples in a global batch.
+        rate_factor: on the learning rate that Megatron's own schedule gives.
+        rope: base of the rotary embedding.
+    """
+
+    batch: int | None = None
+    rate_factor: float | None = None
+    rope: int | None = None
+
+
+NO_VALUES = StageValues()
 
 
 @dataclass(frozen=True, init=False)
@@ -127,6 +145,7 @@ class WindowSchedule:
     formula: ClassVar[str] = ""  # the window at step x of a ramp of T steps, for the same table
     uses: ClassVar[tuple[str, ...]] = ()  # which of the shared settings above mean something
     is_baseline: ClassVar[bool] = False  # a run without a ladder, which ignores a ladder's settings
+    needs_run: ClassVar[bool] = False  # whether it takes ``of_run``, see `stages.Staged`
 
     def __new__(cls, schedule: str = "linear", *_: Any, **given: Any) -> WindowSchedule:
         if cls is not WindowSchedule:
@@ -202,6 +221,28 @@ class WindowSchedule:
     def on_arrays(self, end: int) -> bool:
         """Return whether `windows` takes all steps before ``end`` at once, without an overflow."""
         return False
+
+    def values_at(self, step: int) -> StageValues:
+        """Return what goes with the window at a step >= 0; see `StageValues`."""
+        return NO_VALUES
+
+    def moves(self) -> set[str]:
+        """Return which fields of `StageValues` it sets, at any step."""
+        return set()
+
+    def batches(self) -> list[tuple[int, int]]:
+        """Return (first step, samples in a batch) where the batch changes; empty: not set here."""
+        return []
+
+    @classmethod
+    def without_effect(cls, settings: Mapping[str, Any]) -> set[str]:
+        """Return which of its settings mean nothing beside the others, as people give them."""
+        return set()
+
+    @classmethod
+    def final_batch(cls, settings: Mapping[str, Any], first_batch: int) -> int | None:
+        """Return the batch that settings as people give them end with; None: they set none."""
+        return None
 
     # --- what everybody asks --------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Windows given at shares of the run: stages that are held, points that lines join."""
+"""Windows given at shares of the run: points that lines join. Stages are in `stages`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_skyladder.ladder.settings import SettingError, setting
 MAX_POINTS = 1000  # all of them are in the fingerprint
 
 
-class _Given(WindowSchedule):
+class GivenWindows(WindowSchedule):
     """Windows given one by one, as shares of the run."""
 
     def _check_windows(self, name: str, windows: Iterable[int]) -> None:
@@ -43,99 +43,6 @@ class _Given(WindowSchedule):
                 f"the last of ${name} is {window}, but the final window "
                 f"is {self.final_window}. Make them equal ($final_window)."
             )
-
-
-# --- stages ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One window held for a share of the run."""
-
-    window: int  # tokens, or FINAL_WINDOW
-    share: Fraction  # of all training steps, 0 < share <= 1
-
-
-def _read_stage(given: Stage | str) -> tuple[Stage]:
-    """Read WINDOW:SHARE."""
-    if isinstance(given, Stage):
-        return (given,)
-    window, _, share = given.partition(":")
-    try:
-        return (Stage(read_window(window), exact(share)),)
-    except ValueError:
-        raise ValueError(f"{given!r} is not WINDOW:SHARE, such as 128:0.5") from None
-
-
-@dataclass(frozen=True)
-class Staged(_Given):
-    """One window after the other."""
-
-    schedule: str = "staged"
-    stages: tuple[Stage, ...] = field(
-        default=(),
-        metadata=setting(
-            read=_read_stage,
-            several=True,
-            metavar="WINDOW:SHARE",
-            help="windows with their shares of the run, such as 128:0.5 final:0.5.",
-        ),
-    )
-
-    summary = "holds one given window after the other"
-    formula = "the stage's window"
-
-    @cached_property
-    def _starts(self) -> list[Fraction]:
-        """The step at which each stage begins, in steps."""
-        total = self._need_total_steps("stages are")
-        shares = itertools.accumulate(
-            (stage.share for stage in self.stages[:-1]), initial=Fraction(0)
-        )
-        return [share * total for share in shares]
-
-    @property
-    def ramp_steps(self) -> Fraction:
-        """Steps before the last stage."""
-        return self._starts[-1]
-
-    def turns(self) -> Iterable[Fraction]:
-        return self._starts
-
-    def _window(self, step: int) -> int:
-        return self.stages[bisect_right(self._starts, step) - 1].window
-
-    def describe(self) -> str:
-        """Return the schedule for the fingerprint."""
-        stages = " ".join(f"{stage.window}:{written(stage.share)}" for stage in self.stages)
-        return f"staged {stages} of {self.total_steps} steps"
-
-    def _check(self) -> None:
-        if not self.stages:
-            raise SettingError(
-                "$schedule=staged needs $stages WINDOW:SHARE ..., for example "
-                "$stages 128:0.5 2048:0.5."
-            )
-        stages = tuple(
-            Stage(self.final_window, stage.share) if stage.window == FINAL_WINDOW else stage
-            for stage in self.stages
-        )
-        object.__setattr__(self, "stages", stages)
-        self._need_total_steps("stages are")
-        self._check_windows("stages", (stage.window for stage in stages))
-        for stage in stages:
-            if stage.share <= 0:
-                raise SettingError(
-                    f"$stages gives the window {stage.window} a share of "
-                    f"{float(stage.share):g}. Shares are above 0."
-                )
-        total = sum(stage.share for stage in stages)
-        if total != 1:
-            raise SettingError(
-                f"the shares of $stages add up to {float(total):g}. They have to add up "
-                "to 1: each is a share of the whole run."
-            )
-        self._check_last("stages", stages[-1].window)
 
 
 # --- points ---------------------------------------------------------------------------------------
@@ -191,7 +98,7 @@ def _read_points_file(path: str) -> tuple[Point, ...]:
 
 
 @dataclass(frozen=True)
-class Points(_Given):
+class Points(GivenWindows):
     """Linear between given points: any curve.
 
     Two points at the same share make a jump; after the last point its window stays.
