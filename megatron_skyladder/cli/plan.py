@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import textwrap
 from typing import Any
 
 from megatron_skyladder.ladder.sequence_layout import Kind
-from megatron_skyladder.planning import estimate, pasted, run_flags, verdict
+from megatron_skyladder.planning import estimate, pasted, run_flags, stage_plan, verdict
 from megatron_skyladder.planning.devices import list_devices
 from megatron_skyladder.planning.estimate import Plan
 from megatron_skyladder.planning.parallel import layout_kind, parallel_costs
@@ -106,6 +107,13 @@ def to_json(plan: Plan, steps: list[int]) -> dict[str, Any]:
     if plan.full_step is not None:
         tokens = plan.full_step * plan.batch_tokens
         result["full_window"] = {"step": plan.full_step, "tokens": tokens}
+    if plan.config.schedule.moves():
+        result["stages"] = [
+            {**dataclasses.asdict(row), "values": dataclasses.asdict(row.values)}
+            for row in stage_plan.rows(plan.config, plan.total_steps)
+        ]
+    if plan.config.batches is not None:
+        result["step_batch_size_schedule"] = plan.config.batches.flag(plan.config.seq_length)
     if plan.documents:
         result["documents"] = _documents_json(plan)
     if plan.time:
@@ -116,7 +124,7 @@ def to_json(plan: Plan, steps: list[int]) -> dict[str, Any]:
 
 
 def _verdict_json(plan: Plan) -> dict[str, Any]:
-    found = verdict.fit(plan.pasted)
+    found = verdict.fit(plan.pasted, plan.stage_batches)
     return {
         "fits": found.fits,
         "add": list(found.add),

@@ -6,6 +6,7 @@ only micro-batch size x data-parallel size: it depends on the layout and is no b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +40,37 @@ class BatchSizes:
 
         Example, 4 samples a batch, 8 from sample 10 on: four batches are 4 + 4 + 4 + 8 = 20.
         """
-        consumed = 0
+        for start, size, count in self._stretches():
+            if count is None or num_batches <= count:
+                return start + num_batches * size
+            num_batches -= count
+        raise AssertionError("the last stage has no end")
+
+    def batches_in(self, samples: int) -> int:
+        """Return the batches of a run that goes on until it has consumed so many samples."""
+        batches = 0
+        for start, size, count in self._stretches():
+            needed = max(0, -(-(samples - start) // size))
+            if count is None or needed <= count:
+                return batches + needed
+            batches += count
+        raise AssertionError("the last stage has no end")
+
+    def latest_start(self, consumed: int) -> int:
+        """Return the samples before the batch that ended with ``consumed``; 0 before any."""
+        return self.samples_in(max(0, self.batches_in(consumed) - 1))
+
+    def _stretches(self) -> Iterator[tuple[int, int, int | None]]:
+        """Yield (samples before its first batch, size, number of batches) of each stage.
+
+        A batch that begins before the next stage belongs to its own, also where it goes past it.
+        """
+        at = 0
         ends = [start for start, _ in self.stages[1:]]
         for (_, size), end in zip(self.stages, [*ends, None], strict=True):
-            if end is None:
-                return consumed + num_batches * size
-            batches = min(num_batches, max(0, -(-(end - consumed) // size)))
-            consumed += batches * size
-            num_batches -= batches
-        raise AssertionError("the last stage has no end")
+            count = None if end is None else max(0, -(-(end - at) // size))
+            yield at, size, count
+            at += (count or 0) * size
 
 
 def batch_sizes(args: Any) -> BatchSizes:

@@ -39,7 +39,7 @@ class Clock:
         self._samples = -1
         self._window = config.seq_length
         self._override: int | None = None
-        self._base_at = -1
+        self._base_at = -1, True
         self._base: int | None = None
 
     def window(self, *, training: bool) -> int:
@@ -60,11 +60,11 @@ class Clock:
         Evaluation has the base of the latest batch that was trained, also where the next one begins
         another stage: the weights have not seen that yet.
         """
-        samples = self._consumed_samples()
-        samples = samples if training else max(0, samples - 1)
-        if samples != self._base_at:
-            self._base_at = samples
-            self._base = self.config.values_at_samples(samples).rope
+        key = self._consumed_samples(), training
+        if key != self._base_at:
+            self._base_at = key
+            values = self.config.values_at_samples if training else self.config.values_of_latest
+            self._base = values(key[0]).rope
         return self._base
 
     def layout_rule(self, seq_length: int, cp_size: int, *, training: bool) -> LayoutRule:

@@ -119,6 +119,13 @@ class SkyLadderConfig:
         """Return what goes with that window: batch, factor on the learning rate, RoPE base."""
         return self.schedule.values_at(self.step_at_samples(consumed_samples))
 
+    def values_of_latest(self, consumed_samples: int) -> StageValues:
+        """Return the same for the batch that ended with ``consumed_samples``."""
+        batches = self.batches
+        if batches is not None:
+            return self.values_at_samples(batches.latest_start(consumed_samples))
+        return self.values_at_samples(max(0, consumed_samples - 1))
+
     @property
     def batches(self) -> BatchSizes | None:
         """The batches that the schedule sets, or None where it leaves them to the trainer.

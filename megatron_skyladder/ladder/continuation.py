@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any
@@ -22,7 +20,13 @@ from typing import Any
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.batch_sizes import BatchSizes, batch_sizes
 from megatron_skyladder.ladder.config import SkyLadderConfig
-from megatron_skyladder.ladder.flags import FINGERPRINT, PREFIX, config_from_args, is_requested
+from megatron_skyladder.ladder.flags import (
+    FINGERPRINT,
+    PREFIX,
+    config_from_args,
+    is_requested,
+    nothing_logged,
+)
 from megatron_skyladder.ladder.schedules import FINAL_WINDOW, Points, Staged, WindowSchedule
 
 _SHARES = ("stages", "points")  # the fields of schedules that are given by shares of the run
@@ -126,7 +130,7 @@ def rotary_base_reached(arguments: Any) -> int | None:
             f"has reached cannot be told: its arguments no longer give its schedule, "
             f"{checkpoint.fingerprint!r}. Use the version of megatron-skyladder that trained it."
         )
-    return config.values_at_samples(max(0, checkpoint.consumed_samples - 1)).rope
+    return config.values_of_latest(checkpoint.consumed_samples).rope
 
 
 def _as_typed(value: Any) -> Any:
@@ -285,19 +289,8 @@ def _config(options: Any, flags: Flags) -> SkyLadderConfig | None:
     arguments.skyladder_fingerprint = arguments.skyladder_end_ladder = None
     if not is_requested(arguments):
         return None
-    with _nothing_logged():
+    with nothing_logged():
         try:
             return config_from_args(arguments)
         except (ValueError, TypeError, AttributeError):  # of another version, or do not fit
             return None
-
-
-@contextmanager
-def _nothing_logged() -> Iterator[None]:
-    """Keep quiet about flags that nobody has given."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -7,7 +7,9 @@ This layer gives fields their flags, in the help and in errors, and knows Megatr
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -207,6 +209,17 @@ def _checked(read: Callable[[str], Any]) -> Callable[[str], str | int]:
     return argument(keep)
 
 
+@contextmanager
+def nothing_logged() -> Iterator[None]:
+    """Keep quiet about flags that nobody has given, or that are read once more."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def is_requested(args: Any) -> bool:
     """Return whether any ``--skyladder-*`` flag was given that switches SkyLadder on."""
     return bool(_given_flags(args))
@@ -298,7 +311,8 @@ def batch_schedule(args: Any) -> str | None:
     """
     if not is_requested(args):
         return None
-    batches = _config(args).batches
+    with nothing_logged():  # it is said where the configuration is made to be used
+        batches = _config(args).batches
     if batches is None:
         return None
     _need_train_samples(args)

@@ -110,6 +110,10 @@ def _doubling(first: int, last: int) -> str:
     return " ".join(f"{window}:1/{len(windows)}" for window in windows)
 
 
+_UNPROVEN = (
+    "what window, batch, learning rate and RoPE do together has not been measured with this table; "
+    "take it for a starting point"
+)
 SCHEDULE_PRESETS: dict[str, Preset] = {
     **{name: _of_paper(name, run) for name, run in PAPER_RUNS.items()},
     "recommended": Preset(
@@ -129,6 +133,75 @@ SCHEDULE_PRESETS: dict[str, Preset] = {
         "no published run; arXiv:2309.16039 (Tables 10, 11): going from 4K to 32K after 20 or 40 "
         "% of training costs long tasks little, after 80 % much",
         assumes={"start_window": "the context length that the model was trained with"},
+    ),
+    "1b-32k-stepwise": Preset(
+        {
+            "schedule": "stepwise",
+            "start_window": "32",
+            "final_window": "32768",
+            "alpha": "1/2",
+            "round_to": "1024",
+        },
+        "32 -> 32,768 in steps of 1,024 tokens: the rounding of the paper's own code",
+        "arXiv:2503.15450, Tables 7 and 20",
+    ),
+    "llama-2-long-20": Preset(
+        {"schedule": "staged", "stages": "4096:0.2 final:0.8"},
+        "4,096 for 20 % of the run, then full",
+        "arXiv:2309.16039, Tables 10 and 11: 7B, 4K -> 32K",
+    ),
+    "llama-2-long-40": Preset(
+        {"schedule": "staged", "stages": "4096:0.4 final:0.6"},
+        "4,096 for 40 % of the run, then full",
+        "arXiv:2309.16039, Tables 10 and 11: 7B, 4K -> 32K",
+    ),
+    "extend-context-stages": Preset(
+        {
+            "schedule": "staged",
+            "final_window": "131072",
+            "stages": "4096:0.5,rope=10000 32768:0.3,rope=1000000 final:0.2,rope=10000000",
+        },
+        "4,096 -> 32,768 -> 131,072, with the RoPE base moved at each step: 10,000, 1,000,000, "
+        "10,000,000",
+        "no published run has this table. 1,000,000 at 32K: arXiv:2503.15450; from 10,000 at 4K to "
+        "10,000,000 at 256K: the report on Qwen2.5-1M. The shares are ours",
+        note=_UNPROVEN,
+    ),
+    "critical-batch": Preset(
+        {
+            "schedule": "staged",
+            "stages": "final:168B,batch=x1,lr=1 final:335B,batch=x2,lr=sqrt "
+            "final:rest,batch=x2,lr=sqrt",
+        },
+        "the full window; the batch doubles after 168B and 503B tokens, the learning rate grows by "
+        "sqrt 2 each time",
+        "arXiv:2505.23971: OLMo 1B, batches of 1,024, 2,048 and 4,096",
+    ),
+    "seesaw": Preset(
+        {
+            "schedule": "staged",
+            "stages": "final:0.6667,batch=x1,lr=1 final:0.1724,batch=x2,lr=0.5^0.5 "
+            "final:0.0811,batch=x2,lr=0.25^0.5 final:rest,batch=x2,lr=0.125^0.5",
+        },
+        "the full window; where a cosine to 0 would have halved the learning rate (after 66.7, "
+        "83.9 and 92 % of the run), it is divided by sqrt 2 and the batch doubled. Give "
+        "--lr-decay-style constant",
+        "arXiv:2510.14717; the points are those of cos(pi t/2), worked out here",
+        note="it stands in the place of a decay: give --lr-decay-style constant with your warm-up, "
+        "or the learning rate decays twice",
+    ),
+    "modded-nanogpt": Preset(
+        {
+            "schedule": "staged",
+            "stages": "384:1/3,batch=x1,lr=1 896:1/3,batch=x2,lr=1.52 1408:rest,batch=x1.5,lr=1.73",
+            "final_window": "1408",
+        },
+        "384, 896 and 1,408 tokens, a third of the run each; the batch grows 1 : 2 : 3, the "
+        "learning rate by 1.52 and 1.73",
+        "github.com/KellerJordan/modded-nanogpt, its TRAINING_STAGES (long windows; short ones, "
+        "sliding masks and the cool-down are left out; as in a copy of its file, not checked "
+        "against a record)",
+        note=_UNPROVEN,
     ),
     "shortformer": Preset(
         {"schedule": "staged", "stages": "128:0.5 final:0.5"},

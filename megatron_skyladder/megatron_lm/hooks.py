@@ -238,19 +238,24 @@ def _training_step(original: Callable[..., Any]) -> Callable[..., Any]:
     from megatron_skyladder.runtime.sequence_mean import SequenceMean
 
     mean = SequenceMean()
-    signature = inspect.signature(original)
 
-    def train_step(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs)
+    def train_step(
+        forward_step_func: Any,
+        data_iterator: Any,
+        model: Any,
+        optimizer: Any,
+        opt_param_scheduler: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         options = compat.args()
         if _moves("rate_factor"):
-            stage_rates.begin_step(
-                given.arguments["opt_param_scheduler"], options.consumed_train_samples
-            )
+            stage_rates.begin_step(opt_param_scheduler, options.consumed_train_samples)
         if not options.calculate_per_token_loss:  # else Megatron counts over all ranks
-            step = given.arguments["forward_step_func"]
-            given.arguments["forward_step_func"] = mean.wrap(step)
-        return original(*given.args, **given.kwargs)
+            forward_step_func = mean.wrap(forward_step_func)
+        return original(
+            forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, *args, **kwargs
+        )
 
     return train_step
 

@@ -17,7 +17,7 @@ from megatron_skyladder.ladder.flags import config_from_args
 from megatron_skyladder.ladder.fragments import window_pairs
 from megatron_skyladder.ladder.presets import PAPER_RUNS, SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import WindowSchedule
-from megatron_skyladder.planning import model_flags, run_flags
+from megatron_skyladder.planning import model_flags, run_flags, stage_plan
 from megatron_skyladder.planning.parallel import mean_max_over_mean, parallel_costs
 from megatron_skyladder.planning.pasted import Pasted
 from megatron_skyladder.planning.time_model import TimeModel, time_model
@@ -45,6 +45,8 @@ class Plan:
         pasted: the launch that it was made from.
         not_counted: why the model has no shape.
         device: the GPU's name, or an empty string.
+        stage_batches: the value of --step-batch-size-schedule that stages ask for and the launch
+            lacks, or an empty string.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Plan:
     pasted: Pasted = field(default_factory=Pasted)
     not_counted: str = ""
     device: str = ""
+    stage_batches: str = ""
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
@@ -207,10 +210,11 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
         args = argparse.Namespace(**{**vars(args), "gpus": pasted.launch.num_gpus})
     flags = run_flags.complete(args, preset)
     notes = list(pasted.notes)
-    if config_from_args(flags) is None:
+    config = config_from_args(flags)
+    if config is None:
         flags.skyladder_schedule = DEFAULT_SCHEDULE
         notes.append("No --skyladder-* flag was given: planned with the defaults, as above.")
-    config = config_from_args(flags)
+        config = config_from_args(flags)
     assert config is not None
     shape, not_counted = _shape(flags, pasted, notes)
     documents = _documents(flags, config, notes)
@@ -218,6 +222,7 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
     total_steps = run_flags.total_steps(flags)
     _note_layout(flags, notes)
     _note_final_window(config, notes)
+    notes += stage_plan.notes(config, flags.stage_batches)
     return Plan(
         name,
         config,
@@ -231,6 +236,7 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
         pasted,
         not_counted,
         flags.device or "",
+        flags.stage_batches,
     )
 
 

@@ -10,7 +10,7 @@ import argparse
 from typing import Any
 
 from megatron_skyladder.ladder.batch_sizes import batch_sizes
-from megatron_skyladder.ladder.flags import add_arguments
+from megatron_skyladder.ladder.flags import add_arguments, batch_schedule
 from megatron_skyladder.ladder.numbers import argument, whole
 from megatron_skyladder.ladder.presets import PAPER_RUNS, PaperRun
 from megatron_skyladder.ladder.sequence_layout import chunk_length_of
@@ -95,6 +95,7 @@ def complete(args: argparse.Namespace, preset: str | None = None) -> argparse.Na
     if filled.use_rotary_position_embeddings:
         filled.position_embedding_type = "rope"
     _fill_batch(filled)
+    _fill_stage_batches(filled)
     _check(filled)
     return filled
 
@@ -137,6 +138,24 @@ def _fill_batch(flags: argparse.Namespace) -> None:
         return
     if flags.global_batch_size is None and flags.micro_batch_size and flags.gpus:
         flags.global_batch_size = flags.micro_batch_size * (flags.gpus // _gpus_per_replica(flags))
+
+
+def _fill_stage_batches(flags: argparse.Namespace) -> None:
+    """Set the batches that stages ask for, where the launch has no schedule of them yet.
+
+    ``stage_batches`` is then what has to be added to the launch.
+    """
+    flags.stage_batches = ""
+    known = flags.global_batch_size or flags.step_batch_size_schedule
+    lengths = flags.train_samples or flags.train_iters
+    if not (flags.seq_length and lengths and (known or flags.skyladder_stages)):
+        return  # what is missing is said later
+    if flags.skyladder_schedule not in (None, "staged"):
+        return
+    text = batch_schedule(flags)
+    if text is not None and flags.step_batch_size_schedule is None:
+        flags.step_batch_size_schedule = flags.stage_batches = text
+        flags.global_batch_size = None
 
 
 def _gpus_per_replica(flags: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_skyladder.ladder.sequence_layout import Kind
-from megatron_skyladder.planning import estimate, verdict
+from megatron_skyladder.planning import estimate, stage_plan, verdict
 from megatron_skyladder.planning.estimate import Plan
 from megatron_skyladder.planning.evidence import PAPER_SAVINGS
 from megatron_skyladder.planning.parallel import layout_kind, parallel_costs
@@ -19,10 +19,12 @@ def to_text(plan: Plan, steps: list[int] | None, *, details: bool) -> str:
         details: whether to show everything, in at most WIDTH columns.
     """
     findings = plan.pasted.findings
-    fits = verdict.fit(plan.pasted).fits
+    fits = verdict.fit(plan.pasted, plan.stage_batches).fits
     styles = [GOOD if fits else MARKED, HEAD, HEAD]
     lines = [led(line, style) for line, style in zip(verdict_lines(plan), styles, strict=True)]
     parts = ["\n".join(lines), led(f"{'Schedule':13}{plan.config.fingerprint}", NAME)]
+    if plan.config.schedule.moves():
+        parts.append(_moving_stages(plan))
     shown = steps if steps is not None else list(estimate.stage_steps(plan))
     if details:
         parts += [_head(plan), _stage_table(plan, shown)]
@@ -39,7 +41,7 @@ def to_text(plan: Plan, steps: list[int] | None, *, details: bool) -> str:
 
 def verdict_lines(plan: Plan) -> list[str]:
     """Return the verdict: does it fit, what does it save, what is next."""
-    found = verdict.fit(plan.pasted)
+    found = verdict.fit(plan.pasted, plan.stage_batches)
     return [str(found), f"Saves {saves(plan)}", f"Next: {_next(plan, found)}"]
 
 
@@ -170,6 +172,23 @@ def _stage_table(plan: Plan, steps: list[int]) -> str:
         "relative to the full causal mask"
     )
     return table(rows) + "\n" + remark(legend)
+
+
+def _moving_stages(plan: Plan) -> str:
+    """Return the stages with all that they set."""
+    lines = [["from sample", "tokens", "window", "batch", "lr factor", "RoPE base"]]
+    for row in stage_plan.rows(plan.config, plan.total_steps):
+        window = f"{row.first_window:,}"
+        if row.last_window != row.first_window:
+            window += f" -> {row.last_window:,}"
+        values = row.values
+        rate = "" if values.rate_factor is None else f"{values.rate_factor:.4g}"
+        rest = [values.batch or "", rate, values.rope or "the model's"]
+        if "rope" not in plan.config.schedule.moves():
+            rest[2] = ""
+        lines.append([f"{row.samples:,}", amount(row.tokens), window, *map(str, rest)])
+    used = [index for index in range(len(lines[0])) if any(line[index] for line in lines[1:])]
+    return table([[line[index] for index in used] for line in lines])
 
 
 def _seconds(value: float) -> str:

@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_skyladder.attention.limits import Effect, Finding
+from megatron_skyladder.ladder.flags import STEP_BATCHES
 from megatron_skyladder.ladder.schedules import DEFAULT_EXPAND_FRACTION, DEFAULT_START_WINDOW
 from megatron_skyladder.megatron_lm import flag_rules, releases
 from megatron_skyladder.planning.launch import ENTRY_POINT, Launch
 from megatron_skyladder.planning.pasted import Pasted
+
+_GLOBAL_BATCH = "--global-batch-size"
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,13 @@ class Fit:
         return f"Change: {'; '.join(self.change)}; then {add}{start}"
 
 
-def fit(pasted: Pasted) -> Fit:
-    """Return what has to happen to a launch."""
+def fit(pasted: Pasted, batches: str = "") -> Fit:
+    """Return what has to happen to a launch.
+
+    Args:
+        pasted: the launch.
+        batches: the value of Megatron's schedule of batches that stages ask for and it lacks.
+    """
     launch = pasted.launch
     given = {word.partition("=")[0] for word in launch.words}
     stops = [each for each in pasted.findings if each.rule.effect.stops]
@@ -53,6 +61,12 @@ def fit(pasted: Pasted) -> Fit:
     elif not any(flag.startswith("--skyladder-") for flag in given):
         add += ["--skyladder-start-window", str(DEFAULT_START_WINDOW)]
         add += ["--skyladder-expand-fraction", DEFAULT_EXPAND_FRACTION]
+    if batches:
+        add += [STEP_BATCHES, f"'{batches}'"]
+        if _GLOBAL_BATCH in given:
+            place = launch.place(_GLOBAL_BATCH)
+            where = f" ({place})" if place else ""
+            change += (f"{_GLOBAL_BATCH}{where} cannot stay: the stages set batches",)
     return Fit(tuple(add), change, _start(launch))
 
 

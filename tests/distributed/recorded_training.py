@@ -150,6 +150,7 @@ class _Recorder:
         self.killer = killer
         self.training = True
         self.forwards: dict[Any, int] = {}
+        self.watched: set[int] = set()
         self.losses = 0
 
     def write(self, event: str, **values: Any) -> None:
@@ -257,6 +258,7 @@ class _Recorder:
             chunk = kwargs.get("vp_stage", getattr(_unwrapped(model), "vp_stage", None))
             key = chunk, self.training
             self.forwards[key] = self.forwards.get(key, -1) + 1
+            self.watch_rotary(_unwrapped(model))
             if self.training:
                 self.reached("forward", self.forwards[key])
             return forward_step(data_iterator, model, *args, **kwargs)
@@ -276,6 +278,24 @@ class _Recorder:
         pretrain_gpt.forward_step = recorded_forward_step
         pretrain_gpt.loss_func = recorded_loss_func
         batches.get_batch = recorded_get_batch
+
+    def watch_rotary(self, model: Any) -> None:
+        """Record what the layers get from a model's rotary embedding, where stages move it."""
+        rotary = getattr(model, "rotary_pos_emb", None)
+        if rotary is None or id(model) in self.watched or not _moves_rope():
+            return
+        self.watched.add(id(model))
+
+        def note(_: Any, __: Any, angles: torch.Tensor) -> None:
+            self.write(
+                "rotary",
+                training=rotary.training,
+                frequency=rotary.inv_freq[1].item(),
+                **_place(),
+                angles=angles.double().sum().item(),
+            )
+
+        rotary.register_forward_hook(note)
 
 
 class _Counting:
@@ -313,6 +333,13 @@ def _window(training: bool = True) -> int | None:
 
     active = clock.installed()
     return None if active is None else active.window(training=training)
+
+
+def _moves_rope() -> bool:
+    from megatron_skyladder.ladder import clock
+
+    active = clock.installed()
+    return active is not None and "rope" in active.config.schedule.moves()
 
 
 def _unwrapped(model: Any) -> Any:

@@ -189,6 +189,51 @@ def test_a_batch_that_grows(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["time"]["ladder"] == plan["time"]["ladder"]
 
 
+def test_stages_that_move_all(capsys: pytest.CaptureFixture[str]) -> None:
+    """What Megatron needs is printed, and taken where it stands in the launch already."""
+    launch = LAUNCH.replace("--train-iters 2000", "--train-samples 1600").split()
+    stages = "128..512:0.5,lr=1 ..final:0.25,batch=x2,lr=sqrt,rope=500000 final:rest,rope=1000000"
+    flags = [*launch, "--skyladder-schedule", "staged", "--skyladder-stages", *stages.split()]
+    assert main(["plan", *flags]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Change: --global-batch-size cannot stay: the stages set batches; then add" in text
+    assert "--step-batch-size-schedule '0:8 1638400:16'" in text
+    assert "releases have it from 0.18 on, older ones are refused" in text
+    assert "800 1.6M 512 -> 1,986 16 1.414 500000 1,200 2.5M 2,048 16 1.414 1000000" in text
+    assert "window, batch, learning rate and RoPE base move together here." in text
+    assert "what they do together is unproven" in text
+    at = flags.index("--global-batch-size")
+    flags[at : at + 2] = ["--step-batch-size-schedule", "0:8,1638400:16"]
+    assert main(["plan", "--json", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["verdict"]["change"] == []
+    assert "--step-batch-size-schedule" not in plan["verdict"]["add"]
+    assert plan["step_batch_size_schedule"] == "0:8 1638400:16"
+    assert plan["steps"] == 100
+    assert plan["stages"][1] == {
+        "samples": 800,
+        "tokens": 1_638_400,
+        "first_window": 512,
+        "last_window": 512 + 1536 * 24 // 25,
+        "values": {"batch": 16, "rate_factor": 2**0.5, "rope": 500_000},
+    }
+    flags[at + 1] = "0:8"
+    assert main(["plan", *flags]) != 0
+    assert "the flag says '0:8'" in capsys.readouterr().err
+
+
+def test_what_was_published_is_not_unproven(capsys: pytest.CaptureFixture[str]) -> None:
+    launch = LAUNCH.replace("--train-iters 2000", "--train-samples 16000")
+    seesaw = call(capsys, f"plan {launch} --skyladder-preset seesaw")
+    assert "unproven" not in seesaw and "0:8 " in seesaw
+    assert "unproven" in call(capsys, f"plan {launch} --skyladder-preset modded-nanogpt")
+
+
+def test_stages_with_batches_need_samples(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, f"{LAUNCH} --skyladder-preset seesaw")
+    assert "the run's length has to be given in samples" in message
+
+
 # --- time and money -----------------------------------------------------------------------------
 
 

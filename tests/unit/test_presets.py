@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-from fractions import Fraction
+import re
+from pathlib import Path
 
 import pytest
 
 from megatron_skyladder.ladder.flags import add_arguments, config_from_args
 from megatron_skyladder.ladder.presets import MODELS, PAPER_RUNS, SCHEDULE_PRESETS
-from megatron_skyladder.ladder.schedules import Staged
 
 # arXiv:2503.15450, Table 12: layers, hidden, FFN, heads, query groups, vocabulary
 SHAPES = {
@@ -59,6 +59,8 @@ def test_runs_are_the_papers() -> None:
 STAGES = {
     "shortformer": "0:128 499:128 500:8192 999:8192",
     "growlength": "0:128 166:128 167:256 333:256 334:512 500:1024 666:1024 667:2048 834:4096",
+    "llama-2-long-20": "0:4096 199:4096 200:8192 999:8192",
+    "llama-2-long-40": "0:4096 399:4096 400:8192 999:8192",
     "late-switch-baseline": "0:4096 969:4096 970:8192 999:8192",
     # 4096 + 4096 * step / 400, rounded down to multiples of 128
     "extend-context": "0:4096 12:4096 13:4224 399:8064 400:8192 999:8192",
@@ -96,21 +98,14 @@ def test_windows_of_the_papers_runs(name: str) -> None:
 
 
 def test_every_preset_has_a_test() -> None:
-    assert STAGES.keys() | PAPER_RUNS.keys() == SCHEDULE_PRESETS.keys()
-
-
-def test_shares_of_stages_make_a_whole_run() -> None:
-    """Whatever the length of the run: the schedule adds them up and would refuse others."""
-    for preset in SCHEDULE_PRESETS.values():
-        if preset.settings["schedule"] == "staged":
-            final = int(preset.settings.get("final_window", 8192))
-            staged = Staged(final_window=final, stages=preset.settings["stages"], total_steps=1000)
-            assert sum(stage.share for stage in staged.stages) == Fraction(1)
+    others = (Path(__file__).parent / "test_stages.py").read_text()
+    rest = SCHEDULE_PRESETS.keys() - STAGES.keys() - PAPER_RUNS.keys()
+    assert all(f'preset("{name}"' in others for name in rest)
 
 
 def test_every_preset_says_where_it_comes_from() -> None:
     for preset in SCHEDULE_PRESETS.values():
-        assert "arXiv:" in preset.source and preset.summary
+        assert re.search("arXiv:|github.com/", preset.source) and preset.summary
 
 
 def test_extending_a_context_starts_from_the_models_own(

@@ -26,11 +26,16 @@ from typing import Any
 import numpy as np
 
 from megatron_skyladder.ladder.numbers import exact, whole, written
-from megatron_skyladder.ladder.schedules.base import FINAL_WINDOW, StageValues, read_window
-from megatron_skyladder.ladder.schedules.shares import GivenWindows, Point, Points
+from megatron_skyladder.ladder.schedules.base import (
+    FINAL_WINDOW,
+    INT64_LIMIT,
+    StageValues,
+    read_window,
+)
+from megatron_skyladder.ladder.schedules.shares import GivenWindows
 from megatron_skyladder.ladder.settings import SettingError, setting
 
-MAX_STAGES = 500  # each is up to two points of `Points`
+MAX_STAGES = 1000  # all of them are in the fingerprint
 AS_BEFORE = -2  # in the place of a stage's first window: the one that the stage before ended with
 SQRT = "sqrt"  # in the place of a rate factor: it follows the root of the batch
 REST = "rest"
@@ -333,36 +338,55 @@ class Staged(GivenWindows):
         return {name for each in values for name, value in each.items() if value is not None}
 
     def _window(self, step: int) -> int:
-        return self._curve.window_at(step) if self._grows else self.stage_at(step).window
-
-    @property
-    def _grows(self) -> bool:
-        return _any(self.stages, "first_window")
+        at = bisect_right(self._starts, step) - 1
+        stage = self.stages[at]
+        if stage.first_window is None or step >= self._lasts:
+            return stage.window
+        (begin, end), unit = self._places[at], self._unit
+        way = (stage.window - stage.first_window) * (step * unit - begin) // (end - begin)
+        return int(self._round(stage.first_window + way, min(stage.first_window, stage.window)))
 
     @cached_property
-    def _curve(self) -> Points:
-        """The same windows as lines between points: two at the same share make a jump."""
-        points: list[Point] = []
-        share = Fraction(0)
-        for stage in self.stages:
-            first = stage.window if stage.first_window is None else stage.first_window
-            points.append(Point(share, first))
-            share += stage.share or 0
-            points.append(Point(share, stage.window))
-        return Points(
-            final_window=self.final_window,
-            points=tuple(points),
-            total_steps=self.total_steps,
-            round_to=self.round_to,
-        )
+    def _lasts(self) -> int:
+        """The steps of the run: behind them the last window stays."""
+        return self._need_total_steps("stages are")
+
+    @cached_property
+    def _unit(self) -> int:
+        """Parts of a step, of which every stage begins and ends with a whole number."""
+        return math.lcm(*(start.denominator for start in self._starts))
+
+    @cached_property
+    def _places(self) -> list[tuple[int, int]]:
+        """Where each stage begins and ends, in these parts."""
+        ends = [*self._starts[1:], Fraction(self._lasts)]
+        return [
+            (int(start * self._unit), int(end * self._unit))
+            for start, end in zip(self._starts, ends, strict=True)
+        ]
 
     def on_arrays(self, end: int) -> bool:
         """Return whether `windows` takes all steps before ``end`` at once, without an overflow."""
-        return self._grows and self._curve.on_arrays(end)
+        return self.final_window * max(end, self._lasts) * self._unit < INT64_LIMIT
 
     def windows(self, first: int, end: int) -> np.ndarray:
         """Return the windows at the steps first .. end - 1, int64 [end - first]."""
-        return self._curve.windows(first, end) if self._grows else super().windows(first, end)
+        if not self.on_arrays(end):
+            return super().windows(first, end)
+        found = np.full(end - first, self.stages[-1].window, dtype=np.int64)
+        edges = [*self.first_steps, self._lasts]
+        for stage, (begin, stop), places in zip(
+            self.stages, itertools.pairwise(edges), self._places, strict=True
+        ):
+            low, high = np.clip([begin, stop], first, end).tolist()
+            window: Any = stage.window
+            if stage.first_window is not None and low < high:
+                done = np.arange(low, high, dtype=np.int64) * self._unit - places[0]
+                way = (stage.window - stage.first_window) * done // (places[1] - places[0])
+                lowest = min(stage.first_window, stage.window)
+                window = self._round(stage.first_window + way, lowest)
+            found[low - first : high - first] = window
+        return found
 
     def batches(self) -> list[tuple[int, int]]:
         """Return (first step, samples in a batch) where the batch changes; empty: not set here."""
@@ -379,7 +403,8 @@ class Staged(GivenWindows):
     def describe(self) -> str:
         """Return the schedule for the fingerprint."""
         stages = " ".join(map(str, self.stages))
-        rounding = self._rounding_text if self._grows else ""
+        grows = _any(self.stages, "first_window")
+        rounding = self._rounding_text if grows else ""
         return f"staged {stages} of {self.total_steps} steps{rounding}"
 
     # --- checks -----------------------------------------------------------------------------------
@@ -414,7 +439,6 @@ class Staged(GivenWindows):
         self._check_last("stages", stages[-1].window)
         object.__setattr__(self, "stages", self._with_values(stages))
         object.__setattr__(self, "of_run", None)
-        self._check_batches()
 
     def _with_shares(self, stages: Sequence[Stage]) -> list[Stage]:
         """Turn tokens and the rest into shares of the run."""
@@ -456,25 +480,6 @@ class Staged(GivenWindows):
             replace(stage, batch=batch, squared_rate=rate, rope=rope)
             for stage, batch, rate, rope in zip(stages, batches, rates, ropes, strict=True)
         )
-
-    def _check_batches(self) -> None:
-        """Refuse a stage that would begin in the middle of a batch, where nothing can change."""
-        if not _any(self.stages, "batch"):
-            return
-        step_samples = self.stages[-1].batch
-        assert isinstance(step_samples, int)
-        for stage, (first, end) in zip(
-            self.stages, itertools.pairwise(self.first_steps), strict=False
-        ):
-            assert isinstance(stage.batch, int)
-            samples = (end - first) * step_samples
-            if samples % stage.batch:
-                raise SettingError(
-                    f"$stages: the stage {shown_stage(stage)} has {samples} samples, {end - first} "
-                    f"steps of the last batch, {step_samples}. That is no whole number of its own "
-                    f"batches of {stage.batch}, and the next stage would begin in the middle of "
-                    "one. Give batches that divide the last one."
-                )
 
 
 def _of_settings(settings: Mapping[str, Any]) -> tuple[Stage, ...]:

@@ -76,7 +76,11 @@ def _staged(schedule: Any, step: int) -> int:
     ends = itertools.accumulate(stage.share * schedule.total_steps for stage in schedule.stages)
     for stage, end in zip(schedule.stages, ends, strict=True):
         if step < end:
-            return int(stage.window)
+            if stage.first_window is None:
+                return int(stage.window)
+            t = 1 - (end - step) / (stage.share * schedule.total_steps)
+            grown = stage.first_window + math.floor((stage.window - stage.first_window) * t)
+            return _rounded(schedule, grown, min(stage.first_window, stage.window))
     return int(schedule.final_window)
 
 
