@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,7 @@ def test_a_word_that_is_wrong(word: str, said: str) -> None:
         ("8:1M final:rest", "leaves -243.1"),
         ("8:0.5 final:0.4", "add up to 0.9"),
         ("8:0.5,lr=sqrt final:0.5", "lr=sqrt follows the batch, and no stage sets one"),
+        ("8:0.5,batch=x2 final:0.5", "begins with x2 of the batch before, and there is none"),
         ("8:0.5 final:0.5,batch=x1.3", "x1.3 of a batch of 8 is no whole number of samples"),
         ("8..100:0.5 final:0.5", "Windows lie between 1 and the final window of 64"),
         ("0..8:0.5 final:0.5", "is not WINDOW:SHARE"),
@@ -267,7 +269,7 @@ def test_what_needs_a_run_says_so() -> None:
     with pytest.raises(
         UsageError, match="relative to the run's first one, which is not known here"
     ):
-        Staged(final_window=64, stages="8:0.5,batch=x2 final:rest", total_steps=8)
+        Staged(final_window=64, stages="8:0.5,batch=x1 final:rest", total_steps=8)
     with pytest.raises(UsageError, match="give up to 1000"):
         Staged(final_window=64, stages=(Stage(64, Fraction(1, 2000)),) * 2000, total_steps=8)
 
@@ -356,7 +358,7 @@ def test_everything_changes_with_the_same_batch(stages: str, samples: int) -> No
     try:
         config = configured(stages, train_samples=512)
     except UsageError as error:
-        assert "lr=sqrt follows the batch" in str(error)
+        assert re.search("lr=sqrt follows the batch|begins with x2 of the batch before", str(error))
         return
     schedule = config.schedule
     assert isinstance(schedule, Staged)

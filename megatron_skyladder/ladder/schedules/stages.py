@@ -534,6 +534,11 @@ def _batches(stages: Iterable[Stage], first_batch: int | None) -> list[int]:
                     " Give the first stage a number of samples, such as batch=256."
                 )
             times = exact(batch[1:]) if batch else Fraction(1)
+            if not found and times != 1:
+                raise SettingError(
+                    f"$stages begins with {batch} of the batch before, and there is none: give a "
+                    "number of samples, or x1 for the run's first batch."
+                )
             if (before * times).denominator != 1:
                 raise SettingError(
                     f"$stages: {batch} of a batch of {before} is no whole number of samples. Give "
