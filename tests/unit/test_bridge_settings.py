@@ -10,7 +10,7 @@ import pytest
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.continuation import Checkpoint
-from megatron_skyladder.ladder.flags import add_arguments, config_from_args
+from megatron_skyladder.ladder.flags import add_arguments, batch_schedule, config_from_args
 from megatron_skyladder.megatron_bridge import command_line, overrides, releases, settings, spelling
 from megatron_skyladder.megatron_lm.releases import ALLOW_VARIABLE, MegatronMismatchError
 
@@ -213,3 +213,22 @@ def test_releases(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     monkeypatch.setenv(ALLOW_VARIABLE, "1")
     releases.check("0.7.0")
     assert "0.7.0 is untested" in caplog.text
+
+
+def test_stages_that_set_more_than_windows_are_refused() -> None:
+    from megatron_skyladder.megatron_bridge.refusals import check_stages
+
+    def config(stages: str) -> Any:
+        given = options(schedule="staged", stages=stages)
+        given.train_samples, given.train_iters = 1600, None
+        given.step_batch_size_schedule = batch_schedule(given)
+        return settings.config_of(given)
+
+    check_stages(config("8..64:0.5 final:rest"))
+    with pytest.raises(UsageError) as refused:
+        check_stages(config("8:0.5,batch=x1,lr=1,rope=9 final:rest"))
+    reasons = str(refused.value).splitlines()
+    assert [line.split(",")[0] for line in reasons[:3]] == [
+        f"skyladder.stages sets {name}" for name in ("batch", "lr", "rope")
+    ]
+    assert "let the stages set windows alone" in reasons[3]

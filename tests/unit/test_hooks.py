@@ -45,11 +45,11 @@ def doubling(original: Callable[[int], int]) -> Callable[[int], int]:
 
 
 def test_every_hook_names_a_function_of_megatron_and_says_why() -> None:
-    from megatron_skyladder.megatron_lm.hooks import GUARDS, HOOKS
+    from megatron_skyladder.megatron_lm.hooks import GUARDS, HOOKS, STAGES
 
-    places = [(each.module, each.name) for each in (*HOOKS, *GUARDS)]
+    places = [(each.module, each.name) for each in (*HOOKS, *GUARDS, *STAGES.values())]
     assert len(set(places)) == len(places)
-    for each in (*HOOKS, *GUARDS):
+    for each in (*HOOKS, *GUARDS, *STAGES.values()):
         owner: Any = importlib.import_module(each.module)
         for part in each.name.split("."):
             owner = getattr(owner, part)
