@@ -51,6 +51,7 @@ FIELD_OF_FLAG = {
     "--skyladder-allow-unfinished": "allow_unfinished",
 }
 INSTEAD = {  # of the flags without the last one, where those are refused
+    "--skyladder-stages": "--skyladder-preset shortformer",
     "--skyladder-points": "--skyladder-schedule points --skyladder-points 0:32 0.5:final",
 }
 TESTED_ELSEWHERE = {
