@@ -29,6 +29,7 @@ from megatron_skyladder.attention.segments import (
 from megatron_skyladder.attention.statistics import LayerStatistics, recording
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import clock
+from megatron_skyladder.ladder.local_layers import layer_settings, own_window
 
 _masks = MaskCache()
 
@@ -40,6 +41,8 @@ def forget_masks() -> None:
 
 class SkyLadderAttention(MegatronModule):
     """Causal attention within the current window, and within documents where a mask says so.
+
+    A local layer (`ladder.local_layers`) keeps its own sliding window within them.
 
     Shapes: s tokens of a sequence on this context-parallel rank, b sequences of the micro-batch, h
     query heads and g key/value heads of this tensor-parallel rank, d head size of queries and keys,
@@ -68,6 +71,8 @@ class SkyLadderAttention(MegatronModule):
         _check_model(config, attn_mask_type, attention_type, attention_dropout)
         key_size = backend_arguments.get("k_channels") or config.kv_channels
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(key_size)
+        self.layer_number = layer_number
+        self.own_window = own_window(*layer_settings(config), layer_number)
         self._clock = clock.current()
         self._cp_group = context_parallel_group(config, pg_collection)
         self.backend = make_backend(
@@ -158,15 +163,18 @@ class SkyLadderAttention(MegatronModule):
         if self._cp_group is not None:
             cp_size, cp_rank = self._cp_group.size(), self._cp_group.rank()
         seq_length = query.shape[0] * cp_size
+        window_len = min(self._clock.window(training=self.training), seq_length)
+        hides = self.own_window is not None and self.own_window < window_len
         rows = Rows(
             seq_length=seq_length,
             num_rows=query.shape[1],
-            window_len=min(self._clock.window(training=self.training), seq_length),
+            window_len=window_len,
             sliding=self._clock.config.mask == "sliding",
             device=query.device,
             cp_size=cp_size,
             cp_rank=cp_rank,
             layout=self._clock.layout_rule(seq_length, cp_size, training=self.training),
+            own_window=self.own_window if hides else None,
         )
         if attention_mask is None:
             return grid_segments(rows)

@@ -278,7 +278,12 @@ RULES = (
     FlagRule(
         "--window-attn-skip-freq",
         Effect.HARMLESS,
-        "has no effect without --window-size",
+        "has no effect without --window-size, and says with it which layers are local",
+        explain=lambda value, lookup: (
+            "has no effect without --window-size"
+            if limits.is_given(value) and not limits.is_given(lookup("window_size"))
+            else ""
+        ),
     ),
     FlagRule(
         "--apply-query-key-layer-scaling",

@@ -76,7 +76,9 @@ class Plan:
         assert self.documents is not None
         windows = [window for _, _, window in self.runs]
         return self.documents.rows.pairs_by_window(
-            [*windows, self.config.seq_length], sliding=self.config.mask == "sliding"
+            [*windows, self.config.seq_length],
+            sliding=self.config.mask == "sliding",
+            local_layers=self.config.local_layers,
         )
 
     @property
@@ -129,7 +131,7 @@ class Plan:
 
     @property
     def constant_fraction(self) -> float:
-        """The same for the run without the ladder: 1, or less where documents are masked."""
+        """The same without the ladder: 1, or less where documents are masked or layers local."""
         return self.fraction(self.config.seq_length)
 
     @cached_property

@@ -140,6 +140,19 @@ def window_one_shorter_in_attention() -> None:
     )
 
 
+def own_window_one_longer() -> None:
+    """Take Megatron's --window-size for the tokens that a local layer sees, plus two."""
+    from megatron_skyladder.attention import core_attention
+
+    own_window = core_attention.own_window
+
+    def longer(*args: Any) -> int | None:
+        found = own_window(*args)
+        return None if found is None else found + 1
+
+    core_attention.own_window = longer
+
+
 def sliding_window_one_longer() -> None:
     """Take W for the keys before a query rather than for all that it sees."""
     from megatron_skyladder.attention import sdpa

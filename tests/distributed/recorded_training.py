@@ -395,7 +395,11 @@ def _gather_reduced_shards(chunk: Any) -> None:
 
 
 def _hand_over_dense_masks(
-    windows: list[int], eod: int | None, sliding: bool, shifts_within_it: bool = False
+    windows: list[int],
+    eod: int | None,
+    sliding: bool,
+    shifts_within_it: bool = False,
+    local: dict[str, Any] | None = None,
 ) -> None:
     """Give stock Megatron's own attention a dense mask made pair by pair from the definition.
 
@@ -405,7 +409,11 @@ def _hand_over_dense_masks(
         sliding: whether the window slides.
         shifts_within_it: whether heads of multi-token prediction get no token that does not see
             the one before it.
+        local: ``layers``, the numbers of those with a sliding window of their own, and ``tokens``,
+            which a query of theirs sees at most.
     """
+    if local is not None:
+        _narrow(**local)
     from megatron.core.transformer import multi_token_prediction
     from megatron.training import get_args
 
@@ -435,6 +443,22 @@ def _hand_over_dense_masks(
         return batch, mask
 
     batches.get_batch = get_batch_with_mask
+
+
+def _narrow(layers: list[int], tokens: int) -> None:
+    """Let some layers of stock Megatron see less of the mask that all are given, pair by pair."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    forward = DotProductAttention.forward
+
+    def narrowed(self: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kw: Any):
+        if self.layer_number in layers and mask is not None:
+            length = mask.shape[-1]
+            hidden = [[i - j >= tokens for j in range(length)] for i in range(length)]
+            mask = mask | torch.tensor(hidden)
+        return forward(self, query, key, value, mask, *args, **kw)
+
+    DotProductAttention.forward = narrowed
 
 
 def _read_ahead(depth: int) -> None:

@@ -51,7 +51,7 @@ CASES = {
         "--attention-dropout 0.1", "--attention-dropout 0", model="attention_dropout"
     ),
     "--window-size": Case(
-        "--window-size 16,0", "SkyLadder sets the window itself", model="window_size"
+        "--window-size 16,1", "a token would see what comes after it", model="window_size"
     ),
     "--softmax-type": Case(
         "--softmax-type learnable", "--softmax-type vanilla", parser="parses", model="softmax_type"

@@ -1,5 +1,7 @@
 """The core-attention module: against Megatron's own, and what it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -99,6 +101,41 @@ def test_evaluation_sees_the_whole_row(samples):
     torch.testing.assert_close(attention(*qkv, None), expected)
 
 
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("own_window", [1, 5, 8, 9, 24, 48, 60])
+@pytest.mark.parametrize("window", [8, 32, LENGTH])
+def test_a_local_layer_sees_its_own_window_within_the_ladders(samples, window, own_window, sliding):
+    """Values and gradients; documents or not; in evaluation its own window alone."""
+    clock.current().config = replace(clock.current().config, mask="sliding" if sliding else "local")
+    samples[0] = 4 * (window // 8 - 1)
+    attention = build(transformer_config(window_size=(own_window - 1, 0)))
+    qkv = random_qkv()
+    seen = {"sliding": sliding, "own_window": own_window}
+    ends = np.array([5, 11, 40], np.int32)
+    cut = LENGTH if sliding else window
+    row = fragment_cu_seqlens(ends, seq_length=LENGTH, window_len=cut)
+    mask = torch.from_numpy(np.concatenate((row, row[1:] + np.int32(LENGTH))))
+    for given, document_ends in ((None, None), (mask, ends)):
+        hidden = dense_mask(LENGTH, window_len=window, document_ends=document_ends, **seen)
+        expected, out = dense(qkv, hidden), attention(*qkv, given)
+        torch.testing.assert_close(out, expected)
+        direction = torch.randn_like(out)
+        found = torch.autograd.grad(out, qkv, direction)
+        torch.testing.assert_close(found, torch.autograd.grad(expected, qkv, direction))
+    expected = dense(qkv, dense_mask(LENGTH, window_len=LENGTH, own_window=own_window))
+    torch.testing.assert_close(attention.eval()(*qkv, None), expected)
+
+
+def test_local_layers_share_what_global_ones_made_where_they_see_the_same(samples):
+    """So a step makes two kinds of segments at most, whatever the number of layers."""
+    layers = [build(transformer_config(window_size=(size, 0))) for size in (6, 7, 100)]
+    layers.append(build())
+    query, _, _ = random_qkv()
+    narrow, *same = [layer._segments(query, None) for layer in layers]
+    assert narrow.sliding_window == 7 and narrow.grid == 8
+    assert all(each is same[0] for each in same) and same[0].sliding_window is None
+
+
 def test_documents_of_each_row(samples):
     attention = build()
     ends = [np.array([5, 11], np.int32), np.array([20], np.int32)]
@@ -174,7 +211,7 @@ def test_packed_sequences_and_inference_are_refused(samples):
     ("changes", "message"),
     [
         ({"attention_dropout": 0.1}, "--attention-dropout 0"),
-        ({"window_size": (7, 0)}, "--skyladder-mask sliding"),
+        ({"window_size": (7, 1)}, "what comes after it"),
         ({"softmax_type": "off-by-one"}, "--softmax-type vanilla"),
         ({"cuda_graph_impl": "local"}, "replay the window"),
         ({"fp8_dot_product_attention": True}, "runs in 16 bits"),

@@ -23,4 +23,6 @@ class SdpaBackend(Backend):
     ) -> torch.Tensor:
         """See `Backend`."""
         assert segments.grid is not None
+        if segments.sliding_window is not None:
+            return super().attend_windows(query, key, value, segments)
         return sdpa.attend_grid(query, key, value, segments.grid, self.softmax_scale)
