@@ -241,12 +241,11 @@ RULES = (
     ),
     FlagRule(
         "--softmax-type",
-        Effect.NEEDS_CHANGE,
-        "its kernels have the plain softmax only, without a sink",
-        set_to="--softmax-type vanilla",
+        Effect.NOTED,
+        "attends with a sink, which SkyLadder has in its backend sdpa alone: exact, and on a GPU "
+        "as slow as attention without a fused kernel",
         when=other_than("vanilla"),
         default="vanilla",
-        of_model=True,
     ),
     FlagRule(
         "--qk-clip",

@@ -310,6 +310,37 @@ RULES = (
         "adds experts behind attention, which alone has windows",
     ),
     FlagRule(
+        "--moe-expert-capacity-factor",
+        Effect.NOTED,
+        "drops tokens among those that a rank holds, so another context-parallel layout drops "
+        "other ones",
+        "Megatron's shards are --skyladder-context-parallel-layout zigzag.",
+        when=limits.is_above_zero,
+    ),
+    FlagRule(
+        "--moe-pad-expert-input-to-capacity",
+        Effect.HARMLESS,
+        "pads what experts get behind attention, as without SkyLadder",
+    ),
+    FlagRule(
+        "--moe-token-drop-policy",
+        Effect.HARMLESS,
+        "goes by the order in which a rank holds its tokens, which is ascending in every layout",
+        when=other_than("probs"),
+        default="probs",
+    ),
+    FlagRule(
+        "--moe-input-jitter-eps",
+        Effect.HARMLESS,
+        "draws the same noise as without SkyLadder, which draws none",
+        when=limits.is_above_zero,
+    ),
+    FlagRule(
+        "--overlap-moe-expert-parallel-comm",
+        Effect.HARMLESS,
+        "overlaps messages between experts with attention, whose mask goes with its micro-batch",
+    ),
+    FlagRule(
         "--tp-comm-overlap",
         Effect.HARMLESS,
         "overlaps the linear layers' communication, whose sizes no window changes",

@@ -144,7 +144,7 @@ CASES = (
     Case("tp2-sp-dp2-distopt", 2, "selective", "gpt", "ragged+documents"),
     Case("ep2", 2, "none", "moe", "ragged+documents"),
     Case("tp2-sp-ep2", 1, "selective", "moe", "sliding+documents"),
-    Case("tp2-sp", 2, "none", "llama", "local+documents"),
+    Case("tp2-sp", 1, "none", "llama", "local+documents"),
     Case("pp2-vpp2", 2, "uniform", "gpt", "local+documents"),
     Case("pp4", 1, "selective", "llama", "local+sliding"),
     Case("tp2", 2, "uniform", "gpt", "local+sliding"),

@@ -149,6 +149,8 @@ class Passes:
                 for name, attention in attentions.items():
                     before = vars(attention).get("forward")
                     undo.callback(_set_or_delete, attention, "forward", before)
+                    undo.callback(setattr, attention, "sink_is_off", False)
+                    attention.sink_is_off = True
                     attention.forward = partial(  # type: ignore[method-assign]
                         self._answer,
                         name,
