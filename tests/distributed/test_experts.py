@@ -36,8 +36,6 @@ Held = list[list[list[int]]]  # of each step, of each rank: positions
 def held_by(layout: str) -> Held:
     """Return what each rank holds at each step."""
     positions = np.arange(SEQ_LENGTH)
-    if layout == "whole":
-        return [[positions.tolist()]] * len(MASK.windows)
     if layout == "halves":  # sequence parallelism
         return [[each.tolist() for each in np.split(positions, 2)]] * len(MASK.windows)
     layouts = [
@@ -60,7 +58,6 @@ def train(trainer: Trainer, flags: str, num_processes: int = 1, **options: objec
 @pytest.mark.parametrize(
     ("num_processes", "layout", "experts", "held"),
     [
-        (2, "--expert-model-parallel-size 2", PADDED, "whole"),
         (
             4,
             "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "

@@ -58,6 +58,7 @@ def test_equals_one_process_with_a_dense_mask(
 ) -> None:
     run = train(trainer, f"--micro-batch-size 2 {layout} {MASKS[mask].flags}", num_processes)
     assert "mask probe passed" in run.log()
+    assert ("(12 at most in local layers)" in run.log()) == ("local" in mask)
     expected = reference(mask, "sinks")
     assert any(PARAMETER in name for name in expected.gradients)
     assert_parity(run, expected)

@@ -40,6 +40,7 @@ class Findings:
         num_layers: attention layers that were asked.
         num_states: layers that were asked for their state.
         num_answers: what they were asked, over all queries.
+        own_windows: tokens that local layers see at most, as text; empty: there are none.
     """
 
     faults: list[str] = field(default_factory=list)
@@ -48,6 +49,7 @@ class Findings:
     num_layers: int = 0
     num_states: int = 0
     num_answers: int = 0
+    own_windows: str = ""
 
 
 class Passes:
@@ -134,6 +136,9 @@ class Passes:
                     self.findings.faults.append(f"the {what} of {name} is never called")
         self.findings.num_states = sum(map(len, self._states))
         self.findings.num_layers = sum(map(len, self._attentions))
+        layers = [layer for each in self._attentions for layer in each.values()]
+        windows = {layer.own_window for layer in layers if layer.own_window is not None}
+        self.findings.own_windows = ", ".join(map(str, sorted(windows)))
         return self.findings
 
     @contextlib.contextmanager
