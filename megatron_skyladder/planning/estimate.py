@@ -220,6 +220,7 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
     total_steps = run_flags.total_steps(flags)
     _note_layout(flags, notes)
     _note_final_window(config, notes)
+    _note_local_layers(config, notes)
     return Plan(
         name,
         config,
@@ -263,6 +264,16 @@ def _note_final_window(config: SkyLadderConfig, notes: list[str]) -> None:
             f"The window ends at {final:,} of {config.seq_length:,} tokens, so the model never "
             "sees a whole sequence, and that is part of what is saved. For the full length give "
             f"--skyladder-final-window {config.seq_length}."
+        )
+
+
+def _note_local_layers(config: SkyLadderConfig, notes: list[str]) -> None:
+    local = config.local_layers
+    if local is not None:
+        notes.append(
+            f"{local.num_local} of {local.num_layers} attention layers see {local.window:,} tokens "
+            "at most (--window-size): attention work is the mean over all layers, relative to full "
+            "causal attention in each."
         )
 
 

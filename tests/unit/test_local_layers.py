@@ -167,6 +167,7 @@ def test_plan_counts_each_kind_of_layer(capsys: pytest.CaptureFixture[str]) -> N
     """Five layers that see 16 tokens and one that climbs from 8 to 64 over 56 of 100 steps."""
     plain, local = planned(capsys, ""), planned(capsys, LOCAL)
     assert local["windows"] == plain["windows"]
+    assert "5 of 6 attention layers see 16 tokens at most" in " ".join(local["notes"])
     products = 6 * 4 * 64 * 100  # of each parameter
     matrices = plain["flops"]["constant"] - 12 * 6 * 32 * 64 * 4 * 64 * 100
     assert matrices % products == 0
