@@ -336,11 +336,6 @@ RULES = (
         when=limits.is_above_zero,
     ),
     FlagRule(
-        "--overlap-moe-expert-parallel-comm",
-        Effect.HARMLESS,
-        "overlaps messages between experts with attention, whose mask goes with its micro-batch",
-    ),
-    FlagRule(
         "--tp-comm-overlap",
         Effect.HARMLESS,
         "overlaps the linear layers' communication, whose sizes no window changes",

@@ -204,12 +204,6 @@ CASES = {
     "--moe-input-jitter-eps": Case(
         "--moe-input-jitter-eps 0.01", "draws the same noise", stops=False, parser="parses"
     ),
-    "--overlap-moe-expert-parallel-comm": Case(
-        "--overlap-moe-expert-parallel-comm",
-        "overlaps messages between experts",
-        stops=False,
-        parser="parses",
-    ),
     "--window-attn-skip-freq": Case(
         "--window-attn-skip-freq 2", "has no effect without --window-size", stops=False
     ),
