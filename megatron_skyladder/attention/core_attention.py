@@ -12,12 +12,17 @@ import math
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_skyladder.attention import context_parallel, limits
 from megatron_skyladder.attention.backends import from_thd, make_backend, to_thd
+from megatron_skyladder.attention.backends.choose import has_sink
+from megatron_skyladder.attention.backends.sdpa import SdpaBackend
 from megatron_skyladder.attention.segments import (
     MaskCache,
     ParallelSegments,
@@ -29,7 +34,9 @@ from megatron_skyladder.attention.segments import (
 from megatron_skyladder.attention.statistics import LayerStatistics, recording
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import clock
+from megatron_skyladder.ladder.local_layers import layer_settings, own_window
 
+_NO_SINK = -1e4  # a logit whose exponential is 0
 _masks = MaskCache()
 
 
@@ -40,6 +47,8 @@ def forget_masks() -> None:
 
 class SkyLadderAttention(MegatronModule):
     """Causal attention within the current window, and within documents where a mask says so.
+
+    A local layer (`ladder.local_layers`) keeps its own sliding window within them.
 
     Shapes: s tokens of a sequence on this context-parallel rank, b sequences of the micro-batch, h
     query heads and g key/value heads of this tensor-parallel rank, d head size of queries and keys,
@@ -68,6 +77,8 @@ class SkyLadderAttention(MegatronModule):
         _check_model(config, attn_mask_type, attention_type, attention_dropout)
         key_size = backend_arguments.get("k_channels") or config.kv_channels
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(key_size)
+        self.layer_number = layer_number
+        self.own_window = own_window(*layer_settings(config), layer_number)
         self._clock = clock.current()
         self._cp_group = context_parallel_group(config, pg_collection)
         self.backend = make_backend(
@@ -81,6 +92,9 @@ class SkyLadderAttention(MegatronModule):
             pg_collection=pg_collection,
             **backend_arguments,
         )
+        self.sink_is_off = False  # the probe asks for keys alone
+        if has_sink(config):
+            self._add_sink(config, pg_collection)
         interval = self._clock.config.attention_stats_interval
         self._statistics = (
             LayerStatistics(layer_number, interval, self.softmax_scale, self._clock.iteration)
@@ -146,6 +160,40 @@ class SkyLadderAttention(MegatronModule):
         """Measure nothing here: the layer's number is also that of another."""
         self._statistics = None
 
+    def _add_sink(self, config: TransformerConfig, pg_collection: Any) -> None:
+        """Give each head of this rank one more logit, by Megatron's names.
+
+        As Megatron's own attention does, but for one thing: the parameter is marked as shared out
+        over tensor-parallel ranks, or the norm of the gradients would count the first rank's alone.
+        """
+        self.tp_group = getattr(pg_collection, "tp", None)
+        if self.tp_group is None:
+            self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        num_heads = config.num_attention_heads // self.tp_group.size()
+        device, dtype = torch.cuda.current_device(), config.params_dtype
+        self.softmax_offset: torch.Tensor | None = None
+        if config.softmax_type == "learnable":
+            empty = torch.empty(num_heads, device=device, dtype=dtype)
+            self.softmax_offset = torch.nn.Parameter(empty)
+            if config.perform_initialization:
+                config.init_method(self.softmax_offset)
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
+
+        def sink() -> torch.Tensor:
+            if self.softmax_offset is None or self.sink_is_off:
+                logit = _NO_SINK if self.sink_is_off else 0.0
+                return torch.full((num_heads,), logit, device=device, dtype=torch.float32)
+            return self.softmax_offset
+
+        assert isinstance(self.backend, SdpaBackend), "only sdpa has sinks"
+        self.backend.sink = sink
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return it as Megatron's own attention does, whose name and cut the sinks have."""
+        if getattr(self, "softmax_offset", None) is None:
+            return super().sharded_state_dict(*args, **kwargs)
+        return DotProductAttention.sharded_state_dict(self, *args, **kwargs)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # a checkpoint of Megatron's own attention may hold Transformer Engine's (empty) FP8 state
         state_dict.pop(f"{prefix}_extra_state", None)
@@ -158,15 +206,18 @@ class SkyLadderAttention(MegatronModule):
         if self._cp_group is not None:
             cp_size, cp_rank = self._cp_group.size(), self._cp_group.rank()
         seq_length = query.shape[0] * cp_size
+        window_len = min(self._clock.window(training=self.training), seq_length)
+        hides = self.own_window is not None and self.own_window < window_len
         rows = Rows(
             seq_length=seq_length,
             num_rows=query.shape[1],
-            window_len=min(self._clock.window(training=self.training), seq_length),
+            window_len=window_len,
             sliding=self._clock.config.mask == "sliding",
             device=query.device,
             cp_size=cp_size,
             cp_rank=cp_rank,
             layout=self._clock.layout_rule(seq_length, cp_size, training=self.training),
+            own_window=self.own_window if hides else None,
         )
         if attention_mask is None:
             return grid_segments(rows)

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder import local_layers
 
 _NOTHING = ("", "none", "null", "false", "no", "off", "0")  # as text, on a command line or in YAML
 
@@ -232,19 +233,19 @@ RULES = (
     FlagRule(
         "--window-size",
         Effect.REFUSED,
-        "SkyLadder sets the window itself",
-        "Drop --window-size (and --window-attn-skip-freq); for windows that slide, add "
-        "--skyladder-mask sliding, and --skyladder-final-window for one that stays short.",
+        "local layers see so many tokens before themselves, whole numbers, and none after them "
+        "(L,0 with L of 0 or more is accepted)",
+        "Give --window-size L,0, or drop it: SkyLadder sets the window of the other layers.",
         of_model=True,
+        explain=lambda value, _: local_layers.trouble_with(value),
     ),
     FlagRule(
         "--softmax-type",
-        Effect.NEEDS_CHANGE,
-        "its kernels have the plain softmax only, without a sink",
-        set_to="--softmax-type vanilla",
+        Effect.NOTED,
+        "attends with a sink, which SkyLadder has in its backend sdpa alone: exact, and on a GPU "
+        "as slow as attention without a fused kernel",
         when=other_than("vanilla"),
         default="vanilla",
-        of_model=True,
     ),
     FlagRule(
         "--qk-clip",

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from megatron_skyladder.attention.segments import Segments, to_device
 
@@ -30,7 +31,12 @@ _MIN_BLOCK, _MAX_BLOCK = 128, 512  # queries that share one mask in a band
 
 
 def attend_grid(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window_len: int, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window_len: int,
+    scale: float,
+    sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend within equal windows of each sequence.
 
@@ -38,6 +44,7 @@ def attend_grid(
         query: [S, B, H, D]; key: [S, B, G, D]; value: [S, B, G, C].
         window_len: tokens; the last window of a sequence may be shorter.
         scale: factor on the logits.
+        sink: [B * H], see `_attend_with_sink`.
 
     Returns:
         [S, B, H * C].
@@ -56,7 +63,7 @@ def attend_grid(
             .transpose(1, 2)
             for tensor in (query, key, value)
         )
-        out = _causal(q, k, v, scale)
+        out = _causal(q, k, v, scale, sink)
         parts.append(
             out.transpose(1, 2).reshape(stop - start, num_rows, num_heads * value.shape[-1])
         )
@@ -64,7 +71,12 @@ def attend_grid(
 
 
 def attend_segments(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float,
+    sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend within segments of any lengths.
 
@@ -72,6 +84,7 @@ def attend_segments(
         query: [Tq, H, D]; key: [Tk, G, D]; value: [Tk, G, C].
         segments: offsets into Tq and Tk.
         scale: factor on the logits.
+        sink: [H], see `_attend_with_sink`.
 
     Returns:
         [Tq, H, C].
@@ -90,7 +103,7 @@ def attend_segments(
         )
         for (count, length), *qkv in zip(batches.shapes, q, k, v, strict=True):
             batched = [x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in qkv]
-            out = _causal(batched[0], batched[1], batched[2], scale)
+            out = _causal(batched[0], batched[1], batched[2], scale, sink)
             parts.append(out.transpose(1, 2).flatten(0, 1))
     for q_start, q_stop, k_start, k_stop in batches.bands:
         parts.append(
@@ -100,15 +113,22 @@ def attend_segments(
                 value[k_start:k_stop],
                 segments.sliding_window,
                 scale,
+                sink,
             )
         )
     return torch.cat(parts).index_select(0, batches.restore)
 
 
 def _causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    sink: torch.Tensor | None,
 ) -> torch.Tensor:
     """[batch, heads, length, D] each; grouped queries where the heads differ."""
+    if sink is not None:
+        return _attend_with_sink(query, key, value, sink, scale)
     return _attend(query, key, value, is_causal=True, scale=scale)
 
 
@@ -133,6 +153,7 @@ def _attend_band(
     value: torch.Tensor,
     sliding_window: int | None,
     scale: float,
+    sink: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attend in one segment whose last query sees the last key, a block of queries at a time.
 
@@ -150,16 +171,68 @@ def _attend_band(
         stop = min(start + block, num_queries)
         first = 0 if sliding_window is None else max(0, offset + start - sliding_window + 1)
         last = offset + stop
-        mask = _band_mask(stop - start, last - first, sliding_window, query.device)
-        out = _attend(
-            q[:, :, start:stop],
-            k[:, :, first:last],
-            v[:, :, first:last],
-            attn_mask=mask,
-            scale=scale,
-        )
+        qkv = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
+        if sink is not None:
+            out = _attend_with_sink(*qkv, sink, scale, sliding_window)
+        else:
+            mask = _band_mask(stop - start, last - first, sliding_window, query.device)
+            out = _attend(*qkv, attn_mask=mask, scale=scale)
         parts.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(parts)
+
+
+def _attend_with_sink(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sink: torch.Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Attend where each head has one more logit, which takes weight and gives no value.
+
+    Megatron's ``--softmax-type``: off-by-one has a logit of 0, learnable a parameter. PyTorch's
+    kernels have no such logit, so this is a plain softmax, a block of queries at a time; a block's
+    weights are worked out again in the backward pass, so that no L x L matrix is kept.
+
+    Args:
+        query: [batch, H, M, D]; key, value: [batch, G, N, D]; the last query sees the last key.
+        sink: [H].
+        scale: factor on the logits, not on the sink.
+        sliding_window: tokens that a query sees at most; None: any number.
+
+    Returns:
+        [batch, H, M, D].
+    """
+    repeats, num_queries = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+    offset = key.shape[2] - num_queries
+    parts = []
+    for start in range(0, num_queries, _MAX_BLOCK):
+        stop = min(start + _MAX_BLOCK, num_queries)
+        last = offset + stop
+        mask = _band_mask(stop - start, last, sliding_window, query.device)
+        block = query[:, :, start:stop], key[:, :, :last], value[:, :, :last], sink, mask, scale
+        parts.append(
+            checkpoint(_softmax_with_sink, *block, use_reentrant=False, preserve_rng_state=False)
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _softmax_with_sink(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sink: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    logits = (query @ key.transpose(2, 3)) * scale
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.masked_fill(~mask, -torch.inf)
+    column = sink.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+    weights = torch.cat([logits, column], dim=-1).softmax(dim=-1)[..., :-1]
+    return weights.to(value.dtype) @ value
 
 
 @lru_cache(maxsize=32)

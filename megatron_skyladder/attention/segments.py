@@ -22,7 +22,7 @@ from megatron_skyladder.ladder.geometry import padded_count, whole_tiles
 from megatron_skyladder.ladder.key_exchange import KernelCall, RankPlan, exchange_plan
 from megatron_skyladder.ladder.sequence_layout import LayoutRule, zigzag
 
-_KEPT_MASKS = 256  # more than the micro-batches in flight of any pipeline schedule
+_KEPT_MASKS = 512  # more than the micro-batches in flight of any pipeline, for two kinds of layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,9 @@ class Segments:
         cu_seqlens_k: int32 host array [N + 1], offsets into the key tokens; each segment has at
             least as many keys as queries, and the last query sees the last key (bottom right).
         sliding_window: tokens a query sees at most, itself included; None: all of its segment.
-        grid: the window length where the grid alone cuts every sequence (no documents, no sliding,
-            queries and keys the same tokens): windows can be batched without gathering.
+        grid: the window length where the grid alone cuts every sequence (no documents, no sliding
+            ladder, queries and keys the same tokens): windows can be batched without gathering. In
+            a local layer ``sliding_window`` holds within them.
         device: where the tensors go.
     """
 
@@ -99,7 +100,7 @@ class Segments:
             num_tokens: of the sequence on this rank.
         """
         assert self.grid is not None
-        return _one_sequence(num_tokens, self.grid, self.device)
+        return _one_sequence(num_tokens, self.grid, self.sliding_window, self.device)
 
     @cached_property
     def lengths_q(self) -> np.ndarray:
@@ -140,6 +141,8 @@ class Rows:
         cp_size: context-parallel ranks.
         cp_rank: this one among them.
         layout: which tokens each of them holds; None: as Megatron shares them out.
+        own_window: tokens that a query of a local layer sees at most, itself included; None where
+            the window shows no more, so that such a layer shares what global ones have made.
     """
 
     seq_length: int
@@ -150,11 +153,19 @@ class Rows:
     cp_size: int = 1
     cp_rank: int = 0
     layout: LayoutRule | None = None
+    own_window: int | None = None
+
+    @property
+    def slides(self) -> bool:
+        """Whether the ladder's own window moves along with the query and hides something."""
+        return self.sliding and self.window_len < self.seq_length
 
     @property
     def sliding_window(self) -> int | None:
         """See `Segments`."""
-        return self.window_len if self.sliding and self.window_len < self.seq_length else None
+        if self.own_window is not None:
+            return self.own_window
+        return self.window_len if self.slides else None
 
     @property
     def cut(self) -> int:
@@ -202,7 +213,7 @@ def split_mask(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (mask[:second], mask[second:]) if second else (mask, mask)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def grid_segments(rows: Rows) -> Segments | ParallelSegments:
     """Return the segments of sequences that only the window cuts.
 
@@ -218,7 +229,7 @@ def _make_segments(
     cu_seqlens: np.ndarray, rows: Rows, *, documents: bool
 ) -> Segments | ParallelSegments:
     """Return this rank's segments of whole sequences."""
-    grid = rows.cut if not documents and rows.sliding_window is None else None
+    grid = rows.cut if not documents and not rows.slides else None
     if rows.cp_size == 1:
         return Segments(cu_seqlens, cu_seqlens, rows.sliding_window, grid, rows.device)
     layouts = (zigzag(rows.seq_length, rows.cp_size),) * rows.num_rows
@@ -232,8 +243,9 @@ def _make_segments(
         )
         return ParallelSegments(plan, own, joined)
     assert plan.own is not None  # the windows end with the pieces: all keys are at hand
-    if grid is not None:
-        assert (np.diff(plan.own.cu_seqlens_q) == grid).all(), "a rank holds parts of windows"
+    if grid is not None and (np.diff(plan.own.cu_seqlens_q) != grid).any():
+        assert rows.own_window == 1, "a rank holds parts of windows"
+        grid = None  # each token sees itself alone, wherever its window is cut
     return _call_segments(plan.own, rows, grid=grid)
 
 
@@ -241,11 +253,13 @@ def _call_segments(call: KernelCall, rows: Rows, *, grid: int | None) -> Segment
     return Segments(call.cu_seqlens_q, call.cu_seqlens_k, rows.sliding_window, grid, rows.device)
 
 
-@lru_cache(maxsize=8)
-def _one_sequence(num_tokens: int, window_len: int, device: torch.device) -> Segments:
+@lru_cache(maxsize=16)
+def _one_sequence(
+    num_tokens: int, window_len: int, sliding_window: int | None, device: torch.device
+) -> Segments:
     starts = np.arange(0, num_tokens, window_len, dtype=np.int32)
     offsets = np.append(starts, np.int32(num_tokens))
-    return Segments(offsets, offsets, None, window_len, device)
+    return Segments(offsets, offsets, sliding_window, window_len, device)
 
 
 def _pad_count(cu_seqlens: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_skyladder.ladder.alignment import aligned_multiple, explain_multiple
 from megatron_skyladder.ladder.batch_sizes import BatchSizes
 from megatron_skyladder.ladder.kernels import AUTO, KERNELS
+from megatron_skyladder.ladder.local_layers import LocalLayers
 from megatron_skyladder.ladder.numbers import LARGEST, whole
 from megatron_skyladder.ladder.presets import RENAMED_PRESETS, SCHEDULE_PRESETS, Preset
 from megatron_skyladder.ladder.schedules import (
@@ -65,6 +66,8 @@ class SkyLadderConfig:
             ``balanced`` (the same attention work for all, where the trainer can), or Megatron's
             ``zigzag``. No part of the fingerprint: it changes no mask.
         allow_unfinished: whether the schedule may be longer than its ``total_steps``.
+        local_layers: the model's layers with a sliding window of their own, for what is counted;
+            None: it has none. No part of the fingerprint: the model's, as its sizes are.
 
     Raises:
         SettingError: a value is out of range, or two do not fit.
@@ -85,6 +88,7 @@ class SkyLadderConfig:
     recurrent_state: str = ""
     context_parallel_layout: str = "balanced"
     allow_unfinished: bool = False
+    local_layers: LocalLayers | None = None
 
     def __post_init__(self) -> None:
         _check_count("seq_length", self.seq_length, 1, "tokens")
@@ -166,6 +170,7 @@ class TrainingRun:
         context_parallel_size: ranks that share a sequence.
         log_interval: iterations between log lines.
         first_batch: samples in the first global batch, where it is another one.
+        local_layers: see `SkyLadderConfig`.
     """
 
     seq_length: int
@@ -174,6 +179,7 @@ class TrainingRun:
     context_parallel_size: int = 1
     log_interval: int = 1
     first_batch: int = 0
+    local_layers: LocalLayers | None = None
 
     def __post_init__(self) -> None:
         if not self.first_batch:
@@ -220,13 +226,17 @@ def make_config(
     # an evaluation has no end to get to
     given["allow_unfinished"] = bool(given.get("allow_unfinished")) or not steps
     return SkyLadderConfig(
-        schedule=schedule, seq_length=run.seq_length, step_samples=run.step_samples, **given
+        schedule=schedule,
+        seq_length=run.seq_length,
+        step_samples=run.step_samples,
+        local_layers=run.local_layers,
+        **given,
     )
 
 
 def setting_names() -> list[str]:
     """Return the names of all settings that `make_config` takes."""
-    from_the_run = ("schedule", "seq_length", "step_samples")
+    from_the_run = ("schedule", "seq_length", "step_samples", "local_layers")
     own = [field.name for field in fields(SkyLadderConfig) if field.name not in from_the_run]
     return ["preset", "schedule", *all_settings(), *own]
 

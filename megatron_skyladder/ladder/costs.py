@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_skyladder.ladder.config import SkyLadderConfig
-from megatron_skyladder.ladder.fragments import window_pairs
+from megatron_skyladder.ladder.fragments import visible_pairs, window_pairs
 from megatron_skyladder.ladder.presets import ModelShape
 
 # Seconds that one FLOP of attention takes, relative to one of the matrix products, by Megatron's
@@ -335,9 +335,35 @@ def window_runs(config: SkyLadderConfig, total_steps: int) -> list[tuple[int, in
 
 
 def grid_pairs(config: SkyLadderConfig) -> Callable[[Any], Any]:
-    """Return window -> visible pairs of a sequence without documents; takes an array as well."""
-    sliding = config.mask == "sliding"
-    return lambda window: window_pairs(window, config.seq_length, sliding=sliding)
+    """Return window -> visible pairs of a sequence without documents; takes an array as well.
+
+    Where layers differ in what they see, the mean over those with attention.
+    """
+    length, sliding, local = config.seq_length, config.mask == "sliding", config.local_layers
+
+    def of_layer(window: Any, own_window: int | None = None) -> Any:
+        return window_pairs(window, length, sliding=sliding, own_window=own_window)
+
+    if local is None:
+        return of_layer
+    return lambda window: local.mean(of_layer(window), of_layer(window, local.window))
+
+
+def masked_pairs(config: SkyLadderConfig, cu_seqlens: np.ndarray, window: int) -> float:
+    """Return the visible pairs of sequences whose documents are masked; the mean over layers.
+
+    Args:
+        config: the run's.
+        cu_seqlens: int [num_fragments + 1], over all sequences.
+        window: tokens.
+    """
+    at_most = window if config.mask == "sliding" else None
+    of_global, local = visible_pairs(cu_seqlens, window_len=at_most), config.local_layers
+    if local is None:
+        return of_global
+    at_most = local.window if at_most is None else min(at_most, local.window)
+    mean: float = local.mean(of_global, visible_pairs(cu_seqlens, window_len=at_most))
+    return mean
 
 
 def mean_pairs(

@@ -24,6 +24,7 @@ from megatron_skyladder.ladder.config import (
     read_lengths,
     setting_names,
 )
+from megatron_skyladder.ladder.local_layers import local_layers
 from megatron_skyladder.ladder.numbers import argument, whole
 from megatron_skyladder.ladder.presets import SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import (
@@ -277,6 +278,7 @@ def _config(args: Any) -> SkyLadderConfig:
         context_parallel_size=getattr(args, "context_parallel_size", 1),
         log_interval=getattr(args, "log_interval", None) or 1,
         first_batch=sizes.stages[0][1],
+        local_layers=local_layers(args),
     )
     try:
         return make_config(run, settings_of(args), naming=flag_of)

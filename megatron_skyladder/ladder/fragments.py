@@ -7,7 +7,7 @@ their end-of-document token, and attention crosses neither.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -107,21 +107,33 @@ def visible_pairs(cu_seqlens: np.ndarray, *, window_len: int | None = None) -> i
     return int((full - beyond * (beyond + 1) // 2).sum())
 
 
-def window_pairs(window_len: Tokens, seq_length: int, *, sliding: bool = False) -> Tokens:
+def window_pairs(
+    window_len: Tokens, seq_length: int, *, sliding: bool = False, own_window: int | None = None
+) -> Tokens:
     """Count the (query, key) pairs of one sequence without documents, in closed form.
 
     Args:
         window_len: tokens, an int or an int64 array; the result is the like.
         seq_length: tokens in the sequence.
         sliding: whether the window slides.
+        own_window: tokens that a query of a local layer sees at most (see `local_layers`); None:
+            of a global layer.
     """
     if sliding:
-        beyond = (seq_length - window_len) * (seq_length > window_len)
-        pairs: Tokens = seq_length * (seq_length + 1) // 2 - beyond * (beyond + 1) // 2
-        return pairs
+        if own_window is not None:
+            window_len = window_len - (window_len - own_window) * (window_len > own_window)
+        slid: Tokens = _seen(seq_length, window_len)
+        return slid
+    limit = window_len if own_window is None else own_window
     whole, rest = divmod(seq_length, window_len)
-    pairs = whole * (window_len * (window_len + 1) // 2) + rest * (rest + 1) // 2
+    pairs: Tokens = whole * _seen(window_len, limit) + _seen(rest, limit)
     return pairs
+
+
+def _seen(length: Any, at_most: Any) -> Any:
+    """Count the pairs of a fragment whose queries see so many tokens at most."""
+    beyond = (length - at_most) * (length > at_most)
+    return length * (length + 1) // 2 - beyond * (beyond + 1) // 2
 
 
 def dense_mask(
@@ -130,6 +142,7 @@ def dense_mask(
     window_len: int,
     document_ends: np.ndarray | None = None,
     sliding: bool = False,
+    own_window: int | None = None,
 ) -> np.ndarray:
     """Return the whole mask, bool [seq_length, seq_length], True where query i sees key j.
 
@@ -144,5 +157,6 @@ def dense_mask(
                 in_window = key > query - window_len
             else:
                 in_window = key // window_len == query // window_len
-            mask[query, key] = same_document and in_window
+            in_own_window = own_window is None or query - key < own_window
+            mask[query, key] = same_document and in_window and in_own_window
     return mask

@@ -18,6 +18,7 @@ from megatron_skyladder.ladder.flags import (
 from megatron_skyladder.megatron_bridge.spelling import translated
 
 _END_LADDER = "end_ladder"
+_OF_LAYERS = ("num_layers", "window_size", "window_attn_skip_freq")
 _NOT_HERE = {"recurrent_state"}  # of HybridModel, which Bridge's recipes of attention do not build
 
 
@@ -115,6 +116,7 @@ def options_of(cfg: Any, flags: argparse.Namespace) -> argparse.Namespace:
         train_iters=cfg.train.train_iters,
         context_parallel_size=cfg.model.context_parallel_size,
         log_interval=cfg.logger.log_interval,
+        **{name: getattr(cfg.model, name, None) for name in _OF_LAYERS},
         **vars(flags),
     )
 

@@ -278,7 +278,12 @@ RULES = (
     FlagRule(
         "--window-attn-skip-freq",
         Effect.HARMLESS,
-        "has no effect without --window-size",
+        "has no effect without --window-size, and says with it which layers are local",
+        explain=lambda value, lookup: (
+            "has no effect without --window-size"
+            if limits.is_given(value) and not limits.is_given(lookup("window_size"))
+            else ""
+        ),
     ),
     FlagRule(
         "--apply-query-key-layer-scaling",
@@ -303,6 +308,32 @@ RULES = (
         "--num-experts",
         Effect.HARMLESS,
         "adds experts behind attention, which alone has windows",
+    ),
+    FlagRule(
+        "--moe-expert-capacity-factor",
+        Effect.NOTED,
+        "drops tokens among those that a rank holds, so another context-parallel layout drops "
+        "other ones",
+        "Megatron's shards are --skyladder-context-parallel-layout zigzag.",
+        when=limits.is_above_zero,
+    ),
+    FlagRule(
+        "--moe-pad-expert-input-to-capacity",
+        Effect.HARMLESS,
+        "pads what experts get behind attention, as without SkyLadder",
+    ),
+    FlagRule(
+        "--moe-token-drop-policy",
+        Effect.HARMLESS,
+        "goes by the order in which a rank holds its tokens, which is ascending in every layout",
+        when=other_than("probs"),
+        default="probs",
+    ),
+    FlagRule(
+        "--moe-input-jitter-eps",
+        Effect.HARMLESS,
+        "draws the same noise as without SkyLadder, which draws none",
+        when=limits.is_above_zero,
     ),
     FlagRule(
         "--tp-comm-overlap",

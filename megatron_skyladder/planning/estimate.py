@@ -79,7 +79,9 @@ class Plan:
         assert self.documents is not None
         windows = [window for _, _, window in self.runs]
         return self.documents.rows.pairs_by_window(
-            [*windows, self.config.seq_length], sliding=self.config.mask == "sliding"
+            [*windows, self.config.seq_length],
+            sliding=self.config.mask == "sliding",
+            local_layers=self.config.local_layers,
         )
 
     @property
@@ -132,7 +134,7 @@ class Plan:
 
     @property
     def constant_fraction(self) -> float:
-        """The same for the run without the ladder: 1, or less where documents are masked."""
+        """The same without the ladder: 1, or less where documents are masked or layers local."""
         return self.fraction(self.config.seq_length)
 
     @cached_property
@@ -223,6 +225,7 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
     _note_layout(flags, notes)
     _note_final_window(config, notes)
     notes += stage_plan.notes(config, flags.stage_batches)
+    _note_local_layers(config, notes)
     return Plan(
         name,
         config,
@@ -267,6 +270,16 @@ def _note_final_window(config: SkyLadderConfig, notes: list[str]) -> None:
             f"The window ends at {final:,} of {config.seq_length:,} tokens, so the model never "
             "sees a whole sequence, and that is part of what is saved. For the full length give "
             f"--skyladder-final-window {config.seq_length}."
+        )
+
+
+def _note_local_layers(config: SkyLadderConfig, notes: list[str]) -> None:
+    local = config.local_layers
+    if local is not None:
+        notes.append(
+            f"{local.num_local} of {local.num_layers} attention layers see {local.window:,} tokens "
+            "at most (--window-size): attention work is the mean over all layers, relative to full "
+            "causal attention in each."
         )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
-from typing import Any
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.costs import (
@@ -14,6 +12,7 @@ from megatron_skyladder.ladder.costs import (
     Mamba,
     padded_vocab_size,
 )
+from megatron_skyladder.ladder.local_layers import layer_list
 from megatron_skyladder.ladder.numbers import argument, whole
 from megatron_skyladder.planning.vocabulary_size import UnknownVocabularyError, vocabulary_size
 
@@ -45,6 +44,8 @@ INTEGERS = {
 }
 TEXTS = {
     "--moe-layer-freq": "which layers have experts: N, or a list such as [0]*2+[1]*22",
+    "--window-size": "L,0: local layers, whose queries see L tokens before themselves",
+    "--window-attn-skip-freq": "which layers are global: every N-th, or the 0 in [1,1,1,1,1,0]*4",
     "--hybrid-layer-pattern": "one symbol for each layer: * attention, - MLP, E experts, M Mamba",
     "--hybrid-override-pattern": "the same (old name)",
     "--tokenizer-type": "tells the vocabulary, with the file it names",
@@ -81,7 +82,6 @@ DEFAULTS = {  # Megatron's
     "v_head_dim": 128,
 }
 _COUNTED_SYMBOLS = "*-EM"
-_MAX_PATTERN = 10_000  # layers: nobody has more, and a list is multiplied out
 
 
 class NotCountedError(Exception):
@@ -234,38 +234,15 @@ def _expert_layers(flags: argparse.Namespace) -> list[int]:
     if text.isdigit() and int(text):
         return [int(layer % int(text) == 0) for layer in range(flags.num_layers)]
     try:
-        pattern = _evaluated(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError):
-        pattern = None
+        pattern = layer_list(text)
+    except ValueError:
+        pattern = 0
     if not isinstance(pattern, list) or len(pattern) != flags.num_layers:
         raise UsageError(
             f"--moe-layer-freq={text} does not say for each of {flags.num_layers} layers whether "
             "it has experts. Give a number, or a list such as [0]*2+[1]*22."
         )
     return pattern
-
-
-def _evaluated(node: ast.AST) -> Any:
-    """Return lists of 0 and 1 under + and *, and whole numbers.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return node.value
-    if isinstance(node, ast.List):
-        values = [_evaluated(element) for element in node.elts]
-        if set(values) <= {0, 1}:
-            return values
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
-        left, right = _evaluated(node.left), _evaluated(node.right)
-        if isinstance(node.op, ast.Add) and type(left) is type(right) is list:
-            return left + right
-        if isinstance(node.op, ast.Mult) and {type(left), type(right)} == {list, int}:
-            values, times = (left, right) if isinstance(left, list) else (right, left)
-            if len(values) * times <= _MAX_PATTERN:
-                return values * times
-    raise ValueError("not a list of layers")
 
 
 def _latent(flags: argparse.Namespace) -> Latent | None:

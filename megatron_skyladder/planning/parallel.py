@@ -52,7 +52,7 @@ NUM_BYTES = 2  # bf16
 
 @dataclass(frozen=True)
 class ParallelCosts:
-    """Costs of one window, per sequence.
+    """Costs of one window, per sequence; where layers differ, the mean over those with attention.
 
     Args:
         work: attention work of each rank, in pairs.
@@ -94,8 +94,15 @@ def parallel_costs(plan: PlannedRun, window: int, kind: Kind | None = None) -> P
     sliding = plan.config.mask == "sliding"
     rule = LayoutRule(kind or layout_kind(plan), length, cp_size, window, sliding)
     layouts = rule.layouts(num_rows, cu_seqlens)
-    costs: RankCosts = rank_costs(cu_seqlens, layouts, sliding_window=window if sliding else None)
-    tokens = float(costs.received.mean()) / num_rows
+    at_most, local = window if sliding else None, plan.config.local_layers
+    costs: RankCosts = rank_costs(cu_seqlens, layouts, sliding_window=at_most)
+    pairs, waiting, received = costs.pairs, costs.waiting_pairs.sum(), costs.received.mean()
+    if local is not None and local.window < window:
+        of_local: RankCosts = rank_costs(cu_seqlens, layouts, sliding_window=local.window)
+        pairs = local.mean(pairs, of_local.pairs)
+        waiting = local.mean(waiting, of_local.waiting_pairs.sum())
+        received = local.mean(received, of_local.received.mean())
+    tokens = float(received) / num_rows
     size = None
     if plan.shape is not None:
         groups = max(1, plan.shape.num_query_groups // plan.tensor_parallel_size)
@@ -103,8 +110,8 @@ def parallel_costs(plan: PlannedRun, window: int, kind: Kind | None = None) -> P
             tokens, num_groups=groups, head_dim=plan.shape.head_size, num_bytes=NUM_BYTES
         )
     return ParallelCosts(
-        work=tuple(float(pairs) / num_rows for pairs in costs.pairs),
-        waiting_share=float(costs.waiting_pairs.sum() / costs.pairs.sum()),
+        work=tuple(float(each) / num_rows for each in pairs),
+        waiting_share=float(waiting / pairs.sum()),
         received_bytes=size,
         gather_share=tokens / gathered_tokens(cp_size, length),
     )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_skyladder.data.indexed import IndexedReader
+from megatron_skyladder.ladder.local_layers import LocalLayers
 
 SAMPLE_ROWS = 2048  # 16M tokens at 8K: the mean context is then known to about 1 %
 SAMPLE_DOCUMENTS = 1_000_000
@@ -36,31 +37,49 @@ class PackedRows:
     num_rows: int
     seq_length: int
 
-    def pairs(self, window_len: int, *, sliding: bool = False) -> float:
-        """Return a sequence's mean visible (query, key) pairs under documents and window."""
+    def pairs(
+        self, window_len: int, *, sliding: bool = False, own_window: int | None = None
+    ) -> float:
+        """Return a sequence's mean visible (query, key) pairs under documents and window.
+
+        Args:
+            window_len: tokens.
+            sliding: whether the window slides.
+            own_window: of a local layer; see `fragments.window_pairs`.
+        """
         lengths = self.ends - self.starts
+        at_most = self.seq_length if own_window is None else own_window
         if sliding:
-            beyond = np.maximum(lengths - window_len, 0)
-            total = (_triangle(lengths) - _triangle(beyond)).sum()
-            return float(total) / self.num_rows
+            return float(_seen(lengths, min(at_most, window_len)).sum()) / self.num_rows
         first, last = self.starts // window_len, self.ends // window_len
         head = (first + 1) * window_len - self.starts  # up to the first edge of the grid
         tail = self.ends - last * window_len  # after the last one
-        whole = (last - first - 1) * (window_len * (window_len + 1) // 2)
-        cut = _triangle(head) + whole + _triangle(tail)
-        return float(np.where(first == last, _triangle(lengths), cut).sum()) / self.num_rows
+        whole = (last - first - 1) * _seen(np.int64(window_len), at_most)
+        cut = _seen(head, at_most) + whole + _seen(tail, at_most)
+        uncut = _seen(lengths, at_most)
+        return float(np.where(first == last, uncut, cut).sum()) / self.num_rows
 
     def pairs_by_window(
-        self, windows: Sequence[int], *, sliding: bool = False
+        self,
+        windows: Sequence[int],
+        *,
+        sliding: bool = False,
+        local_layers: LocalLayers | None = None,
     ) -> Callable[[Any], Any]:
         """Return window -> pairs of a sequence for these windows, interpolated where they are many.
+
+        Where layers differ, the mean over those with attention.
 
         What is returned takes an array of windows as well.
         """
         known = np.unique(np.asarray(windows, dtype=np.int64))
         if known.size > MAX_WINDOWS:
             known = known[np.linspace(0, known.size - 1, MAX_WINDOWS).round().astype(int)]
-        values = [self.pairs(int(window), sliding=sliding) for window in known]
+        values: Any = np.array([self.pairs(int(window), sliding=sliding) for window in known])
+        if local_layers is not None:
+            own = local_layers.window
+            local = [self.pairs(int(each), sliding=sliding, own_window=own) for each in known]
+            values = local_layers.mean(values, np.array(local))
 
         def pairs(window: Any) -> Any:
             found = np.interp(window, known, values)
@@ -176,5 +195,7 @@ def _weights_and_prefixes(data_path: Sequence[str], flag: str) -> tuple[list[flo
     return weights, list(data_path[1::2])
 
 
-def _triangle(length: np.ndarray) -> np.ndarray:
-    return length * (length + 1) // 2
+def _seen(length: Any, at_most: int) -> Any:
+    """Count the pairs of pieces whose tokens see so many at most."""
+    beyond = np.maximum(length - at_most, 0)
+    return length * (length + 1) // 2 - beyond * (beyond + 1) // 2

@@ -37,8 +37,14 @@ import torch
 from megatron_skyladder.attention import statistics
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.config import SkyLadderConfig
-from megatron_skyladder.ladder.costs import ATTENTION_COST, StepTime, grid_pairs, window_runs
-from megatron_skyladder.ladder.fragments import visible_pairs
+from megatron_skyladder.ladder.costs import (
+    ATTENTION_COST,
+    StepTime,
+    grid_pairs,
+    masked_pairs,
+    window_runs,
+)
+from megatron_skyladder.ladder.fragments import window_pairs
 from megatron_skyladder.runtime import trainer
 from megatron_skyladder.runtime.found_documents import check_first_batch
 
@@ -47,7 +53,8 @@ from megatron_skyladder.runtime.found_documents import check_first_batch
 class Work:
     """Attention work of a number of sequences: visible (query, key) pairs, and fragments.
 
-    ``grid_pairs`` are the pairs there would be if no documents were masked; ``rows_with_end`` are
+    Where layers differ, pairs are the mean over those with attention. ``grid_pairs`` are those that
+    there would be if no documents were masked; ``rows_with_end`` are
     the sequences that hold an end-of-document token.
     """
 
@@ -82,8 +89,7 @@ class Meter:
     ) -> None:
         """Note the document mask of a micro-batch, int32 cu_seqlens on the host."""
         cu_seqlens = mask.numpy()
-        sliding = self.config.mask == "sliding"
-        pairs = visible_pairs(cu_seqlens, window_len=window_len if sliding else None)
+        pairs = masked_pairs(self.config, cu_seqlens, window_len)
         grid = grid_pairs(self.config)(window_len) * num_rows
         self._counted.add(Work(num_rows, pairs, grid, len(cu_seqlens) - 1, rows_with_end))
 
@@ -143,7 +149,7 @@ class Outlook:
         self.total_steps = max(1, total_samples // config.step_samples)
         runs = window_runs(config, self.total_steps)
         pairs = grid_pairs(config)
-        self.causal_pairs = pairs(config.seq_length)
+        self.causal_pairs = window_pairs(config.seq_length, config.seq_length)
         fractions = np.array([pairs(window) for _, _, window in runs]) / self.causal_pairs
         starts = np.array([first for first, _, _ in runs] + [self.total_steps])
         work = np.append(0.0, np.cumsum(fractions * np.diff(starts)))

@@ -140,6 +140,27 @@ def window_one_shorter_in_attention() -> None:
     )
 
 
+def own_window_one_longer() -> None:
+    """Let local layers see one token more than Megatron's --window-size says."""
+    from megatron_skyladder.attention import core_attention
+
+    rows = core_attention.Rows
+
+    def longer(*, own_window: int | None, **others: Any) -> Any:
+        return rows(own_window=None if own_window is None else own_window + 1, **others)
+
+    core_attention.Rows = longer
+
+
+def sinks_left_out() -> None:
+    """Attend as if the softmax had no sink."""
+    from megatron_skyladder.attention.backends import sdpa
+
+    sdpa.SdpaBackend._sink_of = lambda self, num_heads: (
+        None if self.sink is None else self.sink().repeat(num_heads // len(self.sink())) * 0 - 1e4
+    )
+
+
 def sliding_window_one_longer() -> None:
     """Take W for the keys before a query rather than for all that it sees."""
     from megatron_skyladder.attention import sdpa

@@ -43,6 +43,7 @@ class Case:
         sliding: whether the window slides.
         kind: what decides which tokens a rank holds.
         value_dim: size of a head of values; of queries and keys it is ``HEAD_DIM``.
+        own_window: tokens that a query of a local layer sees at most; None: of a global layer.
     """
 
     seq_length: int
@@ -53,6 +54,7 @@ class Case:
     sliding: bool = False
     kind: Kind = Kind.ZIGZAG
     value_dim: int = HEAD_DIM
+    own_window: int | None = None
 
     @property
     def cut(self) -> int:
@@ -84,6 +86,7 @@ class Case:
                 window_len=self.window_len,
                 document_ends=np.array(ends, int),
                 sliding=self.sliding,
+                own_window=self.own_window,
             )
             for ends in self.ends or ((),) * self.num_rows
         ]
@@ -121,7 +124,8 @@ def random_case(generator: np.random.Generator, cp_size: int) -> Case:
     sliding = bool(generator.random() < 0.4)
     kind = list(Kind)[generator.integers(3)]
     value_dim = [HEAD_DIM, 3, 6][generator.integers(3)]  # as in multi-latent attention, and wider
-    return Case(seq_length, window_len, ends, num_rows, heads, sliding, kind, value_dim)
+    own_window = int(generator.integers(1, window_len + 2)) if generator.random() < 0.4 else None
+    return Case(seq_length, window_len, ends, num_rows, heads, sliding, kind, value_dim, own_window)
 
 
 def attend_densely(
@@ -162,6 +166,7 @@ def attention_module(case: Case, group: Any) -> Iterator[SkyLadderAttention]:
         num_query_groups=num_groups,
         attention_dropout=0.0,
         context_parallel_size=group.size(),
+        window_size=None if case.own_window is None else (case.own_window - 1, 0),
     )
     yield SkyLadderAttention(
         transformer,

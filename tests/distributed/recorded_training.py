@@ -35,6 +35,7 @@ def train(
     replay: bool = False,
     broken: str | None = None,
     stop_time: bool = False,
+    dropped_among: list[list[list[int]]] | None = None,
 ) -> None:
     """Train as one rank and record.
 
@@ -49,6 +50,8 @@ def train(
         replay: let Megatron's rerun state machine run every step twice.
         broken: a function of `breakages` to call: a bug that a test has to notice.
         stop_time: let every timer of Megatron's show the same, so that rates can be compared.
+        dropped_among: let experts with a capacity drop tokens as several ranks would, see
+            `_drop_as_ranks_do`.
     """
     recorder = _Recorder(Path(folder), _Killer(**kill) if kill else None)
     recorder.wrap_train_step(gradients)
@@ -65,6 +68,8 @@ def train(
         _replay_every_step()
     if stop_time:
         _stop_time()
+    if dropped_among is not None:
+        _drop_as_ranks_do(dropped_among)
     if script is not None:
         _run_script(script, flags)
         return
@@ -422,7 +427,11 @@ def _gather_reduced_shards(chunk: Any) -> None:
 
 
 def _hand_over_dense_masks(
-    windows: list[int], eod: int | None, sliding: bool, shifts_within_it: bool = False
+    windows: list[int],
+    eod: int | None,
+    sliding: bool,
+    shifts_within_it: bool = False,
+    local: dict[str, Any] | None = None,
 ) -> None:
     """Give stock Megatron's own attention a dense mask made pair by pair from the definition.
 
@@ -432,7 +441,11 @@ def _hand_over_dense_masks(
         sliding: whether the window slides.
         shifts_within_it: whether heads of multi-token prediction get no token that does not see
             the one before it.
+        local: ``layers``, the numbers of those with a sliding window of their own, and ``tokens``,
+            which a query of theirs sees at most.
     """
+    if local is not None:
+        _narrow(**local)
     from megatron.core.transformer import multi_token_prediction
     from megatron.training import get_args
 
@@ -464,6 +477,22 @@ def _hand_over_dense_masks(
     batches.get_batch = get_batch_with_mask
 
 
+def _narrow(layers: list[int], tokens: int) -> None:
+    """Let some layers of stock Megatron see less of the mask that all are given, pair by pair."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    forward = DotProductAttention.forward
+
+    def narrowed(self: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kw: Any):
+        if self.layer_number in layers and mask is not None:
+            length = mask.shape[-1]
+            hidden = [[i - j >= tokens for j in range(length)] for i in range(length)]
+            mask = mask | torch.tensor(hidden)
+        return forward(self, query, key, value, mask, *args, **kw)
+
+    DotProductAttention.forward = narrowed
+
+
 def _read_ahead(depth: int) -> None:
     """Set how far the data loader's workers read ahead; Megatron has no flag for it."""
     loader = torch.utils.data.DataLoader
@@ -487,6 +516,30 @@ def _stop_time() -> None:
     from megatron.core.timers import Timer
 
     Timer.elapsed = lambda self, reset=True, barrier=False: STOPPED_SECONDS
+
+
+def _drop_as_ranks_do(held: list[list[list[int]]]) -> None:
+    """Let one process drop the tokens that several would: each rank drops among its own.
+
+    Args:
+        held: for each step, for each rank the positions that it holds of a sequence, in its order;
+            micro-batches are of one sequence.
+    """
+    from megatron.core.transformer.moe import router
+    from megatron.training import get_args
+
+    drop = router.apply_router_token_dropping
+
+    def dropping(probs: Any, routing_map: Any, *args: Any, **kwargs: Any) -> Any:
+        ranks = held[_consumed_samples() // get_args().global_batch_size]
+        probs_after, map_after = torch.zeros_like(probs), torch.zeros_like(routing_map)
+        for positions in ranks:
+            kept = drop(probs[positions], routing_map[positions], *args, **kwargs)
+            probs_after[positions], map_after[positions] = kept
+        assert bool((map_after != routing_map).any()), "no token was dropped or padded"
+        return probs_after, map_after
+
+    router.apply_router_token_dropping = dropping
 
 
 def _run_script(script: str, flags: list[str]) -> None:

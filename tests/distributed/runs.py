@@ -36,6 +36,7 @@ ARCHITECTURES = {
     "gpt": "--normalization LayerNorm --kv-channels 16",  # heads wider than hidden / heads
     "mla": LATENT,
     "mla-heads": f"{LATENT} {HEADS}",
+    "sinks": f"{LLAMA} --softmax-type learnable",
     "moe": f"{LLAMA} --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
     "--moe-router-load-balancing-type none",
 }

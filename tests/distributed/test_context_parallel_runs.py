@@ -96,6 +96,10 @@ CASES = (
     Case("cp2-dp2", 2, "none", "gpt", "ragged"),
     Case("cp2-dp2-distopt", 1, "uniform", "llama", "documents"),
 )
+LOCAL_LAYERS = (  # each kind of layer exchanges its own keys
+    Case("cp4", 1, "uniform", "llama", "local+documents"),
+    Case("cp2-tp2-sp", 2, "selective", "llama", "local+sliding"),
+)
 MORE_BALANCED = (
     Case("cp8", 2, "none", "llama", "ragged+documents"),
     Case("cp2-ep2", 2, "none", "moe", "ragged+documents"),
@@ -106,7 +110,8 @@ MORE_BALANCED = (
     ("case", "held"),
     [
         *((case, held) for case in CASES for held in ("balanced", "zigzag")),
-        *((case, "balanced") for case in MORE_BALANCED),
+        *((case, "balanced") for case in (*MORE_BALANCED, *LOCAL_LAYERS)),
+        (LOCAL_LAYERS[0], "zigzag"),
     ],
     ids=str,
 )

@@ -33,20 +33,24 @@ class Mask:
     windows: tuple[int, ...]  # tokens, of each step
     documents: bool = False
     sliding: bool = False
+    local_layers: tuple[int, ...] = ()  # whose queries see LOCAL tokens at most
 
     @property
     def dense(self) -> dict[str, object]:
         """For `recorded_training.train`."""
         eod = EOD if self.documents else None
-        return {"windows": list(self.windows), "eod": eod, "sliding": self.sliding}
+        local = {"layers": list(self.local_layers), "tokens": LOCAL} if self.local_layers else None
+        return {"windows": list(self.windows), "eod": eod, "sliding": self.sliding, "local": local}
 
 
+LOCAL = 12  # above the first window of GROWING and below the others
 GROWING = (8, 19, 30, 41, 52)  # none divides 64
 LINEAR = "--skyladder-start-window 8 --skyladder-alpha 11 --skyladder-allow-unfinished"
 EXPONENTIAL = (
     "--skyladder-schedule exponential --skyladder-start-window 8 --skyladder-expand-fraction 0.6"
 )
 CONSTANT = "--skyladder-schedule constant"
+OWN = f"--window-size {LOCAL - 1},0"  # Megatron's: tokens before a query, and after it
 DOCUMENTS, SLIDING = "--skyladder-intra-document", "--skyladder-mask sliding"
 MASKS = {
     "dividing": Mask(EXPONENTIAL, (8, 16, 32, 64, 64)),
@@ -56,6 +60,18 @@ MASKS = {
     "sliding": Mask(f"{LINEAR} {SLIDING}", GROWING, sliding=True),
     "sliding+documents": Mask(
         f"{LINEAR} {SLIDING} {DOCUMENTS}", GROWING, documents=True, sliding=True
+    ),
+    "local+documents": Mask(
+        f"{LINEAR} {DOCUMENTS} {OWN} --window-attn-skip-freq [1,1,0,1]",
+        GROWING,
+        documents=True,
+        local_layers=(1, 2, 4),
+    ),
+    "local+sliding": Mask(
+        f"{LINEAR} {SLIDING} {OWN} --window-attn-skip-freq 4",
+        GROWING,
+        sliding=True,
+        local_layers=(1, 2, 3),
     ),
 }
 LAYOUTS = {
@@ -128,6 +144,10 @@ CASES = (
     Case("tp2-sp-dp2-distopt", 2, "selective", "gpt", "ragged+documents"),
     Case("ep2", 2, "none", "moe", "ragged+documents"),
     Case("tp2-sp-ep2", 1, "selective", "moe", "sliding+documents"),
+    Case("tp2-sp", 1, "none", "llama", "local+documents"),
+    Case("pp2-vpp2", 2, "uniform", "gpt", "local+documents"),
+    Case("pp4", 1, "selective", "llama", "local+sliding"),
+    Case("tp2", 2, "uniform", "gpt", "local+sliding"),
 )
 
 
@@ -218,9 +238,16 @@ def test_the_mask_matters(reference) -> None:
         assert max(gradient_errors(run, other).values()) > 1e3 * GRADIENT_TOLERANCE
 
 
-@pytest.mark.parametrize("broken", ["window_one_longer", "documents_end_before_eod"])
-def test_parity_sees_a_wrong_mask(trainer: Trainer, reference, broken: str) -> None:
-    case = Case("one", 4, "none", "llama", "ragged+documents")
+@pytest.mark.parametrize(
+    ("broken", "mask"),
+    [
+        ("window_one_longer", "ragged+documents"),
+        ("documents_end_before_eod", "ragged+documents"),
+        ("own_window_one_longer", "local+documents"),
+    ],
+)
+def test_parity_sees_a_wrong_mask(trainer: Trainer, reference, broken: str, mask: str) -> None:
+    case = Case("one", 4, "none", "llama", mask)
     run = train(trainer, case, "--skyladder-no-probe", gradients=True, broken=broken)
     with pytest.raises(AssertionError):
         assert_parity(run, reference(case.mask, case.architecture))
@@ -256,10 +283,16 @@ def test_middle_stages_read_data_only_for_documents(
     assert len(seen) == ranks * (2 if layout == "pp2-vpp2" else 1)
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2-sp", "pp2", "dp2-distopt-overlap"])
-def test_a_full_window_equals_stock_megatron(trainer: Trainer, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [
+        ("one", f"{OWN} --window-attn-skip-freq 2"),
+        *((layout, "") for layout in ("one", "tp2-sp", "pp2", "dp2-distopt-overlap")),
+    ],
+)
+def test_a_full_window_equals_stock_megatron(trainer: Trainer, layout: str, more: str) -> None:
     num_processes, flags = LAYOUTS[layout]
-    flags = f"{SAMPLES} --micro-batch-size 2 {flags}"
+    flags = f"{SAMPLES} --micro-batch-size 2 {flags} {more}"
     stock = trainer.train(flags, num_processes=num_processes, gradients=True)
     run = trainer.train(f"{flags} {CONSTANT}", num_processes=num_processes, gradients=True)
     assert set(run.windows.values()) == {SEQ_LENGTH}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 from runs import Trainer
-from test_parity import CONSTANT, DOCUMENTS, LINEAR, SLIDING
+from test_parity import CONSTANT, DOCUMENTS, LINEAR, OWN, SLIDING
 
 from megatron_skyladder.testing import requires_megatron
 
@@ -65,6 +65,11 @@ LAUNCHES = {
     "window": Launch(1, f"--micro-batch-size 2 {LINEAR}", WINDOW),
     "documents": Launch(
         1, f"--micro-batch-size 2 {LINEAR} {DOCUMENTS}", IN_DOCUMENTS | {"not_causal": "sees"}
+    ),
+    "local layers": Launch(
+        1,
+        f"--micro-batch-size 1 {LINEAR} {DOCUMENTS} {OWN} --window-attn-skip-freq 4",
+        {"own_window_one_longer": "(it sees 12 tokens at most)"},
     ),
     "sliding": Launch(
         1, f"--micro-batch-size 1 {LINEAR} {SLIDING}", {"sliding_window_one_longer": "sees the key"}

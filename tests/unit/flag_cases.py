@@ -51,10 +51,10 @@ CASES = {
         "--attention-dropout 0.1", "--attention-dropout 0", model="attention_dropout"
     ),
     "--window-size": Case(
-        "--window-size 16,0", "SkyLadder sets the window itself", model="window_size"
+        "--window-size 16,1", "a token would see what comes after it", model="window_size"
     ),
     "--softmax-type": Case(
-        "--softmax-type learnable", "--softmax-type vanilla", parser="parses", model="softmax_type"
+        "--softmax-type learnable", "in its backend sdpa alone", stops=False, parser="parses"
     ),
     "--qk-clip": Case("--qk-clip", "reports its largest logit", parser="parses", model="qk_clip"),
     "--log-max-attention-logit": Case(
@@ -188,6 +188,21 @@ CASES = {
     ),
     "--cp-comm-type": Case(
         "--cp-comm-type a2a", "the exchange between context-parallel ranks", stops=False
+    ),
+    "--moe-expert-capacity-factor": Case(
+        "--moe-expert-capacity-factor 1.5",
+        "drops tokens among those that a rank holds",
+        stops=False,
+        parser="parses",
+    ),
+    "--moe-pad-expert-input-to-capacity": Case(
+        "--moe-pad-expert-input-to-capacity", "pads what experts get", stops=False, parser="parses"
+    ),
+    "--moe-token-drop-policy": Case(
+        "--moe-token-drop-policy position", "goes by the order", stops=False, parser="parses"
+    ),
+    "--moe-input-jitter-eps": Case(
+        "--moe-input-jitter-eps 0.01", "draws the same noise", stops=False, parser="parses"
     ),
     "--window-attn-skip-freq": Case(
         "--window-attn-skip-freq 2", "has no effect without --window-size", stops=False

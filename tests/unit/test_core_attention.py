@@ -1,11 +1,14 @@
 """The core-attention module: against Megatron's own, and what it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
@@ -99,6 +102,119 @@ def test_evaluation_sees_the_whole_row(samples):
     torch.testing.assert_close(attention(*qkv, None), expected)
 
 
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("own_window", [1, 5, 8, 9, 24, 48, 60])
+@pytest.mark.parametrize("window", [8, 32, LENGTH])
+def test_a_local_layer_sees_its_own_window_within_the_ladders(samples, window, own_window, sliding):
+    """Values and gradients; documents or not; in evaluation its own window alone."""
+    clock.current().config = replace(clock.current().config, mask="sliding" if sliding else "local")
+    samples[0] = 4 * (window // 8 - 1)
+    attention = build(transformer_config(window_size=(own_window - 1, 0)))
+    qkv = random_qkv()
+    seen = {"sliding": sliding, "own_window": own_window}
+    ends = np.array([5, 11, 40], np.int32)
+    cut = LENGTH if sliding else window
+    row = fragment_cu_seqlens(ends, seq_length=LENGTH, window_len=cut)
+    mask = torch.from_numpy(np.concatenate((row, row[1:] + np.int32(LENGTH))))
+    for given, document_ends in ((None, None), (mask, ends)):
+        hidden = dense_mask(LENGTH, window_len=window, document_ends=document_ends, **seen)
+        expected, out = dense(qkv, hidden), attention(*qkv, given)
+        torch.testing.assert_close(out, expected)
+        direction = torch.randn_like(out)
+        found = torch.autograd.grad(out, qkv, direction)
+        torch.testing.assert_close(found, torch.autograd.grad(expected, qkv, direction))
+    expected = dense(qkv, dense_mask(LENGTH, window_len=LENGTH, own_window=own_window))
+    torch.testing.assert_close(attention.eval()(*qkv, None), expected)
+
+
+class OneRank:
+    def size(self):
+        return 1
+
+    def rank(self):
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """Megatron puts what it makes on the current device."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+
+
+def tensor_parallel_alone():
+    groups = ProcessGroupCollection()
+    groups.tp = OneRank()
+    return groups
+
+
+def dense_with_sink(qkv, mask, sink):
+    """The same as `dense`, with a key whose value is nothing and whose logit is the sink."""
+    query, key, value = qkv
+    key, value = (x.repeat_interleave(HEADS // GROUPS, 2) for x in (key, value))
+    logits = torch.einsum("qbhd,kbhd->bhqk", query, key) / DIM**0.5
+    terms = logits.masked_fill(~torch.from_numpy(mask), float("-inf")).exp()
+    weights = terms / (terms.sum(-1, keepdim=True) + sink.exp().view(1, -1, 1, 1))
+    return torch.einsum("bhqk,kbhd->qbhd", weights, value).flatten(2)
+
+
+@pytest.mark.parametrize("kind", ["off-by-one", "learnable"])
+@pytest.mark.parametrize(
+    ("window", "sliding", "own_window", "documents"),
+    [
+        (8, False, None, False),
+        (32, False, 5, False),
+        (32, False, None, True),
+        (32, True, 12, True),
+        (LENGTH, False, None, False),
+    ],
+)
+def test_sinks_take_weight_and_give_no_value(samples, kind, window, sliding, own_window, documents):
+    """Values, and gradients of the sinks too, in all kinds of call."""
+    clock.current().config = replace(clock.current().config, mask="sliding" if sliding else "local")
+    samples[0] = 4 * (window // 8 - 1)
+    own = None if own_window is None else (own_window - 1, 0)
+    config = transformer_config(softmax_type=kind, window_size=own)
+    attention = build(config, pg_collection=tensor_parallel_alone())
+    sink = torch.zeros(HEADS)
+    if kind == "learnable":
+        with torch.no_grad():
+            attention.softmax_offset.copy_(torch.tensor([-3.0, 0.0, 1.0, 4.0]))
+        sink = attention.softmax_offset
+    ends = np.array([5, 11, 40], np.int32) if documents else None
+    given = None
+    if documents:
+        cut = LENGTH if sliding else window
+        row = fragment_cu_seqlens(ends, seq_length=LENGTH, window_len=cut)
+        given = torch.from_numpy(np.concatenate((row, row[1:] + np.int32(LENGTH))))
+    seen = dense_mask(
+        LENGTH, window_len=window, document_ends=ends, sliding=sliding, own_window=own_window
+    )
+    qkv = random_qkv()
+    out, expected = attention(*qkv, given), dense_with_sink(qkv, seen, sink)
+    torch.testing.assert_close(out, expected)
+    wanted = [*qkv, *attention.parameters()]
+    direction = torch.randn_like(out)
+    found = torch.autograd.grad(out, wanted, direction)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, wanted, direction))
+
+
+def test_sinks_run_in_sdpa_alone(samples):
+    clock.current().config = replace(clock.current().config, attention_backend="flash")
+    config = transformer_config(softmax_type="off-by-one")
+    with pytest.raises(ValueError, match="=flash cannot be used with --softmax-type=off-by-one"):
+        build(config, pg_collection=tensor_parallel_alone())
+
+
+def test_local_layers_share_what_global_ones_made_where_they_see_the_same(samples):
+    """So a step makes two kinds of segments at most, whatever the number of layers."""
+    layers = [build(transformer_config(window_size=(size, 0))) for size in (6, 7, 100)]
+    layers.append(build())
+    query, _, _ = random_qkv()
+    narrow, *same = [layer._segments(query, None) for layer in layers]
+    assert narrow.sliding_window == 7 and narrow.grid == 8
+    assert all(each is same[0] for each in same) and same[0].sliding_window is None
+
+
 def test_documents_of_each_row(samples):
     attention = build()
     ends = [np.array([5, 11], np.int32), np.array([20], np.int32)]
@@ -114,23 +230,14 @@ def test_documents_of_each_row(samples):
 def test_the_full_window_is_megatrons_own_attention(samples, monkeypatch):
     """Values and gradients to rounding, grouped queries included."""
     from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-    class OneRank:
-        def size(self):
-            return 1
-
-        def rank(self):
-            return 0
 
     class Buffer:  # Megatron's sits on the GPU
         def get_tensor(self, shape, dtype, _):
             return torch.zeros(shape, dtype=dtype)
 
     monkeypatch.setattr(parallel_state, "get_global_memory_buffer", Buffer)
-    groups = ProcessGroupCollection()
-    groups.tp = OneRank()
+    groups = tensor_parallel_alone()
     config = transformer_config()
     stock = DotProductAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
     stock.config.sequence_parallel = True  # keeps dropout (0) from asking for Megatron's RNG state
@@ -174,8 +281,7 @@ def test_packed_sequences_and_inference_are_refused(samples):
     ("changes", "message"),
     [
         ({"attention_dropout": 0.1}, "--attention-dropout 0"),
-        ({"window_size": (7, 0)}, "--skyladder-mask sliding"),
-        ({"softmax_type": "off-by-one"}, "--softmax-type vanilla"),
+        ({"window_size": (7, 1)}, "what comes after it"),
         ({"cuda_graph_impl": "local"}, "replay the window"),
         ({"fp8_dot_product_attention": True}, "runs in 16 bits"),
         ({"qk_clip": True}, "Drop --qk-clip"),

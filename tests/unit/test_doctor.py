@@ -277,8 +277,7 @@ def test_the_schedule_of_a_launch_whose_batch_grows(tmp_path, megatron, capsys):
     ("flags", "problem"),
     [
         ("--reset-attention-mask", "--reset-attention-mask cannot be combined with SkyLadder: "),
-        ("--window-size 128,0", "--window-size=128,0 cannot be combined with SkyLadder: "),
-        ("--softmax-type=learnable", "--softmax-type=learnable cannot be combined"),
+        ("--window-size 128,1", "--window-size=128,1 cannot be combined with SkyLadder: "),
         ("--cuda-graph-impl local", "a CUDA graph of attention would replay the window"),
         ("--attention-dropout 0.2", "--attention-dropout=0.2 cannot be combined"),
     ],

@@ -130,13 +130,13 @@ def test_the_attention_says_it_with_the_row_and_not_without(
 @requires_megatron
 def test_a_real_launch_ends_before_anything_is_built(pool: ProcessPool, tmp_path: Path) -> None:
     """All that has to change is said once, on rank 0, without a traceback."""
-    flags = {"flags": "--reset-attention-mask --window-size 8,0 --attention-dropout 0.1"}
+    flags = {"flags": "--reset-attention-mask --window-size 8,1 --attention-dropout 0.1"}
     pool.run(
         "flag_bodies:launch", num_processes=1, folder=tmp_path, arguments=flags, exit_codes=(2,)
     )
     log = (tmp_path / "log.0.txt").read_text()
     assert "Traceback" not in log and "building GPT model" not in log
-    for flag in ("--reset-attention-mask", "--window-size=8,0", "--attention-dropout=0.1"):
+    for flag in ("--reset-attention-mask", "--window-size=8,1", "--attention-dropout=0.1"):
         assert log.count(f"{flag} ") == 1 or f"{flag} (Megatron's default) cannot" in log
 
 

@@ -197,8 +197,8 @@ def test_settings_that_do_not_fit(tmp_path: Path, old: str, new: str, message: s
 
 def test_time_of_steps_that_were_not_timed() -> None:
     """The median of four on either side; of a step that was trained twice the last time counts."""
-    timed = {1: None, 2: 1.0, 3: 3.0, 4: None, 5: 9.0, 6: 5.0}
-    rows = [{"iteration": 5, "cpu": 90.0}]
+    timed: dict[int, float | None] = {1: None, 2: 1.0, 3: 3.0, 4: None, 5: 9.0, 6: 5.0}
+    rows: list[dict[str, float | None]] = [{"iteration": 5, "cpu": 90.0}]
     rows += [{"iteration": step, "cpu": spent} for step, spent in timed.items()]
     # beside step 1: 1 3 9 5; beside step 4: 1 3 | 9 5; behind step 7: 1 3 9 5
     assert step_seconds(rows, 7) == [4.0, 1.0, 3.0, 4.0, 9.0, 5.0, 4.0]

@@ -75,10 +75,10 @@ def test_a_study_from_beginning_to_end(tmp_path: Path) -> None:
     whole, parts = (read_run(output / f"runs/{it}-seed1/train.log") for it in ("twin", "ladder"))
     # Megatron logs the second line of a start as a mean of two
     begun = {it["iteration"] for it in ladder.events if it["event"] == "started"}
-    for own, other in zip(parts.iterations, whole.iterations, strict=True):
-        assert own.window == other.window
-        if own.iteration - 2 not in begun:
-            assert own.values["lm loss"] == other.values["lm loss"], own.iteration
+    for step, same in zip(parts.iterations, whole.iterations, strict=True):
+        assert step.window == same.window
+        if step.iteration - 2 not in begun:
+            assert step.values["lm loss"] == same.values["lm loss"], step.iteration
     assert ladder.seconds and ladder.last.seconds and twin.seconds
 
     written = _call(config, "--write")

@@ -8,6 +8,7 @@ of values (d but for multi-latent attention), W window.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +21,14 @@ class Backend(torch.nn.Module):
 
     Args:
         scale: factor on the logits.
+
+    ``sink`` is set where the softmax has a sink: it returns the logits of this rank's heads, [h].
     """
 
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.softmax_scale = scale
+        self.sink: Callable[[], torch.Tensor] | None = None
 
     @classmethod
     def build(cls, *, config: Any, scale: float, **stock_arguments: Any) -> Backend:

@@ -93,6 +93,8 @@ def make_backend(name: str, *, config: Any, scale: float, **stock_arguments: Any
     Raises:
         UsageError: what the backend needs is not installed, or the device cannot run it.
     """
+    if has_sink(config):
+        name = _with_sink(name, config.softmax_type)
     heads = None
     if stock_arguments.get("k_channels") is not None:  # multi-latent attention says so
         heads = Heads(stock_arguments["k_channels"], stock_arguments["v_channels"])
@@ -121,6 +123,25 @@ def _build(name: str, heads: Heads | None, **arguments: Any) -> Backend:
     width = value_width(name, *heads, _capability())
     assert width is not None, f"{name} was chosen for heads of {heads}"
     return backend if width == heads.value else WidenedValues(backend, width)
+
+
+def has_sink(config: Any) -> bool:
+    """Return whether the softmax of a model has one more logit than keys (--softmax-type)."""
+    return getattr(config, "softmax_type", "vanilla") != "vanilla"  # from 0.15 on
+
+
+def _with_sink(name: str, softmax_type: str) -> str:
+    """Return the one backend that has sinks.
+
+    Raises:
+        UsageError: another one was asked for.
+    """
+    if name not in (AUTO, "sdpa"):
+        raise UsageError(
+            f"--skyladder-attention-backend={name} cannot be used with --softmax-type="
+            f"{softmax_type}: SkyLadder calls it without a sink. Give sdpa or auto."
+        )
+    return "sdpa"
 
 
 def choose_backends(

@@ -16,11 +16,22 @@ class SdpaBackend(Backend):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
         """See `Backend`."""
-        return sdpa.attend_segments(query, key, value, segments, self.softmax_scale)
+        sink = self._sink_of(query.shape[1])
+        return sdpa.attend_segments(query, key, value, segments, self.softmax_scale, sink)
 
     def attend_windows(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
         """See `Backend`."""
         assert segments.grid is not None
-        return sdpa.attend_grid(query, key, value, segments.grid, self.softmax_scale)
+        if segments.sliding_window is not None:
+            return super().attend_windows(query, key, value, segments)
+        sink = self._sink_of(query.shape[1] * query.shape[2])
+        return sdpa.attend_grid(query, key, value, segments.grid, self.softmax_scale, sink)
+
+    def _sink_of(self, num_heads: int) -> torch.Tensor | None:
+        """Return the sinks for a call in which the heads of several sequences may stand."""
+        if self.sink is None:
+            return None
+        sink = self.sink()
+        return sink.repeat(num_heads // len(sink))

@@ -10,6 +10,7 @@ import torch
 
 from megatron_skyladder.attention.backends.base import Backend, window_size
 from megatron_skyladder.attention.segments import Segments
+from megatron_skyladder.ladder.local_layers import layer_settings, own_window
 
 # TE's names; Megatron's enumeration lacks the second, and only the name is looked at
 _CAUSAL = SimpleNamespace(name="causal")
@@ -27,15 +28,17 @@ class TransformerEngineBackend(Backend):
     Args:
         stock: builds a module from changes to stock's arguments.
         scale: factor on the logits.
+        local: whether stock's module has a sliding window of its own, which only the full window
+            has in full.
     """
 
-    def __init__(self, stock: Any, scale: float) -> None:
+    def __init__(self, stock: Any, scale: float, *, local: bool = False) -> None:
         super().__init__(scale)
         self._build = stock
         self._full = (stock(),)
         # or TE's PyTorch attention takes the queries' lengths for those of the keys
         self._packed = (stock(mask="padding_causal", attention_type="cross"),)
-        self._windows: dict[int, tuple[torch.nn.Module]] = {1: self._full}
+        self._windows: dict[int, tuple[Any]] = {} if local else {1: self._full}
 
     @classmethod
     def build(cls, *, config: Any, scale: float, **stock_arguments: Any) -> Backend:
@@ -59,7 +62,9 @@ class TransformerEngineBackend(Backend):
                 **stock_arguments,
             )
 
-        return cls(stock, scale)
+        layer_number = stock_arguments["layer_number"]
+        local = own_window(*layer_settings(config), layer_number) is not None
+        return cls(stock, scale, local=local)
 
     @classmethod
     def check_installed(cls) -> None:
@@ -110,6 +115,7 @@ class TransformerEngineBackend(Backend):
             if start == stop:
                 continue
             width = min(segments.grid, stop - start)
+            attention.window_size = window_size(segments)
             batched = (
                 _starting_at_zero(x[start:stop].flatten(1, 2)).unflatten(0, (-1, width))
                 for x in (query, key, value)

@@ -70,10 +70,11 @@ def probe_mask(
     _judge(found)
     windows = [times.begins, *([] if times.later is None else [times.later])]
     logger.info(
-        "mask probe passed in %.1f s: windows of %s tokens%s, and evaluation; %s answers of %d "
+        "mask probe passed in %.1f s: windows of %s tokens%s%s, and evaluation; %s answers of %d "
         "attention layers%s on this rank",
         time.perf_counter() - started,
         " and ".join(str(moment.window_len) for moment in windows),
+        f" ({found.own_windows} at most in local layers)" if found.own_windows else "",
         _documents(first) if documents else "",
         f"{found.num_answers:,}",
         found.num_layers,

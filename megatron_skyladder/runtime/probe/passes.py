@@ -22,7 +22,7 @@ from megatron_skyladder.attention.core_attention import SkyLadderAttention
 from megatron_skyladder.attention.rotary import is_rotary, whole_embedding
 from megatron_skyladder.ladder.clock import Clock
 from megatron_skyladder.runtime import document_mask
-from megatron_skyladder.runtime.probe import gradients, questions, states, words
+from megatron_skyladder.runtime.probe import gradients, questions, statement, states, words
 from megatron_skyladder.runtime.probe.gradients import Attend
 from megatron_skyladder.runtime.probe.moments import Moment, Moments
 from megatron_skyladder.runtime.probe.sequences import Replay
@@ -40,6 +40,7 @@ class Findings:
         num_layers: attention layers that were asked.
         num_states: layers that were asked for their state.
         num_answers: what they were asked, over all queries.
+        own_windows: tokens that local layers see at most, as text; empty: there are none.
     """
 
     faults: list[str] = field(default_factory=list)
@@ -48,6 +49,7 @@ class Findings:
     num_layers: int = 0
     num_states: int = 0
     num_answers: int = 0
+    own_windows: str = ""
 
 
 class Passes:
@@ -134,6 +136,9 @@ class Passes:
                     self.findings.faults.append(f"the {what} of {name} is never called")
         self.findings.num_states = sum(map(len, self._states))
         self.findings.num_layers = sum(map(len, self._attentions))
+        layers = [layer for each in self._attentions for layer in each.values()]
+        windows = {layer.own_window for layer in layers if layer.own_window is not None}
+        self.findings.own_windows = ", ".join(map(str, sorted(windows)))
         return self.findings
 
     @contextlib.contextmanager
@@ -141,11 +146,22 @@ class Passes:
         """Let every attention put the questions to itself when it is called."""
         with contextlib.ExitStack() as undo:
             for attentions in self._attentions:
-                for index, (name, attention) in enumerate(attentions.items()):
+                thorough: dict[
+                    int | None, str
+                ] = {}  # the first global layer and the first local one
+                for name, attention in attentions.items():
+                    thorough.setdefault(attention.own_window, name)
+                for name, attention in attentions.items():
                     before = vars(attention).get("forward")
                     undo.callback(_set_or_delete, attention, "forward", before)
+                    undo.callback(setattr, attention, "sink_is_off", False)
+                    attention.sink_is_off = True
                     attention.forward = partial(  # type: ignore[method-assign]
-                        self._answer, name, attention, attention.forward, index == 0
+                        self._answer,
+                        name,
+                        attention,
+                        attention.forward,
+                        thorough[attention.own_window] == name,
                     )
             for layers in self._states:
                 for name, layer in layers.items():
@@ -233,7 +249,8 @@ class Passes:
             self.findings.not_finite = self.findings.not_finite or name
         self._asked[name] += 1
         moment = self._now
-        ask = partial(self._ask, name, attention.softmax_scale, (query, key, value))
+        own_window = statement.own_window(attention.config, attention.layer_number)
+        ask = partial(self._ask, name, attention.softmax_scale, (query, key, value), own_window)
 
         def attend_with(mask: torch.Tensor | None) -> Attend:
             return lambda q, k, v: forward(q, k, v, mask, *args, **kwargs)
@@ -302,6 +319,7 @@ class Passes:
         name: str,
         scale: float,
         tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        own_window: int | None,
         moment: Moment,
         attend: Attend,
         *,
@@ -310,22 +328,24 @@ class Passes:
     ) -> torch.Tensor:
         """Put all questions; returns the output of the first call."""
         outputs = []
-        where = f"{name}, in {moment.name}{again}"
-        for call in questions.calls(moment.sight, *tensors, scale):
+        own = "" if own_window is None else f" (it sees {own_window} tokens at most)"
+        where = f"{name}{own}, in {moment.name}{again}"
+        sight = moment.sight.of_layer(own_window)
+        for call in questions.calls(sight, *tensors, scale):
             if backward:
                 with torch.enable_grad():
-                    out, lost = gradients.wrong_values(moment.sight, call, attend)
-                self.findings.lost += [words.of_gradient(where, moment.sight, it) for it in lost]
+                    out, lost = gradients.wrong_values(sight, call, attend)
+                self.findings.lost += [words.of_gradient(where, sight, it) for it in lost]
             else:
                 out = attend(call.query, call.key, call.value)
-            wrong = questions.wrong_answers(moment.sight, call, out)
-            self.findings.faults += [words.of_answer(where, moment.sight, it) for it in wrong]
+            wrong = questions.wrong_answers(sight, call, out)
+            self.findings.faults += [words.of_answer(where, sight, it) for it in wrong]
             self.findings.num_answers += call.query.shape[:3].numel()
             outputs.append(out)
         if backward:
             with torch.enable_grad():
-                lost = gradients.wrong_softmax(moment.sight, *tensors, scale, attend)
-            self.findings.lost += [words.of_gradient(where, moment.sight, it) for it in lost]
+                lost = gradients.wrong_softmax(sight, *tensors, scale, attend)
+            self.findings.lost += [words.of_gradient(where, sight, it) for it in lost]
         return outputs[0]
 
 

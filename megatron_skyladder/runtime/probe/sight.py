@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +46,20 @@ class Sight:
     def own_in_sequence(self) -> torch.Tensor:
         """[b, s]: the same positions, counted within each sequence."""
         return self.own.T % self.seq_length
+
+    def of_layer(self, own_window: int | None) -> Sight:
+        """Return what a layer sees whose queries see so many keys at most; None: any number."""
+        if own_window is None:
+            return self
+        if own_window not in self._of_local:
+            everywhere = torch.arange(self.num_positions, device=self.first.device)
+            first = torch.maximum(self.first, everywhere - own_window + 1)
+            self._of_local[own_window] = replace(self, first=first)
+        return self._of_local[own_window]
+
+    @cached_property
+    def _of_local(self) -> dict[int, Sight]:
+        return {}
 
     @cached_property
     def is_last_seer(self) -> torch.Tensor:

@@ -121,6 +121,23 @@ STATED: dict[str, Callable[[Any, int], int]] = {
 }
 
 
+def own_window(model: Any, layer_number: int) -> int | None:
+    """Return how many keys a query of this layer sees at most by its model; None: any number.
+
+    Args:
+        model: Megatron's TransformerConfig.
+        layer_number: from 1.
+    """
+    left, _ = getattr(model, "window_size", None) or (-1, 0)
+    pattern = getattr(model, "window_attn_skip_freq", None)
+    is_global = False
+    if isinstance(pattern, int):
+        is_global = layer_number % pattern == 0
+    elif pattern:
+        is_global = not pattern[layer_number - 1]
+    return None if left < 0 or is_global else left + 1
+
+
 def next_change(config: SkyLadderConfig, consumed_samples: int) -> int | None:
     """Return the fewest samples from which on another window holds than now; None: never.
 
