@@ -279,6 +279,7 @@ def _with_input_in_one_piece(original: Callable[..., Any]) -> Callable[..., Any]
 
 
 _HYBRID_MODEL = "megatron.core.models.hybrid.hybrid_model"
+_PREDICTION_HEADS = "megatron.core.transformer.multi_token_prediction"
 HOOKS = (
     Hook(
         "megatron.core.models.gpt.gpt_model",
@@ -327,7 +328,7 @@ HOOKS = (
         "to report validation losses by context length",
     ),
     Hook(
-        prediction_heads.MODULE,
+        _PREDICTION_HEADS,
         "roll_tensor",
         prediction_heads.within_fragments,
         "to keep prediction heads from tokens beyond a fragment",

@@ -13,6 +13,7 @@ from megatron_skyladder.ladder.batch_sizes import batch_sizes
 from megatron_skyladder.ladder.flags import add_arguments, batch_schedule
 from megatron_skyladder.ladder.numbers import argument, whole
 from megatron_skyladder.ladder.presets import PAPER_RUNS, PaperRun
+from megatron_skyladder.ladder.schedules import SCHEDULES
 from megatron_skyladder.ladder.sequence_layout import chunk_length_of
 from megatron_skyladder.planning import model_flags, training_data
 from megatron_skyladder.planning.time_model import add_time_flags
@@ -150,8 +151,9 @@ def _fill_stage_batches(flags: argparse.Namespace) -> None:
     lengths = flags.train_samples or flags.train_iters
     if not (flags.seq_length and lengths and (known or flags.skyladder_stages)):
         return  # what is missing is said later
-    if flags.skyladder_schedule not in (None, "staged"):
-        return
+    schedule = SCHEDULES.get(flags.skyladder_schedule)
+    if flags.skyladder_schedule is not None and not (schedule and schedule.needs_run):
+        return  # stages are what may set batches; an unknown schedule is refused later
     text = batch_schedule(flags)
     if text is not None and flags.step_batch_size_schedule is None:
         flags.step_batch_size_schedule = flags.stage_batches = text

@@ -34,6 +34,9 @@ def test_a_function_that_moved_is_named(tmp_path: Path) -> None:
     folder = releases.installed().folder
     for name in ("training", "core/models", "core/ssm"):
         shutil.copytree(folder / "megatron" / name, tmp_path / "megatron" / name)
+    (tmp_path / "megatron" / "core" / "transformer").mkdir()
+    for name in ("transformer/multi_token_prediction.py", "optimizer_param_scheduler.py"):
+        shutil.copy(folder / "megatron" / "core" / name, tmp_path / "megatron" / "core" / name)
     assert what_moved._hooks(tmp_path, folder) == []
     training = tmp_path / "megatron" / "training" / "training.py"
     text = training.read_text()
