@@ -99,7 +99,7 @@ def test_parity_sees_tokens_beyond_a_fragment(trainer: Trainer, reference) -> No
 
 
 def test_a_full_window_equals_stock_megatron(trainer: Trainer) -> None:
-    """Bit by bit, and so does a run without our flags and Megatron's own way to start one."""
+    """Within rounding; and a run without our flags is the one that Megatron starts, bit by bit."""
     flags = f"{SAMPLES} --micro-batch-size 4"
     stock, ours = (
         trainer.train(f"{flags} {more}", architecture="heads", gradients=True)
