@@ -56,7 +56,7 @@ def fit(pasted: Pasted, batches: str = "") -> Fit:
     addable = [each for each in stops if each.rule.set_to and each.rule.flag not in given]
     change = tuple(_change(each, launch) for each in stops if each not in addable)
     add = [word for each in addable for word in each.rule.set_to.split()]
-    if "--preset" in given:
+    if "--preset" in given and "--skyladder-preset" not in given:
         add += ["--skyladder-preset", _preset(launch)]
     elif not any(flag.startswith("--skyladder-") for flag in given):
         add += ["--skyladder-start-window", str(DEFAULT_START_WINDOW)]

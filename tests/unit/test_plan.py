@@ -229,6 +229,16 @@ def test_what_was_published_is_not_unproven(capsys: pytest.CaptureFixture[str]) 
     assert "unproven" in call(capsys, f"plan {launch} --skyladder-preset modded-nanogpt")
 
 
+def test_a_preset_of_stages_is_not_answered_with_another(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    samples = "--train-samples 12288000 --lr-warmup-samples 1000 --lr-decay-samples 12288000"
+    out = call(capsys, f"plan --preset 1b-8k {samples} --skyladder-preset seesaw")
+    fits = next(line for line in out.splitlines() if line.startswith("Fits"))
+    assert fits.startswith("Fits: add these flags: --step-batch-size-schedule '0:128 ")
+    assert "--skyladder-preset" not in fits
+
+
 def test_stages_with_batches_need_samples(capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, f"{LAUNCH} --skyladder-preset seesaw")
     assert "the run's length has to be given in samples" in message

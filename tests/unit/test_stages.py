@@ -245,9 +245,12 @@ def test_a_word_that_is_wrong(word: str, said: str) -> None:
     ("stages", "said"),
     [
         ("..8:0.5 final:0.5", "begins with ..8:0.5, and there is no window before it"),
-        ("8:rest final:rest", "leaves 1 of the run to 2 stages of the rest"),
-        ("8:1 final:rest", "leaves 0 of the run to 1 stage of the rest"),
-        ("8:1M final:rest", "leaves -243.1"),
+        ("8:rest final:rest", "has 2 stages of the rest. One stage can take it"),
+        (
+            "8:1 final:rest",
+            "leaves nothing to the stage of the rest: the others take 1 times the run",
+        ),
+        ("8:1M final:rest", "the others take 244.1 times the run, which has 4,096 tokens"),
         ("8:0.5 final:0.4", "add up to 0.9"),
         ("8:0.5,lr=sqrt final:0.5", "lr=sqrt follows the batch, and no stage sets one"),
         ("8:0.5,batch=x2 final:0.5", "begins with x2 of the batch before, and there is none"),

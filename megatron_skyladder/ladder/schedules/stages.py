@@ -447,7 +447,7 @@ class Staged(GivenWindows):
                 raise SettingError(
                     "$stages in tokens need to know a step's: give shares of the run here."
                 )
-            run_tokens = self.of_run.step_samples * self.of_run.seq_length * self.total_steps
+            run_tokens = self._run_tokens()
             stages = [
                 stage
                 if stage.tokens is None
@@ -458,13 +458,20 @@ class Staged(GivenWindows):
         if not open_ones:
             return list(stages)
         left = 1 - sum((stage.share or Fraction(0) for stage in stages), Fraction(0))
-        if len(open_ones) > 1 or left <= 0:
+        if len(open_ones) > 1:
             raise SettingError(
-                f"$stages leaves {float(left):g} of the run to {len(open_ones)} stage"
-                f"{'s' if len(open_ones) > 1 else ''} of the rest. One stage can take the rest, and"
-                " the others have to leave it some."
+                f"$stages has {len(open_ones)} stages of the rest. One stage can take it."
+            )
+        if left <= 0:
+            has = f", which has {self._run_tokens():,} tokens" if self.of_run else ""
+            raise SettingError(
+                "$stages leaves nothing to the stage of the rest: the others take "
+                f"{float(1 - left):.4g} times the run{has}. Give a longer run or shorter stages."
             )
         return [replace(each, share=left) if each.share is None else each for each in stages]
+
+    def _run_tokens(self) -> int:
+        return int(self.of_run.step_samples * self.of_run.seq_length * self.total_steps)
 
     def _with_values(self, stages: Sequence[Stage]) -> tuple[Stage, ...]:
         """Give every stage all values that any of them sets."""
