@@ -97,7 +97,7 @@ def test_embedding_ranks(monkeypatch):
     from megatron_skyladder.megatron_lm import launch
 
     for untied, ranks in ((True, [4]), (False, [4, 12])):
-        options = SimpleNamespace(untie_embeddings_and_output_weights=untied)
+        options = SimpleNamespace(untie_embeddings_and_output_weights=untied, mtp_num_layers=None)
         monkeypatch.setattr(launch.compat, "args", lambda options=options: options)
         assert launch.embedding_ranks([4, 8, 12]) == ranks
         assert launch.embedding_ranks([4]) == [4]
