@@ -100,8 +100,8 @@ def test_what_a_run_would_not_take_is_left_out(
 def test_a_wrong_window_fails_the_numerics(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = sdpa.attend_grid
 
-    def off_by_one(query: Any, key: Any, value: Any, window_len: int, scale: float) -> Any:
-        return grid(query, key, value, min(window_len + 1, query.shape[0]), scale)
+    def off_by_one(query: Any, key: Any, value: Any, window_len: int, *rest: Any) -> Any:
+        return grid(query, key, value, min(window_len + 1, query.shape[0]), *rest)
 
     monkeypatch.setattr(sdpa, "attend_grid", off_by_one)
     found = kernels.numerics(bench)
@@ -116,8 +116,8 @@ def test_a_value_that_leaks_from_another_segment(
     """Times zero it is nothing, but for an Inf."""
     attend_grid = sdpa.attend_grid
 
-    def leaking(query: Any, key: Any, value: Any, window_len: int, scale: float) -> Any:
-        return attend_grid(query, key, value, window_len, scale) + 0.0 * value.sum()
+    def leaking(query: Any, key: Any, value: Any, window_len: int, *rest: Any) -> Any:
+        return attend_grid(query, key, value, window_len, *rest) + 0.0 * value.sum()
 
     monkeypatch.setattr(sdpa, "attend_grid", leaking)
     found = kernels.numerics(bench)
