@@ -242,8 +242,8 @@ RULES = (
     FlagRule(
         "--softmax-type",
         Effect.NOTED,
-        "attends with a sink, which SkyLadder has in its backend sdpa alone: exact, and on a GPU "
-        "as slow as attention without a fused kernel",
+        "attends with a sink, which SkyLadder has in its backend sdpa alone: exact, but without a "
+        "fused kernel",
         when=other_than("vanilla"),
         default="vanilla",
     ),

@@ -37,8 +37,6 @@ from megatron_skyladder.attention.segments import split_mask, to_device
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.fragments import fragment_cu_seqlens, rows_cu_seqlens
 
-MODULE = "megatron.core.transformer.multi_token_prediction"
-
 
 def heads(model: torch.nn.Module) -> torch.nn.Module | None:
     """Return the block of prediction heads in a model chunk, where it has one."""
@@ -87,10 +85,9 @@ def within_fragments(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def can_follow() -> bool:
     """Return whether this Megatron shifts all that belongs to a head by one function (0.17 on)."""
-    import importlib
+    from megatron.core.transformer import multi_token_prediction
 
-    module = importlib.import_module(MODULE)
-    return "roll_tensor" in vars(module) and "process_mtp_loss" in vars(module)
+    return {"roll_tensor", "process_mtp_loss"} <= vars(multi_token_prediction).keys()
 
 
 @dataclass(frozen=True)
@@ -121,6 +118,7 @@ class _Follower:
         self._group = group
         self._mask: torch.Tensor | None = None
         self._shift: _Shift | None = None
+        self._of_window: tuple[Any, _Shift] | None = None
 
     def begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what a GPTModel is called with: (input_ids, position_ids, attention_mask, ...)."""
@@ -144,8 +142,7 @@ class _Follower:
         """
         cp_size = 1 if self._group is None else self._group.size()
         if self._shift is None:
-            num_rows, own_length = tensor.shape
-            self._shift = self._make_shift(num_rows, own_length, cp_size, tensor.device)
+            self._shift = self._find_shift(tensor, cp_size)
         shift, everything = self._shift, tensor.contiguous().view(-1)
         if cp_size > 1:
             parts = [torch.empty_like(everything) for _ in range(cp_size)]
@@ -155,6 +152,16 @@ class _Follower:
         if cp_size == 1:
             return rolled, rolled.sum()
         return rolled, everything.masked_fill(~shift.taken, 0).sum() / cp_size
+
+    def _find_shift(self, tensor: torch.Tensor, cp_size: int) -> _Shift:
+        """Return that of the micro-batch; without documents it changes with the window alone."""
+        num_rows, own_length = tensor.shape
+        key = self._clock.window(training=True), num_rows, own_length, tensor.device
+        if self._mask is None and self._of_window is not None and self._of_window[0] == key:
+            return self._of_window[1]
+        shift = self._make_shift(num_rows, own_length, cp_size, tensor.device)
+        self._of_window = (key, shift) if self._mask is None else None
+        return shift
 
     def _make_shift(
         self, num_rows: int, own_length: int, cp_size: int, device: torch.device

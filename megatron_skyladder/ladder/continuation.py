@@ -127,7 +127,7 @@ def rotary_base_reached(arguments: Any) -> int | None:
     if config is None:
         raise UsageError(
             "the run's stages moved the base of rotary embeddings, and which one this checkpoint "
-            f"has reached cannot be told: its arguments no longer give its schedule, "
+            f"has reached is not known: its arguments no longer give its schedule, "
             f"{checkpoint.fingerprint!r}. Use the version of megatron-skyladder that trained it."
         )
     return config.values_of_latest(checkpoint.consumed_samples).rope

@@ -343,7 +343,7 @@ RULES = (
     FlagRule(
         "--use-megatron-fsdp",
         Effect.HARMLESS,
-        "shards parameters, of which attention has none",
+        "shards parameters; attention has none, but for a learnable sink, which was not tried",
     ),
     FlagRule(
         "--use-torch-fsdp2",

@@ -158,8 +158,7 @@ class Queue:
         Args:
             workers: runs at a time, each on one core.
         """
-        waiting = [state.planned for state in states(self.study, self.output)]
-        waiting = [planned for planned in waiting if not self._record(planned).exists()]
+        waiting = [it for it in self.study.runs if not self._record(it).exists()]
         with ThreadPoolExecutor(workers) as pool:
             for done in [pool.submit(self._one, planned) for planned in waiting]:
                 while not done.done():  # a signal's handler runs between two waits

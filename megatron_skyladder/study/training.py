@@ -25,6 +25,7 @@ from typing import Any
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.files import write_text
+from megatron_skyladder.slurm.checkpoints import TRACKER
 from megatron_skyladder.study.settings import Planned
 
 TRAIN_DATA, VALIDATION_DATA = "corpus/train_text_document", "corpus/validation_text_document"
@@ -108,7 +109,7 @@ class Training:
     @property
     def saved_iteration(self) -> int:
         """The step of the newest checkpoint; 0 where there is none."""
-        tracker = self.checkpoints / "latest_checkpointed_iteration.txt"
+        tracker = self.checkpoints / TRACKER
         text = tracker.read_text().strip() if tracker.exists() else ""
         return int(text) if text.isdigit() else 0
 

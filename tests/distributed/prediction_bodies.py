@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from small_models import small_config
 
 SEQ_LENGTH, WINDOW, VOCAB_SIZE = 64, 13, 128
 DOCUMENT_ENDS = ([5, 23, 24, 50], [17, 40])  # of two sequences
@@ -82,23 +83,10 @@ def _model() -> Any:
         get_gpt_mtp_block_spec,
     )
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer import TransformerConfig
 
     model_parallel_cuda_manual_seed(1)
-    config = TransformerConfig(
+    config = small_config(
         num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        num_query_groups=2,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        init_method_std=0.2,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
         mtp_num_layers=NUM_HEADS,
         mtp_loss_scaling_factor=1.0,
     )

@@ -8,10 +8,12 @@ on context-parallel ones, whose gradients of it add up.
 from __future__ import annotations
 
 import pytest
+from histories import LADDER, WINDOWS, History, assert_same_history
 from runs import Run, Trainer
 from test_context_parallel_runs import BALANCED
 from test_parity import (  # noqa: F401
     MASKS,
+    OWN,
     RECOMPUTE,
     SAMPLES,
     assert_parity,
@@ -62,6 +64,18 @@ def test_equals_one_process_with_a_dense_mask(
     expected = reference(mask, "sinks")
     assert any(PARAMETER in name for name in expected.gradients)
     assert_parity(run, expected)
+
+
+def test_resumed_in_mid_ramp(trainer: Trainer) -> None:
+    """With local layers, on two tensor-parallel ranks: the same bits as straight through."""
+    layout = "--tensor-model-parallel-size 2 --sequence-parallel --skyladder-intra-document"
+    flags = f"{LADDER} --micro-batch-size 2 {layout} {OWN}"
+    whole, history = (History(trainer, flags, 2) for _ in range(2))
+    whole.go_on(architecture="sinks")
+    history.go_on("--exit-interval 4", architecture="sinks")
+    history.go_on(architecture="sinks")
+    assert whole.merged("windows") == WINDOWS
+    assert_same_history(history, whole)
 
 
 def test_a_sink_that_is_left_out_would_be_seen(

@@ -146,9 +146,8 @@ class Passes:
         """Let every attention put the questions to itself when it is called."""
         with contextlib.ExitStack() as undo:
             for attentions in self._attentions:
-                thorough: dict[
-                    int | None, str
-                ] = {}  # the first global layer and the first local one
+                # the first global layer and the first local one
+                thorough: dict[int | None, str] = {}
                 for name, attention in attentions.items():
                     thorough.setdefault(attention.own_window, name)
                 for name, attention in attentions.items():
