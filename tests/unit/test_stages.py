@@ -417,7 +417,7 @@ def test_an_export_has_the_base_of_its_own_stage(tmp_path: Path) -> None:
         args.skyladder_fingerprint = config.fingerprint
         assert rotary_base_reached(args) == base
     args.skyladder_stages = ["gone.ini"]
-    with pytest.raises(UsageError, match="which one this checkpoint has reached cannot be told"):
+    with pytest.raises(UsageError, match="which one this checkpoint has reached is not known"):
         rotary_base_reached(args)
     assert rotary_base_reached(argparse.Namespace(rotary_base=7)) is None
 
