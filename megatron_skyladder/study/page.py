@@ -43,11 +43,20 @@ Losses are nats per token on held-out documents, lower is better. A figure in pa
 lowest and the highest seed. Differences are between runs of the same seed, which start from the
 same weights and read the same text in the same order."""
 
+TIMED = """\
+Time is that of training alone, on one core: each step counts the median of steps with such a window
+and mask in the timing runs (`{names}`). The arms ran beside other work, so what they took
+themselves, in the table of runs, says less about their windows."""
+
+UNTIMED = """\
+Time is the CPU time of the training process, validation and checkpoints left out. The runs shared
+caches and memory with other work, which moves it by a tenth and more; the timing runs, which put
+all arms on one clock, have not finished."""
+
 EQUAL_TIME = """\
-Time is the CPU time of the training process, validation and checkpoints left out, so that other
-work on the machine counts for little. *Equal time* is the difference of the losses to the
-constant run when the quicker of the two has ended; the other one is then in mid-schedule, at a
-higher learning rate, which is to the advantage of the quicker one."""
+*Equal time* is the difference of the losses to the constant run when the quicker of the two has
+ended; the other one is then in mid-schedule, at a higher learning rate, which is to the advantage
+of the quicker one."""
 
 
 RERUN = """\
@@ -102,7 +111,7 @@ def page(given: Given, config: Path, picture: str | None) -> str:
         parts += [
             f"\n{HOW_TO_READ}\n\n",
             markdown(losses(given)),
-            f"\n{EQUAL_TIME}\n\n",
+            f"\n{_clock(given)}\n",
             markdown(times(given)),
             copying_part(given),
         ]
@@ -123,8 +132,14 @@ def page(given: Given, config: Path, picture: str | None) -> str:
     return "".join(parts)
 
 
+def _clock(given: Given) -> str:
+    names = dict.fromkeys(run.arm for run in given.study.runs if run.is_timing)
+    text = UNTIMED if given.retimed is None else TIMED.format(names="`, `".join(names))
+    return _wrapped(f"{text} {EQUAL_TIME}".replace("\n", " "))
+
+
 def _limits(study: Study) -> str:
-    main = next(run for run in study.runs if not run.is_sweep)
+    main = next(run for run in study.runs if run.is_compared)
     return LIMITS.format(
         parameters=f"{_parameters(study) / 1e6:.1f}",
         tokens=f"{main.train_iters * main.step_tokens / 1e6:.1f}",
@@ -148,8 +163,8 @@ def _parameters(study: Study) -> int:
 
 
 def _verdicts(given: Given) -> str:
-    planned = [run for run in given.study.runs if not run.is_sweep]
-    done = [it for it in given.found if not it.is_sweep]
+    planned = [run for run in given.study.runs if run.is_compared]
+    done = [it for it in given.found if it.is_compared]
     lines = [f"{len(done)} of {len(planned)} runs have finished."]
     reference = given.reference
     compared = []
@@ -197,7 +212,7 @@ def _verdict(arm: Arm, reference: Arm, noise: float) -> list[str]:
     saved = results.difference(arm, reference, results.time_saved)
     if saved is not None:
         more = "less" if saved.mean >= 0 else "more"
-        text += f"; {abs(100 * saved.mean):.1f} % {more} CPU time"
+        text += f"; {abs(100 * saved.mean):.1f} % {more} time"
     return [_wrapped(text + ".", indent="  ").rstrip()]
 
 
@@ -213,7 +228,7 @@ def _sweep(given: Given) -> str:
     tried = [run for run in given.study.runs if run.is_sweep]
     if not tried:
         return "No other rate was tried.\n"
-    main = next(run for run in given.study.runs if not run.is_sweep)
+    main = next(run for run in given.study.runs if run.is_compared)
     found = {record.name: record for record in given.found}
     rows = [["learning rate", "steps", "validation loss"]]
     for run in tried:
@@ -267,7 +282,7 @@ def _commands(given: Given) -> str:
         + "\n```\n\n"
         + markdown(rows)
     )
-    first = next((it for it in given.found if not it.is_sweep), None)
+    first = next((it for it in given.found if it.is_compared), None)
     if first is not None:
         words = ["python", *map(shlex.quote, first.command)]
         text += f"\nThe whole command of `{first.name}`:\n\n```\n{_folded(words)}\n```\n"

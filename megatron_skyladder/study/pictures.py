@@ -47,7 +47,7 @@ def draw(arms: Sequence[Arm], path: Path) -> None:
             )
     loss = "loss (nats per token)"
     images.label(by_tokens, "Validation loss, whole sequences visible", "tokens (millions)", loss)
-    images.label(by_time, "The same against time", "CPU time of training (hours)", loss)
+    images.label(by_time, "The same against time", "time of training (core hours)", loss)
     images.label(by_length, "After the last step, by context", "context (tokens)", loss)
     images.label(copying, "Random tokens copied from a distance", "distance (tokens)", "right (%)")
     for axes, found in (

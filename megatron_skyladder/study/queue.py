@@ -222,7 +222,7 @@ class Queue:
     def _copying(self, training: Training) -> Mapping[int, Copied] | None:
         """Measure the last checkpoint, in a process of its own; None where it was stopped."""
         options = self.study.copying
-        if not options.distances:
+        if not options.distances or training.planned.is_timing:
             return {}
         out = training.folder / "copying.json"
         command = [

@@ -69,6 +69,9 @@ class Record:
         events: starts, stops and failures, with their times.
         machine: processor and versions.
         corpus: what identifies the text.
+        is_timing: whether it measured how long a step takes, and is no arm either.
+        step_seconds: CPU time of each step, where that is what the run is for; of a step that was
+            not timed, that of its neighbours.
     """
 
     arm: str
@@ -84,6 +87,13 @@ class Record:
     events: list[dict[str, Any]] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
     corpus: str = ""
+    is_timing: bool = False
+    step_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether it is an arm of the comparison."""
+        return not (self.is_sweep or self.is_timing)
 
     @property
     def name(self) -> str:
@@ -146,6 +156,8 @@ def record_of(training: Training, copying: Mapping[int, Copied]) -> Record:
         events=read_rows(training.folder / "events.jsonl"),
         machine=machine(),
         corpus=training.corpus,
+        is_timing=planned.is_timing,
+        step_seconds=spent if planned.is_timing and spent is not None else [],
     )
 
 

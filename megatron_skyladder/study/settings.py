@@ -16,6 +16,7 @@ _SECTIONS: dict[str, tuple[str, ...] | None] = {
     "corpus": ("packages", "validation-share", "vocab-size"),
     "training": ("flags",),
     "sweep": None,
+    "timing": None,
     "arms": None,
     "queue": ("runs",),
     "copying": ("distances", "span", "samples"),
@@ -46,12 +47,19 @@ class Planned:
         seed: of weights and data order.
         flags: of Megatron and SkyLadder, those of every run first, the arm's and --seed behind.
         is_sweep: whether it tries a setting, and is no arm of the comparison.
+        is_timing: whether it measures how long a step takes, and is no arm either.
     """
 
     arm: str
     seed: int
     flags: tuple[str, ...]
     is_sweep: bool = False
+    is_timing: bool = False
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether it is an arm of the comparison."""
+        return not (self.is_sweep or self.is_timing)
 
     @property
     def name(self) -> str:
@@ -186,10 +194,16 @@ def _planned(
     word: str, sections: dict[str, dict[str, str]], common: Sequence[str], path: Path
 ) -> Planned:
     arm, _, seed = word.partition(":")
-    known = {**sections["sweep"], **sections["arms"]}
+    known = {**sections["sweep"], **sections["timing"], **sections["arms"]}
     if arm not in known or not seed.isdigit():
         raise UsageError(
             f"{path} has {word} in [queue]. Give ARM:SEED, with an arm of: {', '.join(known)}."
         )
     flags = (*common, *known[arm].split(), "--seed", seed)
-    return Planned(arm, int(seed), flags, is_sweep=arm in sections["sweep"])
+    return Planned(
+        arm,
+        int(seed),
+        flags,
+        is_sweep=arm in sections["sweep"],
+        is_timing=arm in sections["timing"],
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_skyladder.study import results
+from megatron_skyladder.study import results, timing
 from megatron_skyladder.study.copying import CUE
 from megatron_skyladder.study.records import Record
 from megatron_skyladder.study.results import Arm, Figure
@@ -39,9 +39,15 @@ class Given:
     corpus: dict[str, Any] | None
 
     @cached_property
+    def retimed(self) -> list[Record] | None:
+        """The arms' runs on one clock; None where timing runs are missing."""
+        return timing.retime(self.found)
+
+    @cached_property
     def arms(self) -> list[Arm]:
-        """Those that have finished runs."""
-        return results.arms_of(self.found, list(self.study.arms))
+        """Those that have finished runs, on one clock where there is one."""
+        runs = self.found if self.retimed is None else self.retimed
+        return results.arms_of(runs, list(self.study.arms))
 
     @property
     def reference(self) -> Arm | None:
@@ -70,7 +76,7 @@ def times(given: Given) -> list[list[str]]:
     """Return CPU time, and losses at equal time."""
     lengths = _lengths(given)
     head = [f"at {length:,}, equal time" for length in lengths]
-    rows = [["arm", "CPU hours", "time saved (%)", *head, "whole sequences, equal time"]]
+    rows = [["arm", "core hours", "time saved (%)", *head, "whole sequences, equal time"]]
     for arm in given.arms:
         hours = arm.figure(lambda it: it.seconds)
         rows.append(

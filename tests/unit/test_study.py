@@ -16,7 +16,16 @@ from tiny_study import write_study
 
 from megatron_skyladder.cli import main
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.study import copying, corpus, page, queue, records, results, settings
+from megatron_skyladder.study import (
+    copying,
+    corpus,
+    page,
+    queue,
+    records,
+    results,
+    settings,
+    timing,
+)
 from megatron_skyladder.study.extract import plain_text
 from megatron_skyladder.study.packages import Package
 from megatron_skyladder.study.records import Checked, Copied, Record
@@ -159,9 +168,9 @@ def test_a_debian_package(tmp_path: Path) -> None:
 
 def test_the_study_of_the_repository() -> None:
     study = settings.read(REPOSITORY / "examples/study.ini")
-    names = [run.name for run in study.runs if not run.is_sweep]
+    names = [run.name for run in study.runs if run.is_compared]
     assert names[:2] == ["constant-seed1", "linear-32-seed1"]  # the decisive pair
-    assert {run.arm for run in study.runs if not run.is_sweep} == set(study.arms)
+    assert {run.arm for run in study.runs if run.is_compared} == set(study.arms)
     for arm in ("constant", "linear-32", "linear-8", "pow2"):
         assert f"{arm}-seed2" in names
     main_run = study.runs[0]
@@ -245,6 +254,45 @@ def test_losses_at_equal_time() -> None:
     assert results.equal_time_difference(untimed, constant) is None
 
 
+def _ramp(seconds: list[float], *flags: str) -> Record:
+    """A timing run of windows 16, 64, 64, 128, 128, 128."""
+    windows = (16, 64, 64, 128, 128, 128)
+    curve = [(step, 5.0, window) for step, window in enumerate(windows, start=1)]
+    record = replace(CONSTANT.records[0], arm="time", curve=curve, steps=6, command=list(flags))
+    return replace(record, is_timing=True, step_seconds=seconds)
+
+
+def test_arms_have_the_time_of_timing_runs() -> None:
+    """By hand: 1 s at 16, 3 s (median of 2, 4) at 64, 5 s (of 9, 5, 4) at 128, linear between."""
+    ramp = _ramp([1.0, 2.0, 4.0, 9.0, 5.0, 4.0])
+    costs = timing.costs_of([ramp, CONSTANT.records[0]])
+    assert list(costs) == [("local", False)]
+    assert list(costs[("local", False)].of([8, 16, 40, 64, 96, 128, 999])) == [1, 1, 2, 3, 4, 5, 5]
+
+    # windows of 30 steps: 16 until the 10th, then linear to 64 at the 20th, and 128 at the 30th
+    arm = replace(CONSTANT.records[0], curve=[(10, 5.0, 16), (20, 5.0, 64), (30, 5.0, 128)])
+    first, second = 10 * 1.0, sum(1 + 0.2 * step for step in range(1, 11))
+    third = sum(3 + 0.2 * step for step in range(1, 11))
+    times = [it.seconds for it in timing.retimed(arm, costs[("local", False)]).validations]
+    assert times == pytest.approx([first, first + second, first + second + third])
+
+
+def test_arms_on_different_clocks_are_not_compared() -> None:
+    """One clock for all kinds of masks that have arms, or each arm's own."""
+    plain, other = CONSTANT.records[0], replace(QUICK.records[0], command=["--skyladder-mask"])
+    other = replace(other, command=["--skyladder-mask", "sliding", "--skyladder-intra-document"])
+    assert timing.kind_of(plain) == ("local", False)
+    assert timing.kind_of(other) == ("sliding", True)
+    ramp = _ramp([1.0] * 6)
+    assert timing.retime([plain, other, ramp]) is None
+    found = timing.retime([plain, ramp])
+    assert found is not None and [it.arm for it in found] == ["ladder"]
+    assert found[0].last.seconds == pytest.approx(30)
+    twice = _ramp([2.0] * 6, *other.command)
+    found = timing.retime([plain, other, ramp, twice])
+    assert found is not None and found[1].last.seconds == pytest.approx(60)
+
+
 def test_copying_is_exact() -> None:
     """A model that looks back as far as the distance copies all; one that cannot gets nothing."""
     text = np.arange(40)[None] % 7
@@ -304,7 +352,7 @@ def test_the_page_with_nothing_finished(tmp_path: Path) -> None:
     assert main(["study", str(config), "--write", "--output", str(tmp_path / "study")]) == 0
     text = (tmp_path / "docs/experiments.md").read_text()
     assert "0 of 3 runs have finished. Nothing can be compared yet." in text
-    assert text.count("not finished") == 3 and "losses.png" not in text
+    assert text.count("not finished") == 4 and "losses.png" not in text
     assert "What scale this is" in text and "The text has not been made yet." in text
 
 
@@ -323,13 +371,14 @@ def test_the_page_of_some_runs(tmp_path: Path) -> None:
     verdict = text[text.index("- `twin` against") :].partition("\n\n")[0]
     assert " ".join(verdict.split()) == (
         "- `twin` against `ladder`, one seed: no difference that exceeds noise at equal tokens "
-        "(-0.200 nats); 16.7 % less CPU time."
+        "(-0.200 nats); 16.7 % less time."
     )
     assert "| `ladder` | 0.0 | 2 | 5.150 (5.000 to 5.300) | 4.150 (4.000 to 4.300) |" in text
     assert "| `twin` | 0.07 | +16.7 | -0.700 | -0.700 | -0.700 |" in text
     assert "| `ladder` | 37.5 (25.0 to 50.0) |" in text  # copying
     assert "- 2026-11-29 06:00, `broken-seed1`: exit code 2" in text
     assert "| `broken` | 1 | not finished |" in text
+    assert "the timing runs, which put all arms on one clock, have not" in text.replace("\n", " ")
     assert (tmp_path / "docs/records/losses.png").exists()
 
 
@@ -338,7 +387,7 @@ def test_status_without_and_with_runs(tmp_path: Path, capsys: pytest.CaptureFixt
     output = tmp_path / "study"
     command = ["study", str(config), "--status", "--output", str(output)]
     assert main(command) == 0
-    assert capsys.readouterr().out.count("waiting") == 3
+    assert capsys.readouterr().out.count("waiting") == 4
     folder = output / "runs/ladder-seed1"
     folder.mkdir(parents=True)
     append_row(folder / "events.jsonl", {"event": "started"})
@@ -354,9 +403,9 @@ def test_status_without_and_with_runs(tmp_path: Path, capsys: pytest.CaptureFixt
     assert words["ladder-seed1"][1:3] == ["begun", "3/60"] and "90.00" in words["ladder-seed1"]
     assert words["twin-seed1"][1:3] == ["finished", "60/60"]
     assert "broken-seed1 failed: exit code 2" in shown
-    # 57 steps of the first and 60 of the failed one, at 90 s each
-    assert f"About {(57 + 60) * 90 / 3600:.1f} core hours are left" in shown
-    assert "1 of 3 runs are finished." in shown
+    # 57 steps of the first and 60 of the failed one, 20 of the timing run, at 90 s each
+    assert f"About {(57 + 60 + 20) * 90 / 3600:.1f} core hours are left" in shown
+    assert "1 of 4 runs are finished." in shown
 
 
 def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

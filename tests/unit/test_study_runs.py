@@ -53,10 +53,10 @@ def test_a_study_from_beginning_to_end(tmp_path: Path) -> None:
     assert 11 <= first < 27 and first <= second and (second == first or second % 8 == 0), said
 
     shown = _call(config, "--status").stdout
-    assert "0 of 3 runs are finished" in shown and "core hours are left" in shown
+    assert "0 of 4 runs are finished" in shown and "core hours are left" in shown
     done = _call(config, "--run", "--workers", "2", "--nice", "0")
     assert done.returncode == 1, done.stderr  # one failed, the others went on
-    assert "2 of 3 runs are finished" in done.stdout
+    assert "3 of 4 runs are finished" in done.stdout
     failed = next(line for line in done.stderr.splitlines() if "FAILED" in line)
     assert "broken-seed1: FAILED, exit code 2 after step 0" in failed
     assert "--skyladder-start-window=128 is above the final window of 64" in failed
@@ -80,12 +80,17 @@ def test_a_study_from_beginning_to_end(tmp_path: Path) -> None:
         if step.iteration - 2 not in begun:
             assert step.values["lm loss"] == same.values["lm loss"], step.iteration
     assert ladder.seconds and ladder.last.seconds and twin.seconds
+    clock = records.read(output / "records/time-seed1.json")
+    assert len(clock.step_seconds) == 20 and all(clock.step_seconds) and not clock.copying
 
     written = _call(config, "--write")
     assert written.returncode == 0, written.stderr
     text = (tmp_path / "docs/experiments.md").read_text(encoding="utf-8")
     assert "2 of 3 runs have finished." in text and "Not finished yet: `broken`." in text
-    assert "- `twin` against `ladder`, one seed: no difference that exceeds noise" in text
+    verdict = text[text.index("- `twin` against `ladder`, one seed") :].partition("\n\n")[0]
+    assert "no difference that exceeds noise" in verdict  # and on one clock no time either:
+    assert " ".join(verdict.split()).endswith("(+0.000 nats); 0.0 % less time.")
+    assert "mask in the timing runs (`time`)" in " ".join(text.split())
     assert "`broken-seed1`: exit code 2 after step 0" in text and f"{output}/" not in text
     assert (study.records / "losses.png").stat().st_size > 10_000
 

@@ -29,6 +29,9 @@ flags =
     --eval-interval 20 --eval-iters 4 --skyladder-eval-lengths 16
     --save-interval 8 --log-interval 1 --num-workers 0
 
+[timing]
+time = --skyladder-start-window 8 --skyladder-expand-fraction 0.5 --train-iters 20
+
 [arms]
 ladder = --skyladder-start-window 8 --skyladder-expand-fraction 0.5
 twin = --skyladder-start-window 8 --skyladder-expand-fraction 0.5
@@ -42,7 +45,7 @@ distances = 16 32
 span = 8
 samples = 4
 """
-RUNS = "ladder:1 broken:1 twin:1"
+RUNS = "ladder:1 broken:1 twin:1 time:1"
 
 
 def write_study(folder: Path, runs: str = RUNS) -> Path:
