@@ -343,7 +343,7 @@ RULES = (
     FlagRule(
         "--use-megatron-fsdp",
         Effect.HARMLESS,
-        "shards parameters; attention has none, but for a learnable sink, which was not tried",
+        "shards parameters; attention has none but a learnable sink, sharded like others",
     ),
     FlagRule(
         "--use-torch-fsdp2",

@@ -25,11 +25,23 @@ SHARDED = (
 )
 
 
-def test_megatron_fsdp_trains_as_the_distributed_optimizer_does(trainer: Trainer) -> None:
-    """The probe included, which runs forward and backward passes of its own at start."""
+@pytest.mark.parametrize("architecture", ["llama", "sinks"])
+def test_megatron_fsdp_trains_as_the_distributed_optimizer_does(
+    trainer: Trainer, architecture: str
+) -> None:
+    """The probe included, which runs forward and backward passes of its own at start.
+
+    A learnable sink is a parameter of attention itself, which is sharded like any other.
+    """
     free = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
     plain, sharded = (
-        trainer.train(f"{LADDER} {more}", num_processes=2, load=False, environment=free)
+        trainer.train(
+            f"{LADDER} {more}",
+            num_processes=2,
+            load=False,
+            environment=free,
+            architecture=architecture,
+        )
         for more in ("", SHARDED)
     )
     assert sharded.windows == plain.windows == {0: 8, 8: 19, 16: 30, 24: 41}
