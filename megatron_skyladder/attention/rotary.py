@@ -82,7 +82,7 @@ class RotaryPositions:
         self._compare(rule, layouts)
         if all(layout.is_zigzag for layout in layouts):
             return None
-        key = layouts, offset, self._clock.rotary_base(training=rotary.training)
+        key = layouts, offset, self._clock.rotary(training=rotary.training)
         if self._kept is None or self._kept[0] != key:
             positions = self._positions(layouts)
             self._kept = key, _at(rotary, seq_length, offset, positions)

@@ -13,7 +13,7 @@ import torch
 
 from megatron_skyladder.hugging_face import legacy, pickles, torch_dist
 from megatron_skyladder.hugging_face.architecture import bridge_arguments
-from megatron_skyladder.ladder.continuation import rotary_base_reached
+from megatron_skyladder.ladder.continuation import rotary_reached
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_CONFIG = "run_config.yaml"  # Bridge's
@@ -123,9 +123,11 @@ def _open_torch_dist(folder: Path, trust: bool) -> Checkpoint:
 
 def _of_megatron(folder: Path, kind: str, reader: Reader, common: dict[str, Any]) -> Checkpoint:
     args = common["args"]
-    reached = rotary_base_reached(args)  # of the stage that it was written in, not of the model
-    if reached is not None:
-        args.rotary_base = reached
+    base, factor = rotary_reached(args)  # of the stage that it was written in, not of the model
+    if base is not None:
+        args.rotary_base = base
+    if factor is not None:
+        args.rotary_scaling_factor = factor
     return Checkpoint(
         folder=folder,
         kind=kind,

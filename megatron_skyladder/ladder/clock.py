@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from megatron_skyladder.ladder.config import SkyLadderConfig
-from megatron_skyladder.ladder.schedules import StageValues
+from megatron_skyladder.ladder.schedules import Rotary, StageValues
 from megatron_skyladder.ladder.sequence_layout import Kind, LayoutRule
 
 
@@ -39,8 +39,8 @@ class Clock:
         self._samples = -1
         self._window = config.seq_length
         self._override: int | None = None
-        self._base_at = -1, True
-        self._base: int | None = None
+        self._rotary_at = -1, True
+        self._rotary = Rotary()
 
     def window(self, *, training: bool) -> int:
         """Return the window in tokens; evaluation sees the full sequence."""
@@ -54,18 +54,18 @@ class Clock:
             self._window = self.config.window_at_samples(samples)
         return self._window
 
-    def rotary_base(self, *, training: bool) -> int | None:
-        """Return the base that the stage gives to rotary embeddings; None: the model's own.
+    def rotary(self, *, training: bool) -> Rotary:
+        """Return what the stage sets of rotary embeddings.
 
-        Evaluation has the base of the latest batch that was trained, also where the next one begins
+        Evaluation has that of the latest batch that was trained, also where the next one begins
         another stage: the weights have not seen that yet.
         """
         key = self._consumed_samples(), training
-        if key != self._base_at:
-            self._base_at = key
+        if key != self._rotary_at:
+            self._rotary_at = key
             values = self.config.values_at_samples if training else self.config.values_of_latest
-            self._base = values(key[0]).rope
-        return self._base
+            self._rotary = values(key[0]).rotary
+        return self._rotary
 
     def layout_rule(self, seq_length: int, cp_size: int, *, training: bool) -> LayoutRule:
         """Return how sequences are shared out among context-parallel ranks right now.

@@ -120,7 +120,7 @@ class SkyLadderConfig:
         return self.schedule.window_at(self.step_at_samples(consumed_samples))
 
     def values_at_samples(self, consumed_samples: int) -> StageValues:
-        """Return what goes with that window: batch, factor on the learning rate, RoPE base."""
+        """Return what goes with that window: batch, factor on the learning rate, RoPE."""
         return self.schedule.values_at(self.step_at_samples(consumed_samples))
 
     def values_of_latest(self, consumed_samples: int) -> StageValues:

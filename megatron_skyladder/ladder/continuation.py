@@ -27,7 +27,13 @@ from megatron_skyladder.ladder.flags import (
     is_requested,
     nothing_logged,
 )
-from megatron_skyladder.ladder.schedules import FINAL_WINDOW, Points, Staged, WindowSchedule
+from megatron_skyladder.ladder.schedules import (
+    FINAL_WINDOW,
+    Points,
+    Rotary,
+    Staged,
+    WindowSchedule,
+)
 
 _SHARES = ("stages", "points")  # the fields of schedules that are given by shares of the run
 _NOT_OF_THE_MASK = {  # flags that leave every window and document as it is
@@ -108,29 +114,27 @@ class Checkpoint:
         return {name: value for name, value in given.items() if name not in _NOT_OF_THE_MASK}
 
 
-def rotary_base_reached(arguments: Any) -> int | None:
-    """Return the base that stages gave to rotary embeddings in the latest batch of a checkpoint.
+def rotary_reached(arguments: Any) -> Rotary:
+    """Return what stages set of rotary embeddings in the latest batch of a checkpoint.
 
     Args:
         arguments: Megatron's, as the checkpoint has them.
 
-    Returns:
-        The base, or None where it is the model's own.
-
     Raises:
-        UsageError: stages moved it, and what they were cannot be read any more.
+        UsageError: stages moved them, and what they were cannot be read any more.
     """
     checkpoint = Checkpoint.of(arguments)
-    if ",rope=" not in (checkpoint.fingerprint or ""):
-        return None
+    fingerprint = checkpoint.fingerprint or ""
+    if ",rope=" not in fingerprint and ",yarn=" not in fingerprint:
+        return Rotary()
     config = checkpoint.config()
     if config is None:
         raise UsageError(
-            "the run's stages moved the base of rotary embeddings, and which one this checkpoint "
-            f"has reached is not known: its arguments no longer give its schedule, "
-            f"{checkpoint.fingerprint!r}. Use the version of megatron-skyladder that trained it."
+            "the run's stages moved rotary embeddings, and what this checkpoint has reached is not "
+            f"known: its arguments no longer give its schedule, {checkpoint.fingerprint!r}. Use the"
+            " version of megatron-skyladder that trained it."
         )
-    return config.values_of_latest(checkpoint.consumed_samples).rope
+    return config.values_of_latest(checkpoint.consumed_samples).rotary
 
 
 def _as_typed(value: Any) -> Any:

@@ -262,6 +262,7 @@ def config_from_args(args: Any, megatron: str = "this Megatron") -> SkyLadderCon
         return None
     config = _config(args)
     check_batches(args, config, megatron)
+    check_yarn(args, config)
     return config
 
 
@@ -356,6 +357,28 @@ def _need_train_samples(args: Any) -> None:
             "with --train-iters Megatron decays the learning rate over iterations times micro-batch"
             " size times data-parallel size, which is not what such a run has. Give "
             "--train-samples (and --lr-warmup-samples, --lr-decay-samples)."
+        )
+
+
+def check_yarn(args: Any, config: SkyLadderConfig) -> None:
+    """Refuse stages that set YaRN's factor where the model has none that could follow.
+
+    Raises:
+        UsageError: the message has the flag that fits, or the reason.
+    """
+    if "yarn" not in config.schedule.moves():
+        return
+    if getattr(args, "multi_latent_attention", False):
+        raise UsageError(
+            f"{flag_of('stages')} sets yarn, but in --multi-latent-attention the softmax's scale is"
+            " made of YaRN's factor when a layer is built. Leave yarn out of the stages."
+        )
+    positions = getattr(args, "position_embedding_type", "yarn")
+    if positions != "yarn":
+        raise UsageError(
+            f"{flag_of('stages')} sets yarn, but --position-embedding-type={positions} has no "
+            "factor. Give --position-embedding-type yarn, which Megatron has from 0.19 on, or leave"
+            " yarn out of the stages."
         )
 
 

@@ -65,6 +65,7 @@ _STAGES = {  # by the field of `StageValues`
     "rate_factor": "lr, but Bridge's scheduler sets the learning rate, and SkyLadder changes "
     "nothing inside Bridge",
     "rope": "rope, but Bridge's checkpoints name one rotary base, and its export would write that",
+    "yarn": "yarn, but Bridge's checkpoints name one factor of YaRN's",
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_skyladder.attention import prediction_heads, recurrent
 from megatron_skyladder.attention.layer_spec import with_skyladder
 from megatron_skyladder.attention.rotary import follow_layout
-from megatron_skyladder.attention.rotary_base import follow_base
+from megatron_skyladder.attention.rotary_stages import follow_stages
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import clock, layer_pattern
 from megatron_skyladder.ladder.config import SkyLadderConfig
@@ -122,6 +122,12 @@ def check_options(config: SkyLadderConfig, options: Any) -> None:
             "--mtp-num-layers needs Megatron 0.17 or later with SkyLadder: earlier ones shift the "
             "tokens of a prediction head in several places. Drop it, or take a later release."
         )
+    if "yarn" in config.schedule.moves() and not hasattr(options, "yarn_beta_fast"):
+        raise UsageError(
+            f"--skyladder-stages sets yarn, and Megatron {releases.installed().version} has no "
+            "flags of YaRN for plain attention: releases have them from 0.19 on. Take a newer one, "
+            "or leave yarn out of the stages."
+        )
     if config.intra_document:
         compat.eod_token()
         data_check.check(config, options)
@@ -199,9 +205,10 @@ def _built_with_skyladder(
             draw_as_reference(given.arguments["config"], num_blocks(given.arguments))
         original(*given.args, **given.kwargs)
         ids_begin_anew = getattr(compat.args(), "reset_position_ids", False)
-        if _moves("rope"):
+        moves = clock.current().config.schedule.moves() & {"rope", "yarn"}
+        if moves:
             default = signature.parameters["rotary_base"].default
-            follow_base(self, given.arguments.get("rotary_base", default))
+            follow_stages(self, given.arguments.get("rotary_base", default), moves)
         follow_layout(self, checks_ids=not ids_begin_anew)
         prediction_heads.follow_fragments(self)
 

@@ -12,7 +12,12 @@ from megatron_skyladder.ladder.schedules import Staged, StageValues
 
 FIRST_RELEASE = "0.18"  # that has --step-batch-size-schedule
 _PUBLISHED = ["batch", "learning rate"]  # arXiv:2505.23971, arXiv:2510.14717
-_NAMES = {"batch": "batch", "rate_factor": "learning rate", "rope": "RoPE base"}
+_NAMES = {
+    "batch": "batch",
+    "rate_factor": "learning rate",
+    "rope": "RoPE base",
+    "yarn": "YaRN factor",
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,11 @@ def notes(config: SkyLadderConfig, batches_to_add: str) -> list[str]:
             f'The stages set batches. Give Megatron {STEP_BATCHES} "{batches_to_add}" in place of '
             f"--global-batch-size: releases have it from {FIRST_RELEASE} on, older ones are "
             "refused."
+        )
+    if "YaRN factor" in moved:
+        found.append(
+            "The stages set YaRN's factor. Releases have the flags of YaRN (--position-embedding-"
+            "type yarn, --yarn-*) from 0.19 on, older ones are refused."
         )
     if "learning rate" in moved:
         found.append(

@@ -176,16 +176,17 @@ def _stage_table(plan: Plan, steps: list[int]) -> str:
 
 def _moving_stages(plan: Plan) -> str:
     """Return the stages with all that they set."""
-    lines = [["from sample", "tokens", "window", "batch", "lr factor", "RoPE base"]]
+    moves = plan.config.schedule.moves()
+    own = ["the model's" if name in moves else "" for name in ("rope", "yarn")]
+    lines = [["from sample", "tokens", "window", "batch", "lr factor", "RoPE base", "YaRN factor"]]
     for row in stage_plan.rows(plan.config, plan.total_steps):
         window = f"{row.first_window:,}"
         if row.last_window != row.first_window:
             window += f" -> {row.last_window:,}"
         values = row.values
         rate = "" if values.rate_factor is None else f"{values.rate_factor:.4g}"
-        rest = [values.batch or "", rate, values.rope or "the model's"]
-        if "rope" not in plan.config.schedule.moves():
-            rest[2] = ""
+        yarn = own[1] if values.yarn is None else f"{values.yarn:.4g}"
+        rest = [values.batch or "", rate, values.rope or own[0], yarn]
         lines.append([f"{row.samples:,}", amount(row.tokens), window, *map(str, rest)])
     used = [index for index in range(len(lines[0])) if any(line[index] for line in lines[1:])]
     return table([[line[index] for index in used] for line in lines])

@@ -13,6 +13,7 @@ where --skyladder-stages set them, those of the step's stage:
 
 | skyladder/rate_factor        | on the learning rate                                             |
 | skyladder/rotary_base        | of rotary embeddings                                             |
+| skyladder/yarn_factor        | by which YaRN scales them                                        |
 | skyladder/batch              | samples in the global batch                                      |
 
 and at every --skyladder-attention-stats-interval what `attention.statistics` measures.
@@ -238,7 +239,12 @@ def values(outlook: Outlook, rate: Rate) -> dict[str, float]:
 def stage_values() -> dict[str, float]:
     """Return what the stage of the latest step sets beside the window, by name."""
     values = clock.current().last_values
-    named = {"rate_factor": values.rate_factor, "rotary_base": values.rope, "batch": values.batch}
+    named = {
+        "rate_factor": values.rate_factor,
+        "rotary_base": values.rope,
+        "yarn_factor": values.yarn,
+        "batch": values.batch,
+    }
     return {f"skyladder/{name}": value for name, value in named.items() if value is not None}
 
 

@@ -287,20 +287,44 @@ class _Recorder:
     def watch_rotary(self, model: Any) -> None:
         """Record what the layers get from a model's rotary embedding, where stages move it."""
         rotary = getattr(model, "rotary_pos_emb", None)
-        if rotary is None or id(model) in self.watched or not _moves_rope():
+        if rotary is None or id(model) in self.watched or not _moved() & {"rope", "yarn"}:
             return
         self.watched.add(id(model))
+        if hasattr(rotary, "scaling_factor"):
+            self.watch_turning()
 
-        def note(_: Any, __: Any, angles: torch.Tensor) -> None:
+        def note(_: Any, __: Any, output: Any) -> None:
+            angles, *concentration = output if isinstance(output, tuple) else (output,)
             self.write(
                 "rotary",
                 training=rotary.training,
                 frequency=rotary.inv_freq[1].item(),
+                frequencies=rotary.get_emb(2)[0][1, 0, 0].tolist() if concentration else [],
                 **_place(),
                 angles=angles.double().sum().item(),
             )
 
         rotary.register_forward_hook(note)
+
+    def watch_turning(self) -> None:
+        """Record the concentration with which layers turn queries and keys, recomputed ones too."""
+        from megatron.core.transformer import attention
+
+        original = attention.apply_rotary_pos_emb
+        if hasattr(original, "__wrapped__"):  # by another chunk of the model
+            return
+
+        @functools.wraps(original)
+        def apply_rotary_pos_emb(*args: Any, mscale: float, **kwargs: Any) -> Any:
+            self.write(
+                "turned",
+                training=self.training,
+                with_gradients=torch.is_grad_enabled(),
+                concentration=mscale,
+            )
+            return original(*args, mscale=mscale, **kwargs)
+
+        attention.apply_rotary_pos_emb = apply_rotary_pos_emb
 
 
 class _Counting:
@@ -340,11 +364,12 @@ def _window(training: bool = True) -> int | None:
     return None if active is None else active.window(training=training)
 
 
-def _moves_rope() -> bool:
+def _moved() -> set[str]:
+    """Return what stages move, by the field of `StageValues`."""
     from megatron_skyladder.ladder import clock
 
     active = clock.installed()
-    return active is not None and "rope" in active.config.schedule.moves()
+    return set() if active is None else active.config.schedule.moves()
 
 
 def _unwrapped(model: Any) -> Any:

@@ -215,11 +215,24 @@ def test_stages_that_move_all(capsys: pytest.CaptureFixture[str]) -> None:
         "tokens": 1_638_400,
         "first_window": 512,
         "last_window": 512 + 1536 * 24 // 25,
-        "values": {"batch": 16, "rate_factor": 2**0.5, "rope": 500_000},
+        "values": {"batch": 16, "rate_factor": 2**0.5, "rope": 500_000, "yarn": None},
     }
     flags[at + 1] = "0:8"
     assert main(["plan", *flags]) != 0
     assert "the flag says '0:8'" in capsys.readouterr().err
+
+
+def test_stages_that_move_yarn(capsys: pytest.CaptureFixture[str]) -> None:
+    """A column of its own; what training refuses, plan refuses."""
+    stages = "--skyladder-schedule staged --skyladder-stages 512:0.5 final:rest,rope=50000,yarn=4"
+    launch = LAUNCH.replace("--position-embedding-type rope", "--position-embedding-type yarn")
+    text = " ".join(call(capsys, f"plan -v {launch} {stages}").split())
+    assert "RoPE base YaRN factor" in text
+    assert "0 0 512 the model's the model's 8,000 16.4M 2,048 50000 4" in text
+    assert "from 0.19 on, older ones are refused" in text
+    assert "window, RoPE base and YaRN factor move together here." in text
+    assert main(["plan", *f"{LAUNCH} {stages}".split()]) != 0
+    assert "Give --position-embedding-type yarn, which Meg" in capsys.readouterr().err
 
 
 def test_what_was_published_is_not_unproven(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,13 @@ def _multiple(value: int | str) -> int | str:
         raise ValueError(f"{value!r} is neither a number, nor auto or pow2") from None
 
 
+class Rotary(NamedTuple):
+    """What decides a rotary embedding. None: what Megatron's flags say."""
+
+    base: float | None = None
+    factor: float | None = None  # of YaRN
+
+
 @dataclass(frozen=True)
 class StageValues:
     """What a stage sets beside the window. None: nothing, it is what Megatron's flags say.
@@ -58,11 +65,18 @@ class StageValues:
         batch: samples in a global batch.
         rate_factor: on the learning rate that Megatron's own schedule gives.
         rope: base of the rotary embedding.
+        yarn: its scaling factor, where it is YaRN's.
     """
 
     batch: int | None = None
     rate_factor: float | None = None
     rope: int | None = None
+    yarn: float | None = None
+
+    @property
+    def rotary(self) -> Rotary:
+        """What concerns the rotary embedding."""
+        return Rotary(self.rope, self.yarn)
 
 
 NO_VALUES = StageValues()

@@ -41,7 +41,7 @@ SQRT = "sqrt"  # in the place of a rate factor: it follows the root of the batch
 REST = "rest"
 _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "TOKENS": 1}  # Megatron's, and one
 _TOKENS = re.compile(r"([\d.]+)(K|M|B|T|tokens)", re.IGNORECASE)
-_KEYS = ("batch", "lr", "rope")
+_KEYS = ("batch", "lr", "rope", "yarn")
 _FILE_KEYS = ("window", "share", "tokens", *_KEYS)
 
 
@@ -58,6 +58,7 @@ class Stage:
         squared_rate: the square of the factor on the learning rate, so that roots are exact; or
             SQRT: times the batch relative to the stage before.
         rope: base of the rotary embedding.
+        yarn: its scaling factor, where it is YaRN's.
     """
 
     window: int
@@ -67,6 +68,7 @@ class Stage:
     batch: int | str | None = None
     squared_rate: Fraction | str | None = None
     rope: int | None = None
+    yarn: Fraction | None = None
 
     def __str__(self) -> str:
         """Return the stage as it is given on a command line."""
@@ -85,6 +87,8 @@ class Stage:
             words.append(f"lr={_written_rate(self.squared_rate)}")
         if self.rope is not None:
             words.append(f"rope={self.rope}")
+        if self.yarn is not None:
+            words.append(f"yarn={_written(self.yarn)}")
         return ",".join(words)
 
     @property
@@ -92,7 +96,8 @@ class Stage:
         """What it sets beside the window; of a resolved stage."""
         assert not isinstance(self.batch, str) and not isinstance(self.squared_rate, str)
         rate = None if self.squared_rate is None else _root(self.squared_rate)
-        return StageValues(self.batch, rate, self.rope)
+        yarn = None if self.yarn is None else float(self.yarn)
+        return StageValues(self.batch, rate, self.rope, yarn)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -145,7 +150,7 @@ def _settings(pairs: Iterable[tuple[str, str]], given: str) -> dict[str, Any]:
         if key not in _KEYS:
             raise ValueError(
                 f"{given!r} sets {key or 'nothing'}: behind WINDOW:SHARE there may be "
-                "batch=SAMPLES, lr=FACTOR and rope=BASE, each after a comma"
+                "batch=SAMPLES, lr=FACTOR, rope=BASE and yarn=FACTOR, each after a comma"
             )
         name = "squared_rate" if key == "lr" else key
         if name in found:
@@ -187,15 +192,24 @@ def _read_base(text: str) -> int:
     return _at_least(2, text)
 
 
+def _read_yarn(text: str) -> Fraction:
+    factor = exact(text)
+    if factor < 1:
+        raise ValueError(text)
+    return factor
+
+
 _READ: dict[str, Callable[[str], Any]] = {
     "batch": _read_batch,
     "lr": _read_rate,
     "rope": _read_base,
+    "yarn": _read_yarn,
 }
 _EXPECTED = {
     "batch": "a number of samples, such as 256, or x2 for twice the batch before",
     "lr": "a factor on the learning rate, such as 0.5, 2^0.5, or sqrt for the root of the batch's",
     "rope": "a base of the rotary embedding, such as 500000",
+    "yarn": "a scaling factor of YaRN, 1 or more, such as 4",
 }
 
 
@@ -278,8 +292,9 @@ class Staged(GivenWindows):
             metavar="WINDOW:SHARE",
             help="windows with their shares of the run, such as 128:0.5 final:0.5. A window may "
             "grow (128..2048:0.3), a share may be tokens (20B) or the rest, and after commas a "
-            "stage may set batch=256 (or x2), lr=0.5 (a factor; sqrt: the batch's root) and "
-            "rope=500000; or an .ini file with a section for each stage.",
+            "stage may set batch=256 (or x2), lr=0.5 (a factor; sqrt: the batch's root), "
+            "rope=500000 and yarn=4 (YaRN's factor); or an .ini file with a section for each "
+            "stage.",
         ),
     )
     of_run: Any = None
@@ -480,13 +495,12 @@ class Staged(GivenWindows):
             first_batch = self.of_run.first_batch if self.of_run is not None else None
             batches = _batches(stages, first_batch)
         rates = _squared_rates(stages, batches)
-        ropes: list[int | None] = []
-        for stage in stages:
-            ropes.append(stage.rope or (ropes[-1] if ropes else None))
-        return tuple(
-            replace(stage, batch=batch, squared_rate=rate, rope=rope)
-            for stage, batch, rate, rope in zip(stages, batches, rates, ropes, strict=True)
-        )
+        found: list[Stage] = []
+        rope, yarn = None, None
+        for stage, batch, rate in zip(stages, batches, rates, strict=True):
+            rope, yarn = stage.rope or rope, stage.yarn or yarn
+            found.append(replace(stage, batch=batch, squared_rate=rate, rope=rope, yarn=yarn))
+        return tuple(found)
 
 
 def _of_settings(settings: Mapping[str, Any]) -> tuple[Stage, ...]:
