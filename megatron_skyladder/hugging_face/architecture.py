@@ -6,6 +6,7 @@ and MLP, rotary positions, grouped queries, SwiGLU. What they cannot express is 
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
     "swiglu": (True,),
     "add_bias_linear": (False,),
-    "position_embedding_type": ("rope",),
+    "position_embedding_type": ("rope", "yarn"),
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
     "no_rope_freq": (None,),
@@ -54,6 +55,15 @@ EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "heterogeneous_layers_config_path": (None,),
     "heterogeneous_layers_config_encoded_json": (None,),
 }
+_YARN_ARGUMENTS: dict[str, Any] = {  # Megatron's, with what its module has where they are None
+    "rotary_scaling_factor": 1.0,
+    "yarn_original_max_position_embeddings": 4096,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_correction_range_round_to_int": True,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+}
 # the same for config.json; None: absent as well
 _EXPRESSIBLE_CONFIG: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -66,25 +76,54 @@ _EXPRESSIBLE_CONFIG: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """What YaRN has beside the base and the factor (arXiv:2309.00071).
+
+    Args:
+        original: positions that the model had before it was extended.
+        beta_fast: frequencies with more rotations than this within them stay.
+        beta_slow: those with fewer are divided by the factor; between them it is a mean.
+        rounded: whether both ends of that range are rounded outwards to whole dimensions.
+        attention_factor: on cosines and sines.
+    """
+
+    original: int
+    beta_fast: float
+    beta_slow: float
+    rounded: bool
+    attention_factor: float
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary positions.
 
     Args:
         base: of the frequencies; ``rope_theta``, ``--rotary-base``.
-        kind: ``default``, ``linear`` (positions divided by the factor) or ``llama3``.
+        kind: ``default``, ``linear`` (positions divided by the factor), ``llama3`` or ``yarn``.
         factor: of the scaling.
+        yarn: the rest of that kind.
     """
 
     base: float = DEFAULT_ROTARY_BASE
     kind: str = "default"
     factor: float = 1.0
+    yarn: Yarn | None = None
 
     @property
     def parameters(self) -> dict[str, Any]:
         """What stands in config.json, without the base."""
         if self.kind == "default":
             return {"rope_type": "default"}
-        rest = LLAMA3_REST if self.kind == "llama3" else {}
+        rest: dict[str, Any] = LLAMA3_REST if self.kind == "llama3" else {}
+        if self.yarn is not None:  # nothing is left to defaults, which differ between readers
+            rest = {
+                "original_max_position_embeddings": self.yarn.original,
+                "beta_fast": self.yarn.beta_fast,
+                "beta_slow": self.yarn.beta_slow,
+                "truncate": self.yarn.rounded,
+                "attention_factor": self.yarn.attention_factor,
+            }
         return {"rope_type": self.kind, "factor": self.factor, **rest}
 
 
@@ -168,6 +207,8 @@ def from_megatron(
 
 
 def _megatron_rope(args: Namespace, given_factor: float | None) -> Rope:
+    if args.position_embedding_type == "yarn":  # which takes no other scaling
+        return _megatron_yarn(args)
     scaled = bool(getattr(args, "use_rope_scaling", False))
     interpolation = getattr(args, "rotary_seq_len_interpolation_factor", None)
     if scaled and interpolation:
@@ -179,6 +220,30 @@ def _megatron_rope(args: Namespace, given_factor: float | None) -> Rope:
         return Rope(args.rotary_base, "llama3", _llama3_factor(args, given_factor))
     factor = _linear_factor(args, interpolation, given_factor) if interpolation else 1.0
     return Rope(args.rotary_base) if factor == 1 else Rope(args.rotary_base, "linear", factor)
+
+
+def _megatron_yarn(args: Namespace) -> Rope:
+    """Return what the flags of Megatron-LM 0.19 say; None is the module's default."""
+    missing = [name for name in _YARN_ARGUMENTS if not hasattr(args, name)]
+    if missing:
+        raise ValueError(
+            f"the model's positions are YaRN's, and the checkpoint's arguments lack "
+            f"{', '.join(missing)}, which Megatron-LM has from 0.19 on. Export it with what trained"
+            " it, such as Megatron Bridge."
+        )
+    given = (getattr(args, name) for name in _YARN_ARGUMENTS)
+    factor, original, fast, slow, rounded, mscale, mscale_all_dim = (
+        default if value is None else value
+        for value, default in zip(given, _YARN_ARGUMENTS.values(), strict=True)
+    )
+    concentration = _concentration(factor, mscale) / _concentration(factor, mscale_all_dim)
+    yarn = Yarn(original, float(fast), float(slow), rounded, concentration)
+    return Rope(args.rotary_base, "yarn", float(factor), yarn)
+
+
+def _concentration(factor: float, mscale: float = 1.0) -> float:
+    """Return the factor on cosines and sines (arXiv:2309.00071, equation 22), as Megatron does."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _linear_factor(args: Namespace, recorded: float, given: float | None) -> float:
@@ -336,10 +401,31 @@ def _hugging_face_rope(config: Mapping[str, Any]) -> Rope:
     constants = {"factor": LLAMA3_FACTOR, **LLAMA3_REST}
     if kind == "llama3" and all(scaling.get(name) == value for name, value in constants.items()):
         return Rope(int(base), kind, factor)
+    if kind == "yarn":
+        yarn = _hugging_face_yarn(scaling, factor, config["max_position_embeddings"])
+        if factor > 1 or yarn.attention_factor == 1:
+            return Rope(int(base), kind, factor, yarn)
     raise ValueError(
         f"the rotary scaling {scaling} cannot be given to Megatron-LM: it has linear scaling by "
-        "whole numbers (--rotary-seq-len-interpolation-factor) and Llama 3.1's with "
-        f"{constants} (--use-rope-scaling)."
+        "whole numbers (--rotary-seq-len-interpolation-factor), Llama 3.1's with "
+        f"{constants} (--use-rope-scaling), and YaRN (--position-embedding-type yarn)."
+    )
+
+
+def _hugging_face_yarn(scaling: Mapping[str, Any], factor: float, max_positions: int) -> Yarn:
+    """Read what transformers reads, with its defaults."""
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        upper, lower = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        if not (upper and lower):
+            upper, lower = 1.0, 0.0
+        attention_factor = _concentration(factor, upper) / _concentration(factor, lower)
+    return Yarn(
+        scaling.get("original_max_position_embeddings") or max_positions,
+        float(scaling.get("beta_fast") or _YARN_ARGUMENTS["yarn_beta_fast"]),
+        float(scaling.get("beta_slow") or _YARN_ARGUMENTS["yarn_beta_slow"]),
+        bool(scaling.get("truncate", True)),
+        float(attention_factor),
     )
 
 
@@ -398,6 +484,7 @@ def hugging_face_config(
 
 def megatron_settings(model: Architecture) -> list[tuple[str, dict[str, Any]]]:
     """Return Megatron's flags for this model, each with the arguments that it sets."""
+    positions = "rope" if model.rope.yarn is None else "yarn"
     settings: list[tuple[str, dict[str, Any]]] = [
         (f"--num-layers {model.num_layers}", {"num_layers": model.num_layers}),
         (f"--hidden-size {model.hidden_size}", {"hidden_size": model.hidden_size}),
@@ -413,7 +500,7 @@ def megatron_settings(model: Architecture) -> list[tuple[str, dict[str, Any]]]:
         ),
         ("--swiglu", {"swiglu": True}),
         ("--disable-bias-linear", {"add_bias_linear": False}),
-        ("--position-embedding-type rope", {"position_embedding_type": "rope"}),
+        (f"--position-embedding-type {positions}", {"position_embedding_type": positions}),
         (f"--rotary-base {model.rope.base}", {"rotary_base": model.rope.base}),
         ("--rotary-percent 1.0", {"rotary_percent": 1.0}),
         (f"--init-method-std {model.init_std}", {"init_method_std": model.init_std}),
@@ -435,6 +522,23 @@ def megatron_settings(model: Architecture) -> list[tuple[str, dict[str, Any]]]:
         factor = int(model.rope.factor)
         flag = f"--rotary-seq-len-interpolation-factor {factor}"
         settings.append((flag, {"rotary_seq_len_interpolation_factor": factor}))
+    if model.rope.yarn is not None:
+        settings += _yarn_settings(model.rope.factor, model.rope.yarn)
+    return settings
+
+
+def _yarn_settings(factor: float, yarn: Yarn) -> list[tuple[str, dict[str, Any]]]:
+    """Return the flags of YaRN; --mscale is what gives its attention factor, to rounding."""
+    mscale = (yarn.attention_factor - 1) / (0.1 * math.log(factor)) if factor > 1 else 1.0
+    if _concentration(factor, round(mscale, 12)) == yarn.attention_factor:
+        mscale = round(mscale, 12)  # 1.0 in most models
+    given = (factor, yarn.original, yarn.beta_fast, yarn.beta_slow, yarn.rounded, mscale, 0.0)
+    settings = []
+    for name, value in zip(_YARN_ARGUMENTS, given, strict=True):
+        flag = f"--{name.replace('_', '-')} {value}"
+        if isinstance(value, bool):
+            flag = f"--{'' if value else 'no-'}{name.replace('_', '-')}"
+        settings.append((flag, {name: value}))
     return settings
 
 
@@ -446,8 +550,14 @@ def extended(model: Architecture, seq_length: int, rotary_base: int | None = Non
     highest stays (arXiv:2309.00071, section 3.1).
 
     Raises:
-        ValueError: seq_length is not above what the model has.
+        ValueError: seq_length is not above what the model has, or its positions are YaRN's.
     """
+    if model.rope.yarn is not None:
+        raise ValueError(
+            "--seq-length is given, but the model has been extended with YaRN already: its factor "
+            "is what grows with the length, not its base. Import it without --seq-length, and give "
+            "--rotary-scaling-factor (or stages with yarn=FACTOR) in training."
+        )
     if seq_length <= model.max_positions:
         raise ValueError(
             f"--seq-length={seq_length} is no extension: the model has "

@@ -40,6 +40,8 @@ MODEL_ARGUMENTS = {
     "apply_layernorm_1p",
     "group_query_attention",
     "max_position_embeddings",
+    "mscale",
+    "mscale_all_dim",
     "norm_epsilon",
     "openai_gelu",
     "padded_vocab_size",
@@ -47,11 +49,16 @@ MODEL_ARGUMENTS = {
     "quick_geglu",
     "rotary_base",
     "rotary_percent",
+    "rotary_scaling_factor",
     "rotary_seq_len_interpolation_factor",
     "squared_relu",
     "swiglu",
     "untie_embeddings_and_output_weights",
     "use_rope_scaling",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
+    "yarn_original_max_position_embeddings",
 }
 # fields that decide how it runs
 _RUNTIME_WORDS = ("fusion", "recompute", "fp8", "fp4", "cuda_graph", "offload", "init_method")

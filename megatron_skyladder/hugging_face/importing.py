@@ -302,6 +302,8 @@ def _notes(
         notes.append(
             "--rotary-seq-len-interpolation-factor has an effect from Megatron-LM 0.19 on only."
         )
+    if model.rope.yarn is not None:
+        notes.append("--position-embedding-type yarn is for Megatron-LM from 0.19 on.")
     if longer is not None:
         notes.append(
             f"rotary base {model.rope.base:,} for {model.max_positions:,} positions becomes "

@@ -14,6 +14,8 @@ import pytest
 from histories import RESHARDABLE, History, assert_same_history
 from runs import SEQ_LENGTH, Run, Trainer
 
+from megatron_skyladder.hugging_face.architecture import from_megatron
+from megatron_skyladder.hugging_face.checkpoints import open_checkpoint
 from megatron_skyladder.testing import requires_megatron
 
 pytestmark = requires_megatron
@@ -88,6 +90,14 @@ def by_place(run: Run, event: str, name: str, **values: Any) -> dict[tuple[int, 
     return found
 
 
+def by_step(run: Run) -> dict[int, float]:
+    """Return the sum of the angles that layers got of a sequence, over its context's ranks."""
+    parts: dict[int, dict[int, float]] = {}
+    for entry in run.of("rotary", training=True):
+        parts.setdefault(entry["samples"], {})[entry["context_rank"]] = entry["angles"]
+    return {at: sum(angles.values()) for at, angles in parts.items()}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_trainer_follows_the_table(whole, layout: str) -> None:
     run = whole(layout).attempts[0]
@@ -98,6 +108,9 @@ def test_the_trainer_follows_the_table(whole, layout: str) -> None:
     for (rank, at), frequencies in found.items():
         expected = frequencies_of(*VALUES[at])
         assert frequencies == pytest.approx([*expected, *expected], rel=1e-6), (rank, at)
+    for at, angles in by_step(run).items():
+        expected = 2 * sum(frequencies_of(*VALUES[at])) * SEQ_LENGTH * (SEQ_LENGTH - 1) / 2
+        assert angles == pytest.approx(expected, rel=1e-6), at
     concentrations = {(rank, at): concentration_of(VALUES[at][1]) for rank, at in places}
     passes = (False, True) if "recompute" in flags else (True,)
     for with_gradients in passes:  # under recompute the first pass keeps none
@@ -108,16 +121,8 @@ def test_the_trainer_follows_the_table(whole, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["cp2", "cp2-zigzag"])
-def test_context_parallel_ranks_have_the_angles_of_their_tokens(whole, layout: str) -> None:
-    """Of all ranks together those of a whole sequence; and one process has the same losses."""
+def test_context_parallel_ranks_train_as_one_process(whole, layout: str) -> None:
     run = whole(layout).attempts[0]
-    found: dict[int, dict[int, float]] = {}
-    for entry in run.of("rotary", training=True):
-        found.setdefault(entry["samples"], {})[entry["context_rank"]] = entry["angles"]
-    positions = SEQ_LENGTH * (SEQ_LENGTH - 1) / 2
-    for at, angles in found.items():
-        expected = 2 * sum(frequencies_of(*VALUES[at])) * positions
-        assert sum(angles.values()) == pytest.approx(expected, rel=1e-6), at
     assert run.losses == pytest.approx(whole("one").attempts[0].losses, rel=1e-4)
 
 
@@ -135,6 +140,10 @@ def test_killed_twice(trainer: Trainer, whole, layout: str) -> None:
     history.go_on(RESHARDABLE)
     assert [min(attempt.windows) for attempt in history.attempts] == [0, 40, 48]
     assert_same_history(history, whole(layout))
+    for iteration, at in {4: 24, 5: 32, 6: 40, 8: 56}.items():  # the last batch
+        rope = from_megatron(open_checkpoint(history.folder, iteration=iteration).args, 127).rope
+        assert (rope.base, rope.factor) == VALUES[at]
+        assert rope.parameters["attention_factor"] == concentration_of(rope.factor)
 
 
 def test_evaluation_has_the_factor_of_the_latest_batch(whole) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 
 import pytest
+import torch
 from random_models import LLAMA
 
 from megatron_skyladder.hugging_face.architecture import (
     Architecture,
     Rope,
+    Yarn,
     bridge_arguments,
+    extended,
     from_hugging_face,
     from_megatron,
     hugging_face_config,
@@ -107,8 +111,76 @@ def test_the_interpolation_factor_is_what_training_had() -> None:
         read(**sure, use_rope_scaling=True)
 
 
+FLAGS = {
+    "rotary_scaling_factor": 4.0,
+    "yarn_original_max_position_embeddings": 512,
+    "yarn_beta_fast": 16.0,
+    "yarn_beta_slow": 2.0,
+    "yarn_correction_range_round_to_int": False,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.3,
+}
+
+
+def test_yarn_is_what_megatrons_flags_say() -> None:
+    factor = (0.07 * math.log(4) + 1) / (0.03 * math.log(4) + 1)
+    rope = read(position_embedding_type="yarn", **FLAGS).rope
+    assert rope == Rope(10_000, "yarn", 4.0, Yarn(512, 16.0, 2.0, False, pytest.approx(factor)))
+    left_out = {name: None for name in FLAGS if name.startswith("yarn")}
+    given = {"rotary_scaling_factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+    rope = read(position_embedding_type="yarn", **left_out, **given).rope
+    assert rope.yarn == Yarn(4096, 32.0, 1.0, True, 0.1 * math.log(4) + 1)
+    rope = read(position_embedding_type="yarn", **FLAGS | {"rotary_scaling_factor": 1.0}).rope
+    assert rope.yarn and rope.yarn.attention_factor == 1.0
+    with pytest.raises(ValueError, match="lack yarn_beta_fast, yarn_beta_slow, yarn_correction"):
+        read(position_embedding_type="yarn", **given, yarn_original_max_position_embeddings=9)
+
+
 @pytest.mark.parametrize(
-    "rope", [Rope(1_000_000), Rope(10_000, "linear", 4.0), Rope(500_000, "llama3", 8.0)]
+    ("scaling", "yarn"),
+    [
+        ({}, Yarn(64, 32.0, 1.0, True, 0.1 * math.log(4) + 1)),
+        (
+            {"mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16},
+            Yarn(16, 32.0, 1.0, True, 1.0),
+        ),
+        ({"attention_factor": 1.5, "truncate": False}, Yarn(64, 32.0, 1.0, False, 1.5)),
+    ],
+)
+def test_yarn_is_what_transformers_reads(scaling: dict, yarn: Yarn) -> None:
+    """Against transformers' own function, where it is there."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = hugging_face_config(LLAMA, "float32")
+    del config["rope_parameters"]
+    config["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0, **scaling}
+    found = from_hugging_face(config)
+    assert found.rope == Rope(10_000, "yarn", 4.0, yarn)
+    written = hugging_face_config(found, "float32")
+    read_alike = [
+        ROPE_INIT_FUNCTIONS["yarn"](transformers.LlamaConfig(**each), "cpu")
+        for each in (config, written)
+    ]
+    assert torch.equal(read_alike[0][0], read_alike[1][0])
+    assert read_alike[0][1] == pytest.approx(read_alike[1][1], rel=1e-15)
+
+
+def test_yarn_is_not_extended_by_its_base() -> None:
+    yarn = Yarn(16, 32.0, 1.0, True, 1.0)
+    model = Architecture(**{**vars(LLAMA), "rope": Rope(10_000, "yarn", 4.0, yarn)})
+    with pytest.raises(ValueError, match="extended with YaRN already: its factor is what grows"):
+        extended(model, 128)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        Rope(1_000_000),
+        Rope(10_000, "linear", 4.0),
+        Rope(500_000, "llama3", 8.0),
+        Rope(500_000, "yarn", 8.5, Yarn(512, 16.0, 2.0, False, 1.25)),
+    ],
 )
 def test_config_says_the_same_to_transformers_4_and_5(rope: Rope) -> None:
     """Version 4 reads rope_theta and rope_scaling, 5 saves and reads rope_parameters."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from math import log
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_skyladder.hugging_face import checking, weights
 from megatron_skyladder.hugging_face.architecture import (
     Architecture,
     Rope,
+    Yarn,
 )
 from megatron_skyladder.hugging_face.checkpoints import open_checkpoint
 from megatron_skyladder.hugging_face.exporting import export
@@ -27,6 +29,8 @@ CHANGES = {
     "llama": {},
     "tied": {"tied": True, "rope": Rope(500_000, "linear", 2.0)},
     "qwen2": {"qkv_bias": True, "rope": Rope(10_000, "llama3", 8.0)},
+    "yarn": {"rope": Rope(10_000, "yarn", 4.0, Yarn(512, 32.0, 1.0, True, 0.1 * log(4) + 1))},
+    "yarn of all": {"rope": Rope(50_000, "yarn", 2.5, Yarn(300, 8.0, 2.0, False, 1.3))},
     "qwen3": {"qk_norm": True, "head_dim": 12, "norm_epsilon": 1e-6},
     "qwen3 with bias": {
         "qk_norm": True,
@@ -186,7 +190,14 @@ def damaged(folder: Path, **changes: object) -> Path:
         ({"rope_theta": 5000.0}, "contradicts itself"),
         ({"rope_theta": 0.5, "rope_parameters": None}, "whole numbers"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": None},
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "rope_parameters": None},
+            "'dynamic'.*cannot be given",
+        ),
+        (
+            {
+                "rope_scaling": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 2.0},
+                "rope_parameters": None,
+            },
             "'yarn'.*cannot be given",
         ),
         (

@@ -18,7 +18,7 @@ import torch
 from random_models import LLAMA, write_model
 
 from megatron_skyladder.hugging_face import checking, tokenizer
-from megatron_skyladder.hugging_face.architecture import Architecture, Rope
+from megatron_skyladder.hugging_face.architecture import Architecture, Rope, Yarn
 from megatron_skyladder.hugging_face.exporting import export
 from megatron_skyladder.hugging_face.importing import import_model
 
@@ -29,6 +29,7 @@ KINDS = {
     "llama, base 1e6": {"rope": Rope(1_000_000)},
     "llama, linear, tied": {"rope": Rope(10_000, "linear", 4.0), "tied": True},
     "qwen2, llama3": {"rope": Rope(500_000, "llama3", 8.0), "qkv_bias": True, "head_dim": 12},
+    "llama, yarn": {"rope": Rope(50_000, "yarn", 2.5, Yarn(300, 8.0, 2.0, False, 1.3))},
     "qwen3, bias": {
         "rope": Rope(1_000_000),
         "qkv_bias": True,

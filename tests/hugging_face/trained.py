@@ -68,6 +68,15 @@ KINDS = {
         4,
         "Qwen3",
     ),
+    "yarn, stages": Kind(
+        f"{GROUPS} {UNTIED} --position-embedding-type yarn --rotary-scaling-factor 2 "
+        "--yarn-original-max-position-embeddings 512 --yarn-beta-fast 16 --yarn-beta-slow 2 "
+        "--no-yarn-correction-range-round-to-int --mscale 2 --mscale-all-dim 0.5 "
+        "--skyladder-schedule staged --skyladder-stages "
+        "16:1/3 32:1/3,yarn=12.5,rope=20000 final:rest,yarn=40",
+        1,
+        "Llama",
+    ),
     "bf16, dp2": Kind(f"{GROUPS} {UNTIED} {DISTRIBUTED} --bf16", 2, "Llama"),
 }
 LEGACY = {

@@ -174,13 +174,14 @@ def test_yarn_is_the_module_of_that_base_and_factor(
     yarn_now: Now, make_yarn: Any, options: dict[str, Any]
 ) -> None:
     """Bit for bit what Megatron builds anew, its caches and its attentions' factor included."""
+    anew = {values: make_yarn(*values, **options) for values in YARN.values()}  # clears a cache
     model = follow(make_yarn(**options), moves="rope yarn")
     rotary = model.rotary_pos_emb
     concentrations = set()
-    for yarn_now.samples, (base, factor) in YARN.items():
+    for yarn_now.samples, values in YARN.items():
         for _ in range(2):
             angles, concentration = model()
-        fresh = make_yarn(base, factor, **options)
+        fresh = anew[values]
         expected, of_module = fresh()
         assert torch.equal(angles, expected), yarn_now.samples
         assert [layer._yarn_concentration_factor for layer in (*model.layers, *fresh.layers)] == [
@@ -189,12 +190,12 @@ def test_yarn_is_the_module_of_that_base_and_factor(
         assert concentration == of_module
         for name in ("inv_freq", "inv_freq_extra", "inv_freq_inter"):
             assert torch.equal(getattr(rotary, name), getattr(fresh.rotary_pos_emb, name)), name
-        for mine, anew in zip(
+        for mine, of_fresh in zip(
             rotary.get_cached_cos_sin(LENGTH),
             fresh.rotary_pos_emb.get_cached_cos_sin(LENGTH),
             strict=True,
         ):
-            assert torch.equal(mine, anew)
+            assert torch.equal(mine, of_fresh)
         concentrations.add(concentration)
     assert len(concentrations) == 4
 
@@ -222,6 +223,7 @@ def test_nothing_of_yarn_is_made_within_a_stage(yarn_now: Now, make_yarn: Any) -
 
 
 def test_evaluation_of_yarn_and_what_is_run_again(yarn_now: Now, make_yarn: Any) -> None:
+    anew = {values: make_yarn(*values)() for values in YARN.values()}
     model = follow(make_yarn(), moves="rope yarn")
     for samples, training, values in (
         (6, True, (500_000, 32.5)),
@@ -233,7 +235,7 @@ def test_evaluation_of_yarn_and_what_is_run_again(yarn_now: Now, make_yarn: Any)
         yarn_now.samples = samples
         model.train(training)
         angles, concentration = model()
-        expected, of_module = make_yarn(*values)()
+        expected, of_module = anew[values]
         assert torch.equal(angles, expected) and concentration == of_module, (samples, training)
 
 
@@ -242,6 +244,7 @@ def test_the_positions_of_a_layout_have_the_factor(yarn_now: Now, make_yarn: Any
 
     group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
     clock.current().layout_kind = Kind.WINDOW
+    anew = {values: make_yarn(*values)() for values in YARN.values()}
     model = follow(make_yarn(), moves="rope yarn")
     RotaryPositions(model, group, checks_ids=False)
     with clock.current().override(12):
@@ -249,15 +252,16 @@ def test_the_positions_of_a_layout_have_the_factor(yarn_now: Now, make_yarn: Any
         positions = torch.from_numpy(layout.positions(1))
         for yarn_now.samples, values in YARN.items():
             angles, concentration = model(None, None, None)
-            expected, of_module = make_yarn(*values)()
+            expected, of_module = anew[values]
             assert torch.equal(angles[:, 0, 0], expected[positions, 0, 0])
             assert concentration == of_module
 
 
 def test_a_base_alone_moves_under_yarn(now: Now, make_yarn: Any) -> None:
+    anew = {base: make_yarn(base)()[0] for base in BASES.values()}
     model = follow(make_yarn())
     for now.samples, base in BASES.items():
-        assert torch.equal(model()[0], make_yarn(base)()[0]), now.samples
+        assert torch.equal(model()[0], anew[base]), now.samples
 
 
 # --- what is refused ------------------------------------------------------------------------------
