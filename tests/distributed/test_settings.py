@@ -35,6 +35,7 @@ FIELD_OF_FLAG = {
     "--skyladder-round-to 64": "schedule",
     "--skyladder-preset shortformer --skyladder-stages 256:0.5 final:0.5": "schedule",
     "--skyladder-schedule staged --skyladder-stages 8..512:0.5,lr=0.5,rope=9 final:0.5": "schedule",
+    "--skyladder-schedule staged --skyladder-stages final:0.5,yarn=2 final:0.5,yarn=4": "schedule",
     "--skyladder-schedule cyclic --skyladder-cycles 3": "schedule",
     "--skyladder-schedule points --skyladder-points 0:8 0.5:final": "schedule",
     "--skyladder-begin-samples 128": "begin_samples",

@@ -226,9 +226,9 @@ def test_stages_that_set_more_than_windows_are_refused() -> None:
 
     check_stages(config("8..64:0.5 final:rest"))
     with pytest.raises(UsageError) as refused:
-        check_stages(config("8:0.5,batch=x1,lr=1,rope=9 final:rest"))
+        check_stages(config("8:0.5,batch=x1,lr=1,rope=9,yarn=4 final:rest"))
     reasons = str(refused.value).splitlines()
-    assert [line.split(",")[0] for line in reasons[:3]] == [
-        f"skyladder.stages sets {name}" for name in ("batch", "lr", "rope")
+    assert [line.split(",")[0] for line in reasons[:4]] == [
+        f"skyladder.stages sets {name}" for name in ("batch", "lr", "rope", "yarn")
     ]
-    assert "let the stages set windows alone" in reasons[3]
+    assert "let the stages set windows alone" in reasons[4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -293,6 +294,23 @@ def test_other_modules_are_refused(now: Now, make: Any, make_yarn: Any) -> None:
     model.config.multi_latent_attention = True
     with pytest.raises(UsageError, match="YarnRotaryEmbedding under multi-latent attention where"):
         follow(model, moves="yarn")
+
+
+def test_a_release_without_the_flags_is_named(
+    yarn_now: Now, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.18 knows the name of the positions, and no model that it builds has them."""
+    from megatron_skyladder.megatron_lm import hooks, releases
+
+    monkeypatch.setattr(hooks.hybrid, "check", lambda options: None)
+    monkeypatch.setattr(hooks.flag_rules, "check", lambda options: None)
+    found = releases.Megatron("0.18.2", Path("nowhere"))
+    monkeypatch.setattr(hooks.releases, "installed", lambda: found)
+    options = SimpleNamespace(position_embedding_type="yarn")
+    with pytest.raises(UsageError, match=r"Megatron 0\.18\.2 has no flags of YaRN.* from 0\.19 on"):
+        hooks.check_options(clock.current().config, options)
+    options.yarn_beta_fast = None
+    hooks.check_options(clock.current().config, options)
 
 
 # --- the learning rate ----------------------------------------------------------------------------
