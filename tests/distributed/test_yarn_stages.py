@@ -40,6 +40,12 @@ LAYOUTS = {
         "--micro-batch-size 2 --pipeline-model-parallel-size 2 --recompute-granularity full "
         "--recompute-method uniform --recompute-num-layers 1 --skyladder-intra-document",
     ),
+    "pp2-interleaved": (
+        2,
+        "--micro-batch-size 2 --pipeline-model-parallel-size 2 "
+        "--num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "hybrid": (1, "--micro-batch-size 2 --hybrid-layer-pattern *-*-"),
     "cp2": (2, CP2),
     "cp2-zigzag": (2, f"{CP2} --skyladder-context-parallel-layout zigzag"),
 }
