@@ -46,7 +46,7 @@ class RotaryStages:
         rotary.register_forward_pre_hook(self._follow)
 
     def _check(self, rotary: Any) -> None:
-        """Refuse what is not what this module would make of the base and the factor.
+        """Refuse frequencies or concentrations that base and factor do not make as here.
 
         Raises:
             UsageError: such as frequencies of --use-rope-scaling, which depend on a length as well.
@@ -69,8 +69,8 @@ class RotaryStages:
     def _frequencies(self, wanted: Rotary) -> dict[str, torch.Tensor]:
         """Return the angles per position by their names in the module, each fp32 [dim / 2].
 
-        Computed as Megatron does. Of YaRN's two, with the factor and without, the module takes a
-        mean, with weights that depend on the base.
+        Computed as Megatron does. YaRN's module keeps them with the factor and without, and mixes
+        the two in each forward pass, by weights that depend on the base.
         """
         made = {"inv_freq": self._powers(self._dim, wanted.base)}
         if wanted.factor is not None:
@@ -112,9 +112,10 @@ def follow_stages(model: torch.nn.Module, base: float, moves: set[str]) -> None:
         UsageError: it has none that could follow.
     """
     rotary = getattr(model, "rotary_pos_emb", None)
-    kinds = {YarnRotaryEmbedding} if "yarn" in moves else {RotaryEmbedding, YarnRotaryEmbedding}
+    is_plain = type(rotary) is RotaryEmbedding and "yarn" not in moves
+    is_yarn = type(rotary) is YarnRotaryEmbedding and hasattr(rotary, "get_emb")  # from 0.16 on
     latent = getattr(model.config, "multi_latent_attention", False)
-    if latent or type(rotary) not in kinds or not hasattr(rotary, "get_emb"):
+    if latent or not (is_plain or is_yarn):
         kind = "none" if rotary is None else type(rotary).__name__
         kind += " under multi-latent attention" if latent else ""
         needed = "YaRN's" if "yarn" in moves else "a plain one or YaRN's"

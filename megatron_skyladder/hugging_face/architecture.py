@@ -242,7 +242,7 @@ def _megatron_yarn(args: Namespace) -> Rope:
 
 
 def _concentration(factor: float, mscale: float = 1.0) -> float:
-    """Return the factor on cosines and sines (arXiv:2309.00071, equation 22), as Megatron does."""
+    """Return the factor on cosines and sines (arXiv:2309.00071), as Megatron does."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 

@@ -296,6 +296,25 @@ def test_other_modules_are_refused(now: Now, make: Any, make_yarn: Any) -> None:
         follow(model, moves="yarn")
 
 
+def test_releases_that_make_embeddings_in_one_function(
+    now: Now, make: Any, make_yarn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 0.15: a plain base moves there as well."""
+    from megatron.core.models.common.embeddings import rotary_pos_embedding as plain
+    from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as yarn
+
+    rotary, of_base, model = make(), make(20_000), make_yarn()
+    monkeypatch.delattr(plain.RotaryEmbedding, "get_emb")
+    monkeypatch.delattr(yarn.YarnRotaryEmbedding, "get_emb")
+    follow(rotary)
+    now.samples = 2
+    for hook in rotary._forward_pre_hooks.values():
+        hook(rotary, ())
+    assert torch.equal(rotary.inv_freq, of_base.inv_freq)
+    with pytest.raises(UsageError, match="has YarnRotaryEmbedding where a plain one or YaRN's is"):
+        follow(model)
+
+
 def test_a_release_without_the_flags_is_named(
     yarn_now: Now, monkeypatch: pytest.MonkeyPatch
 ) -> None:
