@@ -66,9 +66,9 @@ def local_ladder(
         escaped = error.template.replace("$$", "$$$$")
         ours = rename(escaped, lambda name: f"${_OURS.get(name, name)}")
         raise SettingError(ours) from None
-    if ladder.multiple > final:
+    if ladder.multiple >= final > ladder.start_window:
         stays = (
-            f"$round_to={round_to} is above the local layers' window of {final} tokens: it "
+            f"$round_to={round_to} is not below the local layers' window of {final} tokens: it "
             f"stays at {ladder.start_window} until it grows to all of them at once."
         )
         logger.warning("%s", rename(stays, naming))

@@ -79,13 +79,14 @@ def test_what_a_schedule_rounds_by_itself_is_not_taken_over() -> None:
 
 
 def test_a_multiple_above_the_window_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
-    assert seen(config(start_window=8, round_to=16), 6) == [4, 4, 4, 4, 16, 16]
+    assert seen(config(start_window=8, round_to=15), 6) == [4, 4, 4, 4, 15, 15]
+    assert seen(config(start_window=8, round_to=16, local_start_window=16), 3) == [8, 8, 16]
     assert not caplog.records
-    assert seen(config(start_window=32, round_to=32), 6) == [4, 4, 4, 4, 16, 16]
+    assert seen(config(start_window=8, round_to=16), 6) == [4, 4, 4, 4, 16, 16]
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        "round_to=32 is above the local layers' window of 16 tokens: it stays at 4 until it grows "
-        "to all of them at once."
+        "round_to=16 is not below the local layers' window of 16 tokens: it stays at 4 until it "
+        "grows to all of them at once."
     ]
 
 
