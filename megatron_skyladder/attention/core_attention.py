@@ -48,7 +48,8 @@ def forget_masks() -> None:
 class SkyLadderAttention(MegatronModule):
     """Causal attention within the current window, and within documents where a mask says so.
 
-    A local layer (`ladder.local_layers`) keeps its own sliding window within them.
+    A local layer (`ladder.local_layers`) keeps its own sliding window within them, which may have a
+    ladder of its own (`ladder.local_ladder`).
 
     Shapes: s tokens of a sequence on this context-parallel rank, b sequences of the micro-batch, h
     query heads and g key/value heads of this tensor-parallel rank, d head size of queries and keys,
@@ -207,7 +208,8 @@ class SkyLadderAttention(MegatronModule):
             cp_size, cp_rank = self._cp_group.size(), self._cp_group.rank()
         seq_length = query.shape[0] * cp_size
         window_len = min(self._clock.window(training=self.training), seq_length)
-        hides = self.own_window is not None and self.own_window < window_len
+        own_window = self._own_window_now()
+        hides = own_window is not None and own_window < window_len
         rows = Rows(
             seq_length=seq_length,
             num_rows=query.shape[1],
@@ -217,7 +219,7 @@ class SkyLadderAttention(MegatronModule):
             cp_size=cp_size,
             cp_rank=cp_rank,
             layout=self._clock.layout_rule(seq_length, cp_size, training=self.training),
-            own_window=self.own_window if hides else None,
+            own_window=own_window if hides else None,
         )
         if attention_mask is None:
             return grid_segments(rows)
@@ -225,6 +227,13 @@ class SkyLadderAttention(MegatronModule):
         if self._clock.config.recurrent_state == "documents":
             attention_mask, _ = split_mask(attention_mask)
         return _masks.get(attention_mask, rows)
+
+    def _own_window_now(self) -> int | None:
+        """Return what a query of this layer sees at most, by its model and its own ladder."""
+        if self.own_window is None:
+            return None
+        ladder = self._clock.local_window(training=self.training)
+        return self.own_window if ladder is None else min(self.own_window, ladder)
 
 
 def context_parallel_group(config: TransformerConfig, pg_collection: Any) -> Any:

@@ -169,8 +169,9 @@ def make_plans(args: argparse.Namespace) -> list[Plan]:
         plan = estimate.make_plan(own, name=name, preset=preset)
         same = [p for p in plans if (p.shape, p.tokens) == (plan.shape, plan.tokens)]
         same = [p for p in same if p.config.seq_length == plan.config.seq_length]
-        if not same and not plan.config.schedule.is_baseline:
-            plans.append(_constant(plan, f"constant ({preset})" if preset else "constant"))
+        if not same and not _is_constant(plan):
+            first = "no ladder" if plan.config.schedule.is_baseline else "constant"
+            plans.append(_constant(plan, f"{first} ({preset})" if preset else first))
         plans.append(plan)
     return plans
 
@@ -178,8 +179,12 @@ def make_plans(args: argparse.Namespace) -> list[Plan]:
 def _constant(plan: Plan, name: str) -> Plan:
     length = plan.config.seq_length
     schedule = WindowSchedule("constant", length, length)
-    config = replace(plan.config, schedule=schedule)
+    config = replace(plan.config, schedule=schedule, local_schedule=None)
     return replace(plan, name=name, config=config)
+
+
+def _is_constant(plan: Plan) -> bool:
+    return plan.config.schedule.is_baseline and plan.config.local_schedule is None
 
 
 def _entries(args: argparse.Namespace) -> Iterator[tuple[str, str | None, dict[str, Any]]]:

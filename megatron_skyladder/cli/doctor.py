@@ -17,7 +17,11 @@ from megatron_skyladder.terminal import GOOD, HEAD, MARKED, led, paragraph, styl
 
 _INTEGERS = (  # what the schedule is made of, beside our own flags
     *("--seq-length", "--global-batch-size", "--train-iters", "--train-samples"),
-    *("--context-parallel-size", "--log-interval"),
+    *("--context-parallel-size", "--log-interval", "--num-layers"),
+)
+_OF_LAYERS = (  # which of them are local
+    *("--window-size", "--window-attn-skip-freq"),
+    *("--hybrid-layer-pattern", "--hybrid-override-pattern"),
 )
 
 
@@ -45,6 +49,8 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     )
     for flag in _INTEGERS:
         megatron.add_argument(flag, type=argument(whole), metavar="N")
+    for flag in _OF_LAYERS:
+        megatron.add_argument(flag, metavar="LAYERS")
     parser.set_defaults(context_parallel_size=1)
     megatron.add_argument("--step-batch-size-schedule", metavar="TOKENS:SAMPLES ...")
     add_arguments(parser)

@@ -104,6 +104,8 @@ def to_json(plan: Plan, steps: list[int]) -> dict[str, Any]:
             *verdict.left_out(plan.pasted),
         ],
     }
+    if plan.config.local_schedule is not None:
+        result["local_windows"] = {str(step): plan.local_window(step) for step in steps}
     if plan.full_step is not None:
         tokens = plan.full_step * plan.batch_tokens
         result["full_window"] = {"step": plan.full_step, "tokens": tokens}
@@ -147,8 +149,9 @@ def _flops_json(plan: Plan) -> dict[str, float] | None:
 def _context_parallel_json(plan: Plan, steps: list[int]) -> dict[str, Any]:
     stages = {}
     for step in steps:
-        stage = parallel_costs(plan, plan.window(step))
-        zigzag = parallel_costs(plan, plan.window(step), Kind.ZIGZAG)
+        windows = plan.window(step), plan.local_window(step)
+        stage = parallel_costs(plan, *windows)
+        zigzag = parallel_costs(plan, *windows, kind=Kind.ZIGZAG)
         stages[str(step)] = {
             "work_of_ranks": stage.work,
             "work_max_over_mean": stage.max_over_mean,

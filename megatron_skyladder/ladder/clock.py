@@ -38,6 +38,7 @@ class Clock:
         self._consumed_samples = consumed_samples
         self._samples = -1
         self._window = config.seq_length
+        self._local_window: int | None = None
         self._override: int | None = None
         self._rotary_at = -1, True
         self._rotary = Rotary()
@@ -52,7 +53,21 @@ class Clock:
         if samples != self._samples:
             self._samples = samples
             self._window = self.config.window_at_samples(samples)
+            self._local_window = None
+            if self.config.local_schedule is not None:
+                self._local_window = self.config.local_window_at_samples(samples)
         return self._window
+
+    def local_window(self, *, training: bool) -> int | None:
+        """Return what a query of a local layer sees at most by the ladder of these layers.
+
+        None: no ladder holds them back, so that their model's own window is what counts: there is
+        none (`local_ladder`), or this is evaluation.
+        """
+        if self._override is not None or not training:
+            return None
+        self.window(training=True)
+        return self._local_window
 
     def rotary(self, *, training: bool) -> Rotary:
         """Return what the stage sets of rotary embeddings.
@@ -84,6 +99,11 @@ class Clock:
     def last_window(self) -> int:
         """The window of the latest training step that looked it up; for logging."""
         return self._window
+
+    @property
+    def last_local_window(self) -> int | None:
+        """What `local_window` was in that step."""
+        return self._local_window
 
     @property
     def last_values(self) -> StageValues:

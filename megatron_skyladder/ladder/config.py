@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from megatron_skyladder.ladder import local_ladder
 from megatron_skyladder.ladder.alignment import aligned_multiple, explain_multiple
 from megatron_skyladder.ladder.batch_sizes import BatchSizes
 from megatron_skyladder.ladder.kernels import AUTO, KERNELS
@@ -68,6 +69,8 @@ class SkyLadderConfig:
         allow_unfinished: whether the schedule may be longer than its ``total_steps``.
         local_layers: the model's layers with a sliding window of their own, for what is counted;
             None: it has none. No part of the fingerprint: the model's, as its sizes are.
+        local_schedule: the own window of these layers as a function of the step (`local_ladder`),
+            in training; None: it is always the model's.
 
     Raises:
         SettingError: a value is out of range, or two do not fit.
@@ -89,8 +92,10 @@ class SkyLadderConfig:
     context_parallel_layout: str = "balanced"
     allow_unfinished: bool = False
     local_layers: LocalLayers | None = None
+    local_schedule: WindowSchedule | None = None
 
     def __post_init__(self) -> None:
+        assert self.local_schedule is None or self.local_layers is not None
         _check_count("seq_length", self.seq_length, 1, "tokens")
         _check_count("step_samples", self.step_samples, 1, "samples")
         _check_count("begin_samples", self.begin_samples, 0, "consumed samples")
@@ -118,6 +123,18 @@ class SkyLadderConfig:
     def window_at_samples(self, consumed_samples: int) -> int:
         """Return the window of the global batch that starts after ``consumed_samples``."""
         return self.schedule.window_at(self.step_at_samples(consumed_samples))
+
+    def local_window_at_samples(self, consumed_samples: int) -> int | None:
+        """Return what a query of a local layer sees at most in that batch, itself included.
+
+        The smaller of the ladder's window and the layers' own one; None: there are no local layers.
+        """
+        if self.local_layers is None:
+            return None
+        own = self.local_layers.window
+        if self.local_schedule is not None:
+            own = self.local_schedule.window_at(self.step_at_samples(consumed_samples))
+        return min(own, self.window_at_samples(consumed_samples))
 
     def values_at_samples(self, consumed_samples: int) -> StageValues:
         """Return what goes with that window: batch, factor on the learning rate, RoPE."""
@@ -149,6 +166,8 @@ class SkyLadderConfig:
         parts = [self.schedule.describe(), f"step of {self.step_samples} samples"]
         if self.begin_samples:
             parts.append(f"from sample {self.begin_samples}")
+        if self.local_schedule is not None:
+            parts.append(f"local layers {self.local_schedule.describe()}")
         parts.append(f"{self.mask} mask")
         parts.append("documents masked" if self.intra_document else "documents not masked")
         if self.recurrent_state:
@@ -193,8 +212,9 @@ def make_config(
 
     Args:
         run: what the ladder belongs to.
-        settings: ``preset``, ``schedule``, the settings of schedules and the fields of
-            `SkyLadderConfig` by name, as values or as the text of their flags; None is not given.
+        settings: ``preset``, ``schedule``, the settings of schedules and of a second ladder
+            (`local_ladder.SETTINGS`) and the fields of `SkyLadderConfig` by name, as values or as
+            the text of their flags; None is not given.
         naming: what log lines call a field.
 
     Raises:
@@ -206,6 +226,7 @@ def make_config(
     preset = _preset(name)
     kind = kind_of(given.pop("schedule", None) or preset.settings.get("schedule", DEFAULT_SCHEDULE))
     own = {field: given.pop(field) for field in list(given) if schedules_with(field)}
+    of_local = {field: given.pop(field) for field in local_ladder.SETTINGS if field in given}
     _warn_unused(own, kind, naming)
     for field in preset.assumes.keys() & kind.settings().keys() - own.keys():
         _warn_assumed(name, preset, field, naming)
@@ -220,6 +241,13 @@ def make_config(
     run = replace(run, step_samples=final_batch or run.step_samples)
     steps = _steps_after(given.get("begin_samples", 0), run)
     schedule = _schedule(kind, window, run, max(1, steps), naming)
+    local_schedule = local_ladder.local_ladder(
+        of_local,
+        run.local_layers,
+        total_steps=max(1, steps),
+        round_to=window.get("round_to"),  # as given: not what a schedule does by itself
+        naming=naming,
+    )
     if name and "final_window" not in own:
         _check_final_window(schedule.final_window, run.seq_length, f" (set by $preset={name})")
     _check_stats_interval(given.get("attention_stats_interval"), run.log_interval)
@@ -230,15 +258,16 @@ def make_config(
         seq_length=run.seq_length,
         step_samples=run.step_samples,
         local_layers=run.local_layers,
+        local_schedule=local_schedule,
         **given,
     )
 
 
 def setting_names() -> list[str]:
     """Return the names of all settings that `make_config` takes."""
-    from_the_run = ("schedule", "seq_length", "step_samples", "local_layers")
+    from_the_run = ("schedule", "seq_length", "step_samples", "local_layers", "local_schedule")
     own = [field.name for field in fields(SkyLadderConfig) if field.name not in from_the_run]
-    return ["preset", "schedule", *all_settings(), *own]
+    return ["preset", "schedule", *all_settings(), *local_ladder.SETTINGS, *own]
 
 
 def _check_names(given: Iterable[str]) -> None:

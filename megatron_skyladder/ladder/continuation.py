@@ -18,6 +18,7 @@ from fractions import Fraction
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder import local_ladder
 from megatron_skyladder.ladder.batch_sizes import BatchSizes, batch_sizes
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.flags import (
@@ -166,19 +167,31 @@ def goes_on(one: SkyLadderConfig, other: SkyLadderConfig, options: Any, first: i
             return False
     if _over_samples(one) == _over_samples(other):
         return True
-    still = max(first, _ramp_end(one), _ramp_end(other))  # from there on neither window moves
+    still = max(first, _ramp_end(one), _ramp_end(other))  # from there on no window moves
+    own_matters = one.local_schedule is not None or other.local_schedule is not None
     sizes = batch_sizes(options)
     starts = _batch_starts(sizes, first, min(_train_samples(options), still + sizes.final))
     return all(
         one.window_at_samples(at) == other.window_at_samples(at)
+        and not (own_matters and _local_windows_differ(one, other, at))
         and one.values_at_samples(at) == other.values_at_samples(at)
         for at in starts
     )
 
 
+def _local_windows_differ(one: SkyLadderConfig, other: SkyLadderConfig, at: int) -> bool:
+    return one.local_window_at_samples(at) != other.local_window_at_samples(at)
+
+
 def _over_samples(config: SkyLadderConfig) -> dict[str, Any]:
-    """Return all that decides the window at a sample, whatever a step or the run's length is."""
-    schedule = config.schedule
+    """Return all that decides the windows at a sample, whatever a step or the run's length is."""
+    values = _schedule_over_samples(config.schedule, config)
+    if config.local_schedule is not None:
+        values["local"] = _schedule_over_samples(config.local_schedule, config)
+    return values
+
+
+def _schedule_over_samples(schedule: WindowSchedule, config: SkyLadderConfig) -> dict[str, Any]:
     values = {each.name: getattr(schedule, each.name) for each in fields(schedule)}
     values["begin_samples"] = config.begin_samples
     rates = [values.pop(name) for name in ("alpha", "expand_fraction")]
@@ -216,8 +229,10 @@ def _train_samples(options: Any) -> int:
 
 
 def _ramp_end(config: SkyLadderConfig) -> int:
-    """Return the consumed samples from which on the window is the final one."""
-    return config.begin_samples + math.ceil(config.schedule.ramp_steps) * config.step_samples
+    """Return the consumed samples from which on the window is the final one, and the local one."""
+    schedules = [it for it in (config.schedule, config.local_schedule) if it is not None]
+    steps = max(math.ceil(schedule.ramp_steps) for schedule in schedules)
+    return config.begin_samples + steps * config.step_samples
 
 
 def _batch_starts(sizes: BatchSizes, first: int, end: int) -> Iterator[int]:
@@ -262,9 +277,13 @@ def _given(options: Any) -> list[str]:
 
 
 def _rate(checkpoint: Checkpoint, saved: SkyLadderConfig, options: Any) -> Flags:
-    """Return the flags that let the ramp take as many samples as it did."""
+    """Return the flags that let the ramps take as many samples as they did."""
     flags: Flags = dict.fromkeys(("alpha", "expand_fraction", *_SHARES))
     final = batch_sizes(options).final
+    if saved.local_schedule is not None:
+        samples = saved.local_schedule.ramp_steps * saved.step_samples
+        run_steps = (_train_samples(options) - saved.begin_samples) // final
+        flags[local_ladder.SHARE] = str(samples / (max(1, run_steps) * final))
     if saved.schedule.has_rate():
         steps = saved.schedule.ramp_steps * saved.step_samples / final
         at_rate_1 = {**checkpoint.flags(), **flags, "alpha": "1", "allow_unfinished": True}

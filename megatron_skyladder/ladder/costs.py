@@ -17,6 +17,7 @@ import numpy as np
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.fragments import visible_pairs, window_pairs
 from megatron_skyladder.ladder.presets import ModelShape
+from megatron_skyladder.ladder.schedules import WindowSchedule
 
 # Seconds that one FLOP of attention takes, relative to one of the matrix products, by Megatron's
 # count of both. FlashAttention's backward repeats one of six products (7/6), and attention kernels
@@ -323,10 +324,16 @@ def window_runs(config: SkyLadderConfig, total_steps: int) -> list[tuple[int, in
 
     A schedule that begins later (--skyladder-begin-samples) holds its first window until then.
     """
+    return _runs_of(config.schedule, config, total_steps)
+
+
+def _runs_of(
+    schedule: WindowSchedule, config: SkyLadderConfig, total_steps: int
+) -> list[tuple[int, int, int]]:
     begin = min(total_steps, -(-config.begin_samples // config.step_samples))
-    runs = config.schedule.segments(total_steps - begin)
+    runs = schedule.segments(total_steps - begin)
     if begin:
-        held = config.window_at_samples(0)
+        held = schedule.window_at(0)
         later = [(first + begin, end + begin, window) for first, end, window in runs]
         runs = [(0, begin, held), *later]
         if later and later[0][2] == held:
@@ -334,50 +341,78 @@ def window_runs(config: SkyLadderConfig, total_steps: int) -> list[tuple[int, in
     return runs
 
 
-def grid_pairs(config: SkyLadderConfig) -> Callable[[Any], Any]:
-    """Return window -> visible pairs of a sequence without documents; takes an array as well.
+def layer_runs(config: SkyLadderConfig, total_steps: int) -> list[tuple[int, ...]]:
+    """Return runs of steps in which all layers keep their windows, counted from sample 0.
 
-    Where layers differ in what they see, the mean over those with attention.
+    Returns:
+        What `window_runs` does; where local layers have a ladder of their own (`local_ladder`),
+        ``(first_step, end_step, window, local_window)``: what a query of theirs sees at most.
+    """
+    runs = window_runs(config, total_steps)
+    if config.local_schedule is None:
+        return list(runs)
+    own = _runs_of(config.local_schedule, config, total_steps)
+    firsts = np.union1d([first for first, _, _ in runs], [first for first, _, _ in own])
+    columns = []
+    for each in (runs, own):
+        starts, _, windows = (np.array(column) for column in zip(*each, strict=True))
+        columns.append(windows[np.searchsorted(starts, firsts, side="right") - 1])
+    both = (firsts, np.append(firsts[1:], total_steps), columns[0], np.minimum(*columns))
+    return list(zip(*(column.tolist() for column in both), strict=True))
+
+
+def grid_pairs(config: SkyLadderConfig) -> Callable[..., Any]:
+    """Return (window, local window) -> visible pairs of a sequence without documents.
+
+    Where layers differ in what they see, the mean over those with attention. Takes arrays as well.
+    Without the second number, or where it is None, local layers see all of their own window.
     """
     length, sliding, local = config.seq_length, config.mask == "sliding", config.local_layers
 
-    def of_layer(window: Any, own_window: int | None = None) -> Any:
-        return window_pairs(window, length, sliding=sliding, own_window=own_window)
+    def pairs(window: Any, local_window: Any = None) -> Any:
+        of_global = window_pairs(window, length, sliding=sliding)
+        if local is None:
+            return of_global
+        own = local.window if local_window is None else local_window
+        return local.mean(of_global, window_pairs(window, length, sliding=sliding, own_window=own))
 
-    if local is None:
-        return of_layer
-    return lambda window: local.mean(of_layer(window), of_layer(window, local.window))
+    return pairs
 
 
-def masked_pairs(config: SkyLadderConfig, cu_seqlens: np.ndarray, window: int) -> float:
+def masked_pairs(
+    config: SkyLadderConfig, cu_seqlens: np.ndarray, window: int, local_window: int | None = None
+) -> float:
     """Return the visible pairs of sequences whose documents are masked; the mean over layers.
 
     Args:
         config: the run's.
         cu_seqlens: int [num_fragments + 1], over all sequences.
         window: tokens.
+        local_window: what a query of a local layer sees at most; None: all of its own window.
     """
     at_most = window if config.mask == "sliding" else None
     of_global, local = visible_pairs(cu_seqlens, window_len=at_most), config.local_layers
     if local is None:
         return of_global
-    at_most = local.window if at_most is None else min(at_most, local.window)
+    own = local.window if local_window is None else local_window
+    at_most = own if at_most is None else min(at_most, own)
     mean: float = local.mean(of_global, visible_pairs(cu_seqlens, window_len=at_most))
     return mean
 
 
 def mean_pairs(
-    runs: Sequence[tuple[int, int, int]], pairs: Callable[[np.ndarray], np.ndarray]
+    runs: Sequence[tuple[int, ...]], pairs: Callable[..., np.ndarray]
 ) -> Fraction | float:
     """Return the visible pairs of a sequence, averaged over the steps of a run.
 
     Args:
-        runs: ``(first_step, end_step, window)``.
-        pairs: windows, int64 [num_runs] -> pairs of a sequence, integers or floats [num_runs].
+        runs: ``(first_step, end_step, window)``, or with what local layers see: `layer_runs`.
+        pairs: windows (and those of local layers), int64 [num_runs] -> pairs of a sequence,
+            integers or floats [num_runs].
     """
-    firsts, ends, windows = zip(*runs, strict=True)
+    firsts, ends, *windows = zip(*runs, strict=True)
     steps: list[int] = list(map(operator.sub, ends, firsts))
-    of_windows = pairs(np.array(windows, dtype=np.int64))
+    of_windows = pairs(*(np.array(column, dtype=np.int64) for column in windows))
     # integers of any size, so that the sum is exact
     total: int | float = sum(map(operator.mul, steps, of_windows.tolist()))
     return (Fraction(total) if isinstance(total, int) else total) / sum(steps)

@@ -25,9 +25,10 @@ from megatron_skyladder.ladder.config import (
     setting_names,
 )
 from megatron_skyladder.ladder.local_layers import local_layers
-from megatron_skyladder.ladder.numbers import argument, whole
+from megatron_skyladder.ladder.numbers import argument, exact, whole
 from megatron_skyladder.ladder.presets import SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import (
+    DEFAULT_EXPAND_FRACTION,
     SCHEDULES,
     Staged,
     WindowSchedule,
@@ -45,6 +46,7 @@ _MEGATRONS = {
     "step_samples": "--global-batch-size",
     "total_steps": "--train-samples or --train-iters",
     "log_interval": "--log-interval",
+    "window_size": "--window-size",
 }
 
 
@@ -102,6 +104,21 @@ def _add_schedule(group: argparse._ArgumentGroup) -> None:
         metavar="SAMPLES",
         help="consumed samples at which the schedule starts, to continue a run that began without "
         "it. Default: 0.",
+    )
+    group.add_argument(
+        "--skyladder-local-start-window",
+        type=_checked(whole),
+        metavar="TOKENS",
+        help="a second ladder, for layers that are local (--window-size L,0): their own window at "
+        "the first step, from which it grows to L + 1 tokens. They see no more than the ladder's "
+        "window either. Default: it is L + 1 from the start.",
+    )
+    group.add_argument(
+        "--skyladder-local-expand-fraction",
+        type=_checked(exact),
+        metavar="SHARE",
+        help="share of all training samples over which the local layers' own window grows. "
+        f"Default: {DEFAULT_EXPAND_FRACTION}.",
     )
 
 

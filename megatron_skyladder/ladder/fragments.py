@@ -108,7 +108,7 @@ def visible_pairs(cu_seqlens: np.ndarray, *, window_len: int | None = None) -> i
 
 
 def window_pairs(
-    window_len: Tokens, seq_length: int, *, sliding: bool = False, own_window: int | None = None
+    window_len: Tokens, seq_length: int, *, sliding: bool = False, own_window: Tokens | None = None
 ) -> Tokens:
     """Count the (query, key) pairs of one sequence without documents, in closed form.
 
@@ -116,8 +116,8 @@ def window_pairs(
         window_len: tokens, an int or an int64 array; the result is the like.
         seq_length: tokens in the sequence.
         sliding: whether the window slides.
-        own_window: tokens that a query of a local layer sees at most (see `local_layers`); None:
-            of a global layer.
+        own_window: tokens that a query of a local layer sees at most (see `local_layers`), also
+            one for each window; None: of a global layer.
     """
     if sliding:
         if own_window is not None:

@@ -94,5 +94,8 @@ def _mean_fraction(plan: Plan, share: Fraction) -> float:
         expand_fraction=share,
         total_steps=_MINIATURE_STEPS,
     )
-    config = replace(plan.config, schedule=linear, begin_samples=0)
+    local = plan.config.local_schedule
+    if local is not None:
+        local = replace(local, total_steps=_MINIATURE_STEPS)
+    config = replace(plan.config, schedule=linear, local_schedule=local, begin_samples=0)
     return replace(plan, config=config, total_steps=_MINIATURE_STEPS).mean_fraction

@@ -69,19 +69,27 @@ class Plan:
         return costs.window_runs(self.config, self.total_steps)
 
     @cached_property
-    def pairs(self) -> Callable[[Any], Any]:
-        """Window -> visible pairs of a sequence, under the masks that can be counted.
+    def layer_runs(self) -> list[tuple[int, ...]]:
+        """The same for all layers: with what local ones see, see `costs.layer_runs`."""
+        return costs.layer_runs(self.config, self.total_steps)
 
-        Takes an int64 array of windows as well.
+    @cached_property
+    def pairs(self) -> Callable[..., Any]:
+        """Windows -> visible pairs of a sequence, under the masks that can be counted.
+
+        Takes the ladder's window and what local layers see, None or left out for all of their own;
+        int64 arrays as well.
         """
         if not self.counts_documents:
             return costs.grid_pairs(self.config)
         assert self.documents is not None
-        windows = [window for _, _, window in self.runs]
+        windows = [run[2] for run in self.layer_runs]
+        two = self.config.local_schedule is not None
         return self.documents.rows.pairs_by_window(
-            [*windows, self.config.seq_length],
+            windows if two else [*windows, self.config.seq_length],
             sliding=self.config.mask == "sliding",
             local_layers=self.config.local_layers,
+            local_windows=[run[3] for run in self.layer_runs] if two else (),
         )
 
     @property
@@ -119,13 +127,24 @@ class Plan:
         """Return the window at a step."""
         return self.config.window_at_samples(step * self.config.step_samples)
 
-    def context(self, window: int) -> float:
-        """Return how many tokens a token sees on average, itself included."""
-        return self.pairs(window) / self.config.seq_length
+    def local_window(self, step: int) -> int | None:
+        """Return what a query of a local layer sees at most; None: no ladder of theirs decides."""
+        if self.config.local_schedule is None:
+            return None
+        return self.config.local_window_at_samples(step * self.config.step_samples)
 
-    def fraction(self, window: int) -> float:
-        """Return attention work at this window, relative to full causal without documents."""
-        return self.pairs(window) / self.causal_pairs
+    def pairs_at(self, step: int) -> float:
+        """Return the visible pairs of a sequence at a step; the mean where layers differ."""
+        found: float = self.pairs(self.window(step), self.local_window(step))
+        return found
+
+    def context_at(self, step: int) -> float:
+        """Return how many tokens a token sees on average, itself included."""
+        return self.pairs_at(step) / self.config.seq_length
+
+    def fraction_at(self, step: int) -> float:
+        """Return attention work at a step, relative to full causal without documents."""
+        return self.pairs_at(step) / self.causal_pairs
 
     @property
     def mean_fraction(self) -> float:
@@ -135,12 +154,12 @@ class Plan:
     @property
     def constant_fraction(self) -> float:
         """The same without the ladder: 1, or less where documents are masked or layers local."""
-        return self.fraction(self.config.seq_length)
+        return float(self.pairs(self.config.seq_length) / self.causal_pairs)
 
     @cached_property
     def mean_pairs(self) -> Fraction | float:
         """Visible pairs of a sequence, averaged over the run."""
-        return costs.mean_pairs(self.runs, self.pairs)
+        return costs.mean_pairs(self.layer_runs, self.pairs)
 
     @cached_property
     def busiest_over_mean(self) -> float:
@@ -281,6 +300,13 @@ def _note_local_layers(config: SkyLadderConfig, notes: list[str]) -> None:
             "at most (--window-size): attention work is the mean over all layers, relative to full "
             "causal attention in each."
         )
+    if config.local_schedule is not None and local is not None:
+        own = config.local_schedule
+        notes.append(
+            f"Their own window grows from {own.start_window:,} tokens to these {local.window:,} "
+            f"over {float(own.ramp_steps):,.0f} steps (--skyladder-local-start-window); they see "
+            "no more than the ladder's window either."
+        )
 
 
 def _documents(
@@ -328,9 +354,11 @@ def alpha_for_share(config: SkyLadderConfig, total_steps: int, share: Fraction) 
 
 def stage_steps(plan: Plan, count: int = 9) -> Sequence[int]:
     """Return the steps to show: every window where there are few, else evenly over the ramp."""
-    if len(plan.runs) <= count + 1:
-        return [first for first, _, _ in plan.runs]
+    if len(plan.layer_runs) <= count + 1:
+        return [first for first, *_ in plan.layer_runs]
     end = plan.full_step if plan.full_step is not None else plan.total_steps - 1
+    if plan.config.local_schedule is not None:
+        end = max(end, plan.layer_runs[-1][0])
     steps = {round(end * part / (count - 1)) for part in range(count)}
     return sorted(steps | {plan.total_steps - 1})
 

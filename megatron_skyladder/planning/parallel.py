@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +45,8 @@ class PlannedRun(Protocol):
 
     def window(self, step: int, /) -> int: ...
 
+    def local_window(self, step: int, /) -> int | None: ...
+
 
 SAMPLE_TOKENS = 1 << 19  # of measured documents; counting looks at every token
 SAMPLE_STEPS = 48  # for the mean over a run
@@ -80,12 +83,15 @@ def layout_kind(plan: PlannedRun) -> Kind:
     return Kind.SEQUENCE if plan.counts_documents else Kind.WINDOW
 
 
-def parallel_costs(plan: PlannedRun, window: int, kind: Kind | None = None) -> ParallelCosts:
+def parallel_costs(
+    plan: PlannedRun, window: int, local_window: int | None = None, *, kind: Kind | None = None
+) -> ParallelCosts:
     """Return the costs of a window under the plan's masks.
 
     Args:
         plan: the run.
         window: tokens.
+        local_window: what a query of a local layer sees at most; None: all of its own window.
         kind: of layout; None: the plan's.
     """
     cu_seqlens = _offsets(plan, window)
@@ -97,8 +103,9 @@ def parallel_costs(plan: PlannedRun, window: int, kind: Kind | None = None) -> P
     at_most, local = window if sliding else None, plan.config.local_layers
     costs: RankCosts = rank_costs(cu_seqlens, layouts, sliding_window=at_most)
     pairs, waiting, received = costs.pairs, costs.waiting_pairs.sum(), costs.received.mean()
-    if local is not None and local.window < window:
-        of_local: RankCosts = rank_costs(cu_seqlens, layouts, sliding_window=local.window)
+    own = 0 if local is None else local.window if local_window is None else local_window
+    if local is not None and own < window:
+        of_local: RankCosts = rank_costs(cu_seqlens, layouts, sliding_window=own)
         pairs = local.mean(pairs, of_local.pairs)
         waiting = local.mean(waiting, of_local.waiting_pairs.sum())
         received = local.mean(received, of_local.received.mean())
@@ -120,10 +127,10 @@ def parallel_costs(plan: PlannedRun, window: int, kind: Kind | None = None) -> P
 def mean_max_over_mean(plan: PlannedRun) -> float:
     """Return the busiest rank's attention work over the mean rank's, of the whole run."""
     steps = np.unique(np.linspace(0, plan.total_steps - 1, SAMPLE_STEPS).round().astype(int))
-    windows, counts = np.unique([plan.window(int(step)) for step in steps], return_counts=True)
-    works = [parallel_costs(plan, int(window)).work for window in windows]
-    busiest = sum(count * max(work) for count, work in zip(counts, works, strict=True))
-    mean = sum(count * sum(work) / len(work) for count, work in zip(counts, works, strict=True))
+    counts = Counter((plan.window(step), plan.local_window(step)) for step in steps.tolist())
+    works = {windows: parallel_costs(plan, *windows).work for windows in counts}
+    busiest = sum(count * max(works[windows]) for windows, count in counts.items())
+    mean = sum(count * np.mean(works[windows]) for windows, count in counts.items())
     return float(busiest / mean)
 
 

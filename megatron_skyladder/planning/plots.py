@@ -28,8 +28,8 @@ def draw_plans(path: str, plans: Sequence[Plan]) -> None:
         steps = _steps(plan)
         tokens = [step * plan.batch_tokens / scale for step in [*steps, plan.total_steps]]
         windows = [plan.window(step) for step in steps]
-        fractions = [100 * plan.fraction(length) for length in windows]
-        costs = _cumulated(plan, steps, windows)
+        fractions = [100 * plan.fraction_at(step) for step in steps]
+        costs = _cumulated(plan, steps)
         style = {
             "color": images.colour_of(index),
             "linestyle": LINES[index % len(LINES)],
@@ -64,9 +64,9 @@ def draw_comparison(path: str, plans: Sequence[Plan]) -> None:
         steps = _steps(plan)
         tokens = [step * plan.batch_tokens / scale for step in [*steps, plan.total_steps]]
         windows = [plan.window(step) for step in steps]
-        contexts = [plan.context(length) for length in windows]
-        full = _step_cost(plan, plan.config.seq_length)
-        costs = _cumulated(plan, steps, windows)
+        contexts = [plan.context_at(step) for step in steps]
+        full = _step_cost(plan, plan.pairs(plan.config.seq_length))
+        costs = _cumulated(plan, steps)
         gained = [
             step * full - cost for step, cost in zip([*steps, plan.total_steps], costs, strict=True)
         ]
@@ -88,7 +88,7 @@ def draw_comparison(path: str, plans: Sequence[Plan]) -> None:
 
 def _total(plan: Plan, cost: float) -> str:
     """Return what the run costs, and what it saves against a constant window."""
-    constant = plan.total_steps * _step_cost(plan, plan.config.seq_length)
+    constant = plan.total_steps * _step_cost(plan, plan.pairs(plan.config.seq_length))
     change = round(100 * (cost / constant - 1), 1)
     total = f"{cost:,.4g} GPU-hours" if plan.time else f"{scientific(cost * 1e20)} FLOPs"
     return f"{total}, {change:+.1f} %" if change else total
@@ -97,7 +97,7 @@ def _total(plan: Plan, cost: float) -> str:
 def _references(work: Any, cost: Any, plan: Plan, scale: float) -> None:
     """Draw what the run would be without the ladder, and what documents alone would leave."""
     style = {"color": "#888888", "linewidth": 1}
-    end = plan.total_steps * _step_cost(plan, plan.config.seq_length)
+    end = plan.total_steps * _step_cost(plan, plan.pairs(plan.config.seq_length))
     cost.plot([0, plan.tokens / scale], [0, end], label="constant window", linestyle="--", **style)
     if plan.documents:
         left = plan.pairs_under(ladder=False, documents=True) / plan.causal_pairs
@@ -109,27 +109,27 @@ def _token_unit(tokens: int) -> tuple[float, str]:
     return next((u for u in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if tokens >= u[0]), (1.0, ""))
 
 
-def _cumulated(plan: Plan, steps: list[int], windows: list[int]) -> list[float]:
+def _cumulated(plan: Plan, steps: list[int]) -> list[float]:
     """Return the cost from the start to each of the steps and to the end."""
     ends = [*steps[1:], plan.total_steps]
     so_far = [0.0]
-    for first, end, window in zip(steps, ends, windows, strict=True):
-        so_far.append(so_far[-1] + (end - first) * _step_cost(plan, window))
+    for first, end in zip(steps, ends, strict=True):
+        so_far.append(so_far[-1] + (end - first) * _step_cost(plan, plan.pairs_at(first)))
     return so_far
 
 
-def _step_cost(plan: Plan, window: int) -> float:
-    """Return GPU-hours of a step at this window, or FLOPs in 1e20 where no time is known."""
+def _step_cost(plan: Plan, pairs: float) -> float:
+    """Return GPU-hours of a step with so many pairs, or FLOPs in 1e20 where no time is known."""
     if plan.time:
-        return plan.time.gpu_hours(1, plan.fraction(window))
-    return plan.flops(plan.pairs(window)) / plan.total_steps / 1e20
+        return plan.time.gpu_hours(1, pairs / plan.causal_pairs)
+    return plan.flops(pairs) / plan.total_steps / 1e20
 
 
 def _steps(plan: Plan) -> list[int]:
     """Return about POINTS steps along the run, those where a rare change lies among them."""
     even = {plan.total_steps * point // POINTS for point in range(POINTS)}
-    if len(plan.runs) <= POINTS:
-        even |= {first for first, _, _ in plan.runs}
+    if len(plan.layer_runs) <= POINTS:
+        even |= {first for first, *_ in plan.layer_runs}
     return sorted(even)
 
 

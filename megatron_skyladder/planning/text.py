@@ -152,25 +152,31 @@ def _model(plan: Plan) -> str:
 
 def _stage_table(plan: Plan, steps: list[int]) -> str:
     header = ["step", "tokens", "window", "visible context", "attention work"]
+    two = plan.config.local_schedule is not None
+    if two:
+        header.insert(3, "local layers")
     if plan.time:
         header.append("s/step")
     rows = [header]
     for step in steps:
-        window = plan.window(step)
         row = [
             f"{step:,}",
             amount(step * plan.batch_tokens),
-            f"{window:,}",
-            f"{plan.context(window):,.1f}",
-            f"{plan.fraction(window):.1%}",
+            f"{plan.window(step):,}",
+            f"{plan.context_at(step):,.1f}",
+            f"{plan.fraction_at(step):.1%}",
         ]
+        if two:
+            row.insert(3, f"{plan.local_window(step):,}")
         if plan.time:
-            row.append(_seconds(plan.time.step.seconds(plan.fraction(window))))
+            row.append(_seconds(plan.time.step.seconds(plan.fraction_at(step))))
         rows.append(row)
     legend = (
         "visible context: tokens that a token sees on average, itself included; attention work: "
         "relative to the full causal mask"
     )
+    if two:
+        legend += "; local layers: tokens that one of their queries sees at most"
     return table(rows) + "\n" + remark(legend)
 
 
@@ -280,12 +286,12 @@ def _context_parallel(plan: Plan, steps: list[int]) -> str:
     if not zigzag:
         rows[0].insert(3, "in zigzag")
     for step in steps:
-        window = plan.window(step)
-        costs = parallel_costs(plan, window)
+        windows = plan.window(step), plan.local_window(step)
+        costs = parallel_costs(plan, *windows)
         rows.append(
             [
                 f"{step:,}",
-                f"{window:,}",
+                f"{windows[0]:,}",
                 f"{costs.max_over_mean:.3f}",
                 f"{costs.waiting_share:.1%}",
                 "?" if costs.received_bytes is None else f"{costs.received_bytes / 1e6:,.3f}",
@@ -293,7 +299,8 @@ def _context_parallel(plan: Plan, steps: list[int]) -> str:
             ]
         )
         if not zigzag:
-            rows[-1].insert(3, f"{parallel_costs(plan, window, Kind.ZIGZAG).max_over_mean:.3f}")
+            in_zigzag = parallel_costs(plan, *windows, kind=Kind.ZIGZAG)
+            rows[-1].insert(3, f"{in_zigzag.max_over_mean:.3f}")
     legend = (
         "max / mean work: attention work of the busiest rank over the mean; waits: share of the "
         "work that sees keys of another rank, the rest is done while they travel; MB: keys, values "

@@ -65,13 +65,22 @@ class PackedRows:
         *,
         sliding: bool = False,
         local_layers: LocalLayers | None = None,
-    ) -> Callable[[Any], Any]:
+        local_windows: Sequence[int] = (),
+    ) -> Callable[..., Any]:
         """Return window -> pairs of a sequence for these windows, interpolated where they are many.
 
-        Where layers differ, the mean over those with attention.
+        Where layers differ, the mean over those with attention. What is returned takes an array of
+        windows as well.
 
-        What is returned takes an array of windows as well.
+        Args:
+            windows: tokens; where local layers have a ladder of their own, in the order of steps.
+            sliding: whether the window slides.
+            local_layers: of the model.
+            local_windows: what a query of theirs sees at most, beside each of the windows. What is
+                returned then takes it as a second number, or None for all of their own window.
         """
+        if local_layers is not None and len(local_windows):
+            return self._pairs_of_two(windows, local_windows, sliding, local_layers)
         known = np.unique(np.asarray(windows, dtype=np.int64))
         if known.size > MAX_WINDOWS:
             known = known[np.linspace(0, known.size - 1, MAX_WINDOWS).round().astype(int)]
@@ -81,9 +90,44 @@ class PackedRows:
             local = [self.pairs(int(each), sliding=sliding, own_window=own) for each in known]
             values = local_layers.mean(values, np.array(local))
 
-        def pairs(window: Any) -> Any:
+        def pairs(window: Any, local_window: None = None) -> Any:
             found = np.interp(window, known, values)
             return found if isinstance(window, np.ndarray) else float(found)
+
+        return pairs
+
+    def _pairs_of_two(
+        self,
+        windows: Sequence[int],
+        local_windows: Sequence[int],
+        sliding: bool,
+        local_layers: LocalLayers,
+    ) -> Callable[..., Any]:
+        """Return (window, local window) -> pairs of a sequence.
+
+        Interpolated along the run, between steps that lie close together, and for no other windows
+        than its own: those are counted where they are asked for.
+        """
+
+        def counted(window: int, own: int) -> float:
+            of_global = self.pairs(window, sliding=sliding)
+            of_local = self.pairs(window, sliding=sliding, own_window=own)
+            return float(local_layers.mean(of_global, of_local))
+
+        both = np.array([windows, local_windows], dtype=np.int64).T
+        places = np.unique(np.linspace(0, len(both) - 1, MAX_WINDOWS).round().astype(int))
+        at_places = [counted(*both[place].tolist()) for place in places]
+        keys, first = np.unique(_key(both[:, 0], both[:, 1]), return_index=True)
+        values = np.interp(first, places, at_places)
+
+        def pairs(window: Any, local_window: Any = None) -> Any:
+            own = local_layers.window if local_window is None else local_window
+            asked = np.atleast_1d(_key(np.asarray(window), np.asarray(own)))
+            found = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
+            result = values[found]
+            for place in np.flatnonzero(keys[found] != asked):
+                result[place] = counted(*divmod(int(asked[place]), _KEY))
+            return result if isinstance(window, np.ndarray) else float(result[0])
 
         return pairs
 
@@ -193,6 +237,14 @@ def _weights_and_prefixes(data_path: Sequence[str], flag: str) -> tuple[list[flo
             "PREFIX PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ... with weights above 0."
         )
     return weights, list(data_path[1::2])
+
+
+_KEY = 2**31  # above all windows
+
+
+def _key(window: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Return one number for two windows."""
+    return window.astype(np.int64) * _KEY + own
 
 
 def _seen(length: Any, at_most: int) -> Any:

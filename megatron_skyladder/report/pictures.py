@@ -51,18 +51,22 @@ def _label(axes: dict[str, Axis]) -> str:
 
 
 def windows(groups: list[Group]) -> list[Panel]:
-    """Show the window, and the attention work it leaves, against tokens."""
+    """Show the window (and that of local layers), and the work it leaves, against tokens."""
     tokens = axes_by_kind(groups)["tokens"]
     window = _curve(tokens, lambda run: run.column("skyladder/window"))
+    of_local = _curve(tokens, lambda run: run.column("skyladder/local_window"))
     work = _curve(tokens, lambda run: 100 * run.column("skyladder/attention_fraction"))
     panels = [
         Panel(title, _label(tokens), unit, lines_of(groups, curve), (0, None), steps=True)
         for title, unit, curve in (
             ("Attention window", "tokens", window),
+            ("Attention window of local layers", "tokens", of_local),
             ("Attention work", "% of full causal attention", work),
         )
     ]
-    return panels if panels[0].lines else []
+    if not panels[0].lines:
+        return []
+    return [panel for panel in panels if panel.lines or panel is not panels[1]]
 
 
 def training_loss(groups: list[Group]) -> list[Panel]:

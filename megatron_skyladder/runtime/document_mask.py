@@ -67,7 +67,8 @@ def training_mask(row_batch: dict[str, torch.Tensor] | None) -> torch.Tensor:
     mask, rows_with_end = document_mask(row_batch, active.config, window)
     num_rows = int(mask[-1]) // active.config.seq_length
     fragments_alone, _ = split_mask(mask)
-    metrics.meter().count(fragments_alone, window, num_rows, rows_with_end)
+    of_local = active.local_window(training=True)
+    metrics.meter().count(fragments_alone, window, num_rows, rows_with_end, local_window=of_local)
     return mask
 
 

@@ -9,6 +9,10 @@
 | skyladder/tflops_per_gpu     | of the work really done, by Megatron's own count                 |
 | skyladder/hours_left         | training time to the end of the run, with the windows still ahead|
 
+where local layers have a ladder of their own (`ladder.local_ladder`):
+
+| skyladder/local_window       | tokens that one of their queries sees at most                    |
+
 where --skyladder-stages set them, those of the step's stage:
 
 | skyladder/rate_factor        | on the learning rate                                             |
@@ -42,8 +46,8 @@ from megatron_skyladder.ladder.costs import (
     ATTENTION_COST,
     StepTime,
     grid_pairs,
+    layer_runs,
     masked_pairs,
-    window_runs,
 )
 from megatron_skyladder.ladder.fragments import window_pairs
 from megatron_skyladder.runtime import trainer
@@ -86,12 +90,26 @@ class Meter:
         self._first_batch = True
 
     def count(
-        self, mask: torch.Tensor, window_len: int, num_rows: int, rows_with_end: int = 0
+        self,
+        mask: torch.Tensor,
+        window_len: int,
+        num_rows: int,
+        rows_with_end: int = 0,
+        *,
+        local_window: int | None = None,
     ) -> None:
-        """Note the document mask of a micro-batch, int32 cu_seqlens on the host."""
+        """Note the document mask of a micro-batch.
+
+        Args:
+            mask: int32 cu_seqlens on the host.
+            window_len: tokens.
+            num_rows: sequences in the micro-batch.
+            rows_with_end: those that hold an end-of-document token.
+            local_window: see `clock.Clock.local_window`.
+        """
         cu_seqlens = mask.numpy()
-        pairs = masked_pairs(self.config, cu_seqlens, window_len)
-        grid = grid_pairs(self.config)(window_len) * num_rows
+        pairs = masked_pairs(self.config, cu_seqlens, window_len, local_window)
+        grid = grid_pairs(self.config)(window_len, local_window) * num_rows
         self._counted.add(Work(num_rows, pairs, grid, len(cu_seqlens) - 1, rows_with_end))
 
     def snapshot(self) -> tuple[Work, ...]:
@@ -106,7 +124,8 @@ class Meter:
         """Return the work of the step under way; of one sequence where the window alone decides."""
         if self._counted.rows:
             return self._counted
-        return grid_work(self.config, clock.current().last_window)
+        active = clock.current()
+        return grid_work(self.config, active.last_window, active.last_local_window)
 
     def end_step(self) -> Work:
         """Add the step to the interval and return it; all ranks have to call it.
@@ -135,10 +154,10 @@ def meter() -> Meter:
     return _meter_of(clock.current())
 
 
-def grid_work(config: SkyLadderConfig, window_len: int) -> Work:
+def grid_work(config: SkyLadderConfig, window_len: int, local_window: int | None = None) -> Work:
     """Return the work of one sequence that only the window cuts."""
     cut = config.seq_length if config.mask == "sliding" else window_len
-    pairs = grid_pairs(config)(window_len)
+    pairs = grid_pairs(config)(window_len, local_window)
     return Work(1, pairs, pairs, -(-config.seq_length // cut))
 
 
@@ -148,11 +167,11 @@ class Outlook:
     def __init__(self, config: SkyLadderConfig, total_samples: int) -> None:
         self._step_samples = config.step_samples
         self.total_steps = max(1, total_samples // config.step_samples)
-        runs = window_runs(config, self.total_steps)
+        runs = layer_runs(config, self.total_steps)
         pairs = grid_pairs(config)
         self.causal_pairs = window_pairs(config.seq_length, config.seq_length)
-        fractions = np.array([pairs(window) for _, _, window in runs]) / self.causal_pairs
-        starts = np.array([first for first, _, _ in runs] + [self.total_steps])
+        fractions = np.array([pairs(*windows) for _, _, *windows in runs]) / self.causal_pairs
+        starts = np.array([first for first, *_ in runs] + [self.total_steps])
         work = np.append(0.0, np.cumsum(fractions * np.diff(starts)))
         self._starts, self._work = starts, work
 
@@ -218,9 +237,10 @@ def count_over_data_parallel() -> None:
 def values(outlook: Outlook, rate: Rate) -> dict[str, float]:
     """Return what is logged of the latest step, by name."""
     active, config = meter(), clock.current().config
-    latest = active.latest
+    latest, of_local = active.latest, clock.current().last_local_window
     return {
         "skyladder/window": clock.current().last_window,
+        **({} if of_local is None else {"skyladder/local_window": of_local}),
         "skyladder/attention_fraction": latest.pairs / latest.rows / outlook.causal_pairs,
         "skyladder/visible_context": latest.pairs / latest.rows / config.seq_length,
         "skyladder/fragments_per_row": latest.fragments / latest.rows,

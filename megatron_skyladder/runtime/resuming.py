@@ -81,9 +81,7 @@ def _check_change(checkpoint: Checkpoint, wanted: Any, options: Any) -> None:
             keep,
         )
         return
-    before = _window(saved, checkpoint)
-    at = checkpoint.consumed_samples
-    change = f"at {at} samples the window goes from {before} to {wanted.window_at_samples(at)}"
+    change = f"at {checkpoint.consumed_samples} samples {_change(saved, wanted, checkpoint)}"
     if getattr(options, "skyladder_allow_schedule_change", None):
         logger.warning("schedule changed on resume, as allowed: %s.%s", change, texts.rstrip())
         return
@@ -92,6 +90,17 @@ def _check_change(checkpoint: Checkpoint, wanted: Any, options: Any) -> None:
         f"To keep the checkpoint's windows: {keep}.\n"
         f"To go on under this run's ({change}): --skyladder-allow-schedule-change."
     )
+
+
+def _change(saved: Any, wanted: Any, checkpoint: Checkpoint) -> str:
+    """Say what the windows are when a run goes on, and what they were."""
+    at = checkpoint.consumed_samples
+    before, after = _window(saved, checkpoint), str(wanted.window_at_samples(at))
+    text = f"the window goes from {before} to {after}"
+    if before == after and saved.local_window_at_samples(at) != wanted.local_window_at_samples(at):
+        numbers = [config.local_window_at_samples(at) or "all" for config in (saved, wanted)]
+        text = f"the window of local layers goes from {numbers[0]} to {numbers[1]} tokens"
+    return text
 
 
 def _window(config: Any, checkpoint: Checkpoint) -> str:

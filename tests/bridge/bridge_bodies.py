@@ -257,8 +257,12 @@ def train_megatron_lm(
     save_interval: int = 1,
     eval_iterations: int = 1,
     te: bool = False,
+    local: bool = False,
 ) -> None:
-    """Train with the Megatron-LM entry point, on one process."""
+    """Train with the Megatron-LM entry point, on one process.
+
+    With ``local`` every other layer is one, as under `bridge_changes.local_layers`.
+    """
     import sys
 
     from megatron_skyladder import pretrain_gpt
@@ -281,6 +285,8 @@ def train_megatron_lm(
     if te:
         flags += " --transformer-impl transformer_engine --attention-backend unfused"
         flags += " --no-gradient-accumulation-fusion"
+    if local:
+        flags += " --window-size 11,0 --window-attn-skip-freq 2"
     if weights:
         flags += f" --load {weights} --finetune"
     if load:

@@ -124,6 +124,10 @@ def filling_in_the_middle(cfg: Any) -> None:
     cfg.dataset.__class__ = GPTFIMDatasetConfig
 
 
+def local_layers(cfg: Any) -> None:
+    cfg.model.window_size, cfg.model.window_attn_skip_freq = (11, 0), 2
+
+
 def masked_losses(cfg: Any) -> None:
     cfg.dataset.eod_mask_loss = True
 

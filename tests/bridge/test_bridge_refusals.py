@@ -32,7 +32,14 @@ REFUSED = {
     "latent_attention": "model.multi_latent_attention=true cannot be combined",
 }
 TAKEN = (
-    *("nothing", "partial_spec", "masked_losses", "evaluation_alone", "fully_reshardable"),
+    *(
+        "nothing",
+        "partial_spec",
+        "masked_losses",
+        "local_layers",
+        "evaluation_alone",
+        "fully_reshardable",
+    ),
     *("experts", "default_weights"),
 )
 LATER = ("own_core_attention", "short_pipeline")  # refused in a run, below

@@ -152,6 +152,42 @@ def own_window_one_longer() -> None:
     core_attention.Rows = longer
 
 
+def second_ladder_ignored() -> None:
+    """Let local layers see all of their own window from the start."""
+    from megatron_skyladder.ladder import clock
+
+    clock.Clock.local_window = lambda self, *, training: None
+
+
+def second_ladder_one_step_late() -> None:
+    """Give local layers the window of the step before."""
+    from megatron_skyladder.attention import core_attention
+    from megatron_skyladder.ladder import clock
+
+    def late(self: Any) -> int | None:
+        active = clock.current()
+        samples = max(0, active._consumed_samples() - active.config.step_samples)
+        return None if self.own_window is None else active.config.local_window_at_samples(samples)
+
+    core_attention.SkyLadderAttention._own_window_now = late
+
+
+def own_window_left_out_of_keys() -> None:
+    """Keep segments by the mask and the ladder's window alone, whatever a layer's own window is."""
+    from megatron_skyladder.attention import segments
+
+    get = segments.MaskCache.get
+    made: dict[Any, Any] = {}
+
+    def kept(self: Any, mask: Any, rows: Any) -> Any:
+        key = mask.data_ptr(), mask._version, replace(rows, own_window=None)
+        if key not in made or made[key][0] is not mask:
+            made[key] = mask, get(self, mask, rows)
+        return made[key][1]
+
+    segments.MaskCache.get = kept
+
+
 def sinks_left_out() -> None:
     """Attend as if the softmax had no sink."""
     from megatron_skyladder.attention.backends import sdpa

@@ -467,7 +467,7 @@ def _hand_over_dense_masks(
         shifts_within_it: whether heads of multi-token prediction get no token that does not see
             the one before it.
         local: ``layers``, the numbers of those with a sliding window of their own, and ``tokens``,
-            which a query of theirs sees at most.
+            which a query of theirs sees at most, of each step in turn.
     """
     if local is not None:
         _narrow(**local)
@@ -502,16 +502,18 @@ def _hand_over_dense_masks(
     batches.get_batch = get_batch_with_mask
 
 
-def _narrow(layers: list[int], tokens: int) -> None:
+def _narrow(layers: list[int], tokens: list[int]) -> None:
     """Let some layers of stock Megatron see less of the mask that all are given, pair by pair."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.training import get_args
 
     forward = DotProductAttention.forward
 
     def narrowed(self: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kw: Any):
         if self.layer_number in layers and mask is not None:
             length = mask.shape[-1]
-            hidden = [[i - j >= tokens for j in range(length)] for i in range(length)]
+            own = tokens[_consumed_samples() // get_args().global_batch_size]
+            hidden = [[i - j >= own for j in range(length)] for i in range(length)]
             mask = mask | torch.tensor(hidden)
         return forward(self, query, key, value, mask, *args, **kw)
 

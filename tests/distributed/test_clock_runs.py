@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from histories import LADDER, WINDOWS, History, assert_same_history
+from histories import LADDER, RESHARDABLE, WINDOWS, History, assert_same_history
 from runs import SEQ_LENGTH, Run, Trainer
 
+from megatron_skyladder.report.runlog import parse
 from megatron_skyladder.testing import requires_megatron
 
 pytestmark = requires_megatron
@@ -77,6 +78,58 @@ def test_another_schedule_on_resume(trainer: Trainer) -> None:
     assert "schedule changed on resume, as allowed" in allowed.log()
     assert allowed.windows == {24: 38, 32: 48, 40: 58, 48: 64, 56: 64}
     history.go_on(OTHER)  # what was saved since carries the new schedule
+
+
+# 3 + 9 * step // 8: below the first ladder at each of eight steps
+SECOND = (
+    f"{LADDER} --window-size 11,0 --window-attn-skip-freq 2 --skyladder-local-start-window 3 "
+    "--skyladder-local-expand-fraction 1"
+)
+HELD_BACK = (3, 4, 5, 6, 7, 8, 9, 10)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "flags"),
+    [
+        (2, "--context-parallel-size 2"),
+        (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"),
+    ],
+)
+def test_killed_while_both_ladders_climb(
+    trainer: Trainer, uninterrupted, num_processes: int, flags: str
+) -> None:
+    """Documents masked; bit-identical, and the log has what local layers saw."""
+    flags = f"{SECOND} --micro-batch-size 2 --skyladder-intra-document {flags}"
+    history = History(trainer, flags, num_processes)
+    history.go_on(kill={"samples": 40, "when": "forward", "micro_batch": 1}, exit_codes=(0, -9))
+    assert -9 in history.attempts[0].exit_codes
+    history.go_on(RESHARDABLE)
+    assert min(history.attempts[1].windows) == 24
+    whole = uninterrupted(flags, num_processes)
+    assert_same_history(history, whole)
+    last = num_processes - 1
+    entries = parse(whole.attempts[0].log(last)).iterations
+    assert [entry.values["skyladder/local_window"] for entry in entries] == [*HELD_BACK]
+    assert [entry.values["skyladder/window"] for entry in entries] == [*WINDOWS.values()]
+
+
+def test_another_second_ladder_on_resume(trainer: Trainer) -> None:
+    """Refused as any other schedule, also where it is left out; allowed by the same flag."""
+    history = History(trainer, "--micro-batch-size 4")
+    history.go_on(f"{SECOND} --exit-interval 3")
+    other = SECOND.replace("local-start-window 3", "local-start-window 8")
+    for flags, after in (
+        (other, "9 tokens"),
+        (SECOND.partition(" --skyladder-local")[0], "12 tok"),
+    ):
+        refused = history.go_on(flags, exit_codes=(1,))
+        assert "local layers linear 3 -> 12, fraction 1.0 of 8 steps" in refused.log()
+        assert f"at 24 samples the window of local layers goes from 6 to {after}" in refused.log()
+        assert not refused.windows
+    allowed = history.go_on(f"{other} --skyladder-allow-schedule-change")
+    assert "schedule changed on resume, as allowed" in allowed.log()
+    entries = parse(allowed.log()).iterations
+    assert [entry.values["skyladder/local_window"] for entry in entries] == [9, 10, 10, 11, 11]
 
 
 def test_a_curve_of_ones_own(trainer: Trainer, tmp_path: Path) -> None:

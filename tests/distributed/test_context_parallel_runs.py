@@ -99,6 +99,9 @@ CASES = (
 LOCAL_LAYERS = (  # each kind of layer exchanges its own keys
     Case("cp4", 1, "uniform", "llama", "local+documents"),
     Case("cp2-tp2-sp", 2, "selective", "llama", "local+sliding"),
+    Case("cp2", 2, "none", "llama", "two-ladders+documents"),
+    Case("cp2-pp2", 1, "uniform", "llama", "two-ladders+documents"),
+    Case("cp2-tp2", 1, "selective", "llama", "two-ladders+sliding"),
 )
 MORE_BALANCED = (
     Case("cp8", 2, "none", "llama", "ragged+documents"),

@@ -33,13 +33,15 @@ class Mask:
     windows: tuple[int, ...]  # tokens, of each step
     documents: bool = False
     sliding: bool = False
-    local_layers: tuple[int, ...] = ()  # whose queries see LOCAL tokens at most
+    local_layers: tuple[int, ...] = ()
+    local_windows: tuple[int, ...] = ()  # what their queries see at most, of each step
 
     @property
     def dense(self) -> dict[str, object]:
         """For `recorded_training.train`."""
         eod = EOD if self.documents else None
-        local = {"layers": list(self.local_layers), "tokens": LOCAL} if self.local_layers else None
+        own = list(self.local_windows or (LOCAL,) * STEPS)
+        local = {"layers": list(self.local_layers), "tokens": own} if self.local_layers else None
         return {"windows": list(self.windows), "eod": eod, "sliding": self.sliding, "local": local}
 
 
@@ -51,6 +53,10 @@ EXPONENTIAL = (
 )
 CONSTANT = "--skyladder-schedule constant"
 OWN = f"--window-size {LOCAL - 1},0"  # Megatron's: tokens before a query, and after it
+# A second ladder, from 3 to 12 tokens over four of five steps: 3 + 9 * step // 4. The first window
+# of GROWING is longer than that, so it moves at every step.
+SECOND = "--skyladder-local-start-window 3 --skyladder-local-expand-fraction 0.8"
+HELD_BACK = (3, 5, 7, 9, 12)
 DOCUMENTS, SLIDING = "--skyladder-intra-document", "--skyladder-mask sliding"
 MASKS = {
     "dividing": Mask(EXPONENTIAL, (8, 16, 32, 64, 64)),
@@ -72,6 +78,20 @@ MASKS = {
         GROWING,
         sliding=True,
         local_layers=(1, 2, 3),
+    ),
+    "two-ladders+documents": Mask(
+        f"{LINEAR} {DOCUMENTS} {OWN} {SECOND} --window-attn-skip-freq [1,1,0,1]",
+        GROWING,
+        documents=True,
+        local_layers=(1, 2, 4),
+        local_windows=HELD_BACK,
+    ),
+    "two-ladders+sliding": Mask(
+        f"{LINEAR} {SLIDING} {OWN} {SECOND} --window-attn-skip-freq 4",
+        GROWING,
+        sliding=True,
+        local_layers=(1, 2, 3),
+        local_windows=HELD_BACK,
     ),
 }
 LAYOUTS = {
@@ -148,6 +168,10 @@ CASES = (
     Case("pp2-vpp2", 2, "uniform", "gpt", "local+documents"),
     Case("pp4", 1, "selective", "llama", "local+sliding"),
     Case("tp2", 2, "uniform", "gpt", "local+sliding"),
+    Case("tp2-sp", 2, "uniform", "llama", "two-ladders+documents"),
+    Case("pp2", 1, "none", "gpt", "two-ladders+documents"),
+    Case("pp2-vpp2", 1, "selective", "llama", "two-ladders+sliding"),
+    Case("tp2", 4, "block", "gpt", "two-ladders+sliding"),
 )
 
 
@@ -244,6 +268,9 @@ def test_the_mask_matters(reference) -> None:
         ("window_one_longer", "ragged+documents"),
         ("documents_end_before_eod", "ragged+documents"),
         ("own_window_one_longer", "local+documents"),
+        ("second_ladder_ignored", "two-ladders+documents"),
+        ("second_ladder_one_step_late", "two-ladders+documents"),
+        ("own_window_left_out_of_keys", "two-ladders+documents"),
     ],
 )
 def test_parity_sees_a_wrong_mask(trainer: Trainer, reference, broken: str, mask: str) -> None:

@@ -44,6 +44,7 @@ CASES = (  # ranks, mask, architecture, flags
     (2, "ragged+documents", "heads", f"--micro-batch-size 2 {CP2} {BALANCED} {UNIFORM}"),
     (2, "ragged+documents", "heads", f"--micro-batch-size 4 {CP2} {ZIGZAG}"),
     (4, "ragged+documents", "heads", f"--micro-batch-size 2 {CP2} {TP2_SP} {BALANCED}"),
+    (2, "two-ladders+documents", "heads", f"--micro-batch-size 4 {CP2} {BALANCED}"),
 )
 
 

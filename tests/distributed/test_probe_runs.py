@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 from runs import Trainer
-from test_parity import CONSTANT, DOCUMENTS, LINEAR, OWN, SLIDING
+from test_parity import CONSTANT, DOCUMENTS, LINEAR, OWN, SECOND, SLIDING
 
 from megatron_skyladder.testing import requires_megatron
 
@@ -70,6 +70,16 @@ LAUNCHES = {
         1,
         f"--micro-batch-size 1 {LINEAR} {DOCUMENTS} {OWN} --window-attn-skip-freq 4",
         {"own_window_one_longer": "(it sees 12 tokens at most)"},
+    ),
+    "two ladders": Launch(
+        1,
+        f"--micro-batch-size 1 {LINEAR} {DOCUMENTS} {OWN} {SECOND} --window-attn-skip-freq 4",
+        {
+            "own_window_one_longer": "layer 1 (it sees 3 tokens at most)",
+            "second_ladder_ignored": "local layers see None tokens at most, but by their ladder",
+            "second_ladder_one_step_late": "layer 1 (it sees 4 tokens at most)",
+            "own_window_left_out_of_keys": "layer 4",
+        },
     ),
     "sliding": Launch(
         1, f"--micro-batch-size 1 {LINEAR} {SLIDING}", {"sliding_window_one_longer": "sees the key"}

@@ -39,6 +39,8 @@ FIELD_OF_FLAG = {
     "--skyladder-schedule cyclic --skyladder-cycles 3": "schedule",
     "--skyladder-schedule points --skyladder-points 0:8 0.5:final": "schedule",
     "--skyladder-begin-samples 128": "begin_samples",
+    "--skyladder-local-start-window 8": "local_schedule",
+    "--skyladder-local-start-window 8 --skyladder-local-expand-fraction 0.5": "local_schedule",
     "--skyladder-intra-document": "intra_document",
     "--skyladder-intra-document --skyladder-require-documents": "require_documents",
     "--skyladder-mask sliding": "mask",
@@ -65,6 +67,7 @@ def configured(flags: str) -> dict[str, Any]:
     args = add_arguments(argparse.ArgumentParser()).parse_args(flags.split())
     args.seq_length, args.global_batch_size = 2048, 128
     args.train_iters, args.train_samples, args.log_interval = 1000, None, 1
+    args.num_layers, args.window_size, args.window_attn_skip_freq = 6, (127, 0), 6
     config = config_from_args(args)
     assert config is not None
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
@@ -139,6 +142,10 @@ def says(pattern: str) -> Callable[[Run], bool]:
     return lambda run: bool(re.search(pattern, run.log()))
 
 
+def logged_local_windows(run: Run) -> list[float | None]:
+    return [entry.values.get("skyladder/local_window") for entry in parse(run.log()).iterations]
+
+
 def lengths_reported(run: Run) -> list[int]:
     (validation,) = parse(run.log()).validations
     return list(validation.by_length)
@@ -156,6 +163,14 @@ EFFECTS = {
         "--global-batch-size 4", windows, {0: 8, 8: 19}, {0: 8, 4: 19, 8: 30, 12: 41}
     ),
     "begin_samples": Effect("--skyladder-begin-samples 8", windows, {0: 8, 8: 19}, {0: 8, 8: 8}),
+    # the smaller of the ladder's 8 and 19, and of 2 + 10 * step // 2
+    "local_schedule": Effect(
+        "--skyladder-local-start-window 2 --skyladder-local-expand-fraction 1",
+        logged_local_windows,
+        [None, None],
+        [2, 7],
+        "--window-size 11,0",
+    ),
     "intra_document": Effect("--skyladder-intra-document", losses),
     "require_documents": Effect(
         "--skyladder-require-documents",

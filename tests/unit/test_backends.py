@@ -410,25 +410,29 @@ def test_windows_are_the_batch(te: Any, num_sequences: int) -> None:
         assert call["packed_seq_params"].cu_seqlens_q is None
 
 
-@pytest.mark.parametrize(("own_window", "expected"), [(9, (8, 0)), (None, (-1, 0))])
+@pytest.mark.parametrize(("own_window", "expected"), [(9, (8, 0)), (None, (-1, 0)), (5, (4, 0))])
 def test_windows_of_a_local_layer_slide_within(
     te: Any, own_window: int | None, expected: tuple[int, int]
 ) -> None:
-    """Its full window is stock's own module, which nothing else may call and change."""
+    """Its full window is stock's own module, which nothing else may call and change.
+
+    And which has all of its own window: one that still grows is not stock's call.
+    """
     from megatron_skyladder.attention.backends.te import TransformerEngineBackend
 
     _, modules = te
     modules.clear()
     backend = TransformerEngineBackend(
-        lambda **kw: modules.append(Recorder(**kw)) or modules[-1], SCALE, local=True
+        lambda **kw: modules.append(Recorder(**kw)) or modules[-1], SCALE, own_window=9
     )
     q, kv = torch.zeros(64, 1, 4, 8), torch.zeros(64, 1, 2, 8)
     for window in (16, 64):
         rows = grid_segments(Rows(64, 1, window, False, CPU, own_window=own_window))
         (backend.attend_full if window == 64 else backend.attend_windows)(q, kv, kv, rows)
     full, _, windows = modules
-    assert [call["window"] for call in windows.calls] == [expected]
-    assert [call["window"] for call in full.calls] == [None]  # as it was built
+    grows = own_window == 5
+    assert [call["window"] for call in windows.calls] == [expected] * (2 if grows else 1)
+    assert [call["window"] for call in full.calls] == [None] * (0 if grows else 1)  # as built
 
 
 @pytest.mark.parametrize("window", [None, 24])

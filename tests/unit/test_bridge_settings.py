@@ -15,7 +15,13 @@ from megatron_skyladder.megatron_bridge import command_line, overrides, releases
 from megatron_skyladder.megatron_lm.releases import ALLOW_VARIABLE, MegatronMismatchError
 
 RUN = SimpleNamespace(
-    model=SimpleNamespace(seq_length=8192, context_parallel_size=1),
+    model=SimpleNamespace(
+        seq_length=8192,
+        context_parallel_size=1,
+        num_layers=6,
+        window_size=(127, 0),
+        window_attn_skip_freq=6,
+    ),
     train=SimpleNamespace(
         global_batch_size=512, micro_batch_size=1, train_samples=None, train_iters=1000
     ),
@@ -42,6 +48,8 @@ def options(**given: Any) -> argparse.Namespace:
          "--skyladder-schedule staged --skyladder-stages 512:0.5 final:0.5"),
         ({"eval_lengths": [512, 4096], "start_window": 8}, "--skyladder-eval-lengths 512,4096 "
          "--skyladder-start-window 8"),
+        ({"local_start_window": 8, "local_expand_fraction": 0.5},
+         "--skyladder-local-start-window 8 --skyladder-local-expand-fraction 0.5"),
         ({"no_probe": True, "mask": "sliding"}, "--skyladder-no-probe --skyladder-mask sliding"),
     ],
 )  # fmt: skip

@@ -12,10 +12,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
+from megatron_skyladder.attention import core_attention, segments  # noqa: E402
 from megatron_skyladder.attention.core_attention import SkyLadderAttention  # noqa: E402
 from megatron_skyladder.ladder import clock  # noqa: E402
 from megatron_skyladder.ladder.config import SkyLadderConfig  # noqa: E402
 from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens  # noqa: E402
+from megatron_skyladder.ladder.local_layers import LocalLayers  # noqa: E402
 from megatron_skyladder.ladder.schedules import WindowSchedule  # noqa: E402
 
 LENGTH, ROWS, HEADS, GROUPS, DIM = 48, 2, 4, 2, 8
@@ -125,6 +127,70 @@ def test_a_local_layer_sees_its_own_window_within_the_ladders(samples, window, o
         torch.testing.assert_close(found, torch.autograd.grad(expected, qkv, direction))
     expected = dense(qkv, dense_mask(LENGTH, window_len=LENGTH, own_window=own_window))
     torch.testing.assert_close(attention.eval()(*qkv, None), expected)
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_a_second_ladder_holds_local_layers_back(samples, sliding):
+    """Values and gradients at each of its windows; its full own window is evaluation's.
+
+    Global windows 8, 16, ... 48 every four samples; own ones 1, 5, 10, 15, 20 and 20.
+    """
+    settings = clock.current().config
+    own_ladder = WindowSchedule("linear", 1, 20, expand_fraction=1, total_steps=4)
+    clock.current().config = replace(
+        settings,
+        mask="sliding" if sliding else "local",
+        local_layers=LocalLayers(20, 1, 2),
+        local_schedule=own_ladder,
+    )
+    attention = build(transformer_config(window_size=(19, 0)))
+    global_layer, qkv = build(), random_qkv()
+    ends = np.array([5, 11, 40], np.int32)
+    for step, own_window in enumerate((1, 5, 10, 15, 20, 20)):
+        samples[0], window = 4 * step, 8 * (step + 1)
+        row = fragment_cu_seqlens(ends, seq_length=LENGTH, window_len=LENGTH if sliding else window)
+        mask = torch.from_numpy(np.concatenate((row, row[1:] + np.int32(LENGTH))))
+        for layer, at_most in ((attention, own_window), (global_layer, None)):
+            for given, document_ends in ((None, None), (mask, ends)):
+                hidden = dense_mask(
+                    LENGTH,
+                    window_len=window,
+                    document_ends=document_ends,
+                    sliding=sliding,
+                    own_window=at_most,
+                )
+                expected, out = dense(qkv, hidden), layer(*qkv, given)
+                torch.testing.assert_close(out, expected)
+                direction = torch.randn_like(out)
+                found = torch.autograd.grad(out, qkv, direction)
+                torch.testing.assert_close(found, torch.autograd.grad(expected, qkv, direction))
+    samples[0] = 0
+    expected = dense(qkv, dense_mask(LENGTH, window_len=LENGTH, own_window=20))
+    torch.testing.assert_close(attention.eval()(*qkv, None), expected)
+
+
+def test_windows_that_move_at_every_step_fill_no_cache(samples):
+    """Each step has offsets of its own, for both kinds of layers; only the latest are kept."""
+    own_ladder = WindowSchedule("linear", 1, 40, expand_fraction=1, total_steps=300)
+    clock.current().config = replace(
+        clock.current().config,
+        local_layers=LocalLayers(40, 1, 2),
+        local_schedule=own_ladder,
+        schedule=WindowSchedule("linear", 40, LENGTH, expand_fraction=1, total_steps=300),
+    )
+    layers = build(transformer_config(window_size=(39, 0))), build()
+    query, _, _ = random_qkv()
+    seen = []
+    for step in range(300):
+        samples[0] = 4 * step
+        mask = torch.tensor([0, LENGTH, 2 * LENGTH], dtype=torch.int32)
+        found = [layer._segments(query, given) for layer in layers for given in (None, mask)]
+        assert layers[0]._segments(query, mask) is found[1]  # another layer, or once more
+        seen.append(found[0].sliding_window)
+        assert found[1].sliding_window == seen[-1] and found[2].sliding_window is None
+    assert seen == [1 + 39 * step // 300 for step in range(300)]
+    assert segments.grid_segments.cache_info().currsize <= 16
+    assert len(core_attention._masks._entries) <= segments._KEPT_MASKS < 600
 
 
 class OneRank:

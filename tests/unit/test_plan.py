@@ -665,7 +665,7 @@ def test_the_lines_of_a_picture_end_where_the_table_does() -> None:
     plan = estimate.make_plan(args, name="run")
     assert plan.time
     steps = plots._steps(plan)
-    cost = plots._cumulated(plan, steps, [plan.window(step) for step in steps])
+    cost = plots._cumulated(plan, steps)
     assert cost[-1] == pytest.approx(plan.time.gpu_hours(40, plan.mean_fraction))
     assert run_flags.total_steps(run_flags.complete(args)) == plan.total_steps
 

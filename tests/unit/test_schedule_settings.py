@@ -236,7 +236,7 @@ def test_every_flag_sets_something() -> None:
     assert settings < flags
     on_resume = {"skyladder_allow_schedule_change", "skyladder_end_ladder"}
     assert flags - settings == {"help"} | on_resume
-    from_the_run = {"schedule", "seq_length", "step_samples", "local_layers"}
+    from_the_run = {"schedule", "seq_length", "step_samples", "local_layers", "local_schedule"}
     assert {each.name for each in fields(SkyLadderConfig)} - from_the_run <= set(setting_names())
 
 

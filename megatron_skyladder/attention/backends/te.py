@@ -28,17 +28,19 @@ class TransformerEngineBackend(Backend):
     Args:
         stock: builds a module from changes to stock's arguments.
         scale: factor on the logits.
-        local: whether stock's module has a sliding window of its own, which only the full window
-            has in full.
+        own_window: tokens that a query sees at most by the sliding window that stock's module has;
+            None: it has none.
     """
 
-    def __init__(self, stock: Any, scale: float, *, local: bool = False) -> None:
+    def __init__(self, stock: Any, scale: float, *, own_window: int | None = None) -> None:
         super().__init__(scale)
         self._build = stock
+        self._own_window = own_window
         self._full = (stock(),)
         # or TE's PyTorch attention takes the queries' lengths for those of the keys
         self._packed = (stock(mask="padding_causal", attention_type="cross"),)
-        self._windows: dict[int, tuple[Any]] = {} if local else {1: self._full}
+        # a module whose own window has to stay what it is serves the full window alone
+        self._windows: dict[int, tuple[Any]] = {} if own_window else {1: self._full}
 
     @classmethod
     def build(cls, *, config: Any, scale: float, **stock_arguments: Any) -> Backend:
@@ -63,8 +65,8 @@ class TransformerEngineBackend(Backend):
             )
 
         layer_number = stock_arguments["layer_number"]
-        local = own_window(*layer_settings(config), layer_number) is not None
-        return cls(stock, scale, local=local)
+        own = own_window(*layer_settings(config), layer_number)
+        return cls(stock, scale, own_window=own)
 
     @classmethod
     def check_installed(cls) -> None:
@@ -132,9 +134,14 @@ class TransformerEngineBackend(Backend):
     def attend_full(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
-        """See `Backend`; argument for argument what stock Megatron's layer calls."""
+        """See `Backend`; argument for argument what stock Megatron's layer calls.
+
+        But where a local layer's own window is still growing: stock's module has all of it.
+        """
         from megatron.core.transformer.enums import AttnMaskType
 
+        if segments.sliding_window not in (None, self._own_window):
+            return self.attend_windows(query, key, value, segments)
         (attention,) = self._full
         return attention(query, key, value, None, attn_mask_type=AttnMaskType.causal)
 

@@ -28,6 +28,8 @@ class Moment:
         sight: who may see whom.
         batch: the sequences, on the host; None on ranks that read nothing.
         state_sight: the same for the state of recurrent layers; None where it is not cut.
+        local_window: what a query of a local layer sees at most by a ladder of its own, by
+            `statement`; None: none holds it back.
     """
 
     name: str
@@ -37,6 +39,13 @@ class Moment:
     sight: Sight
     batch: HostBatch | None
     state_sight: Sight | None = None
+    local_window: int | None = None
+
+    def own_window(self, of_model: int | None) -> int | None:
+        """Return what a query of a layer sees at most whose model says so; None: any number."""
+        if of_model is None or self.local_window is None:
+            return of_model
+        return min(of_model, self.local_window)
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,8 @@ def moments(clock: Clock, trainer: Trainer, batch: HostBatch | None) -> Moments:
         if config.recurrent_state == "documents":
             state = sight(trainer, config, held, trainer.seq_length, asked, documents=True)
         name = f"{name} after {samples} samples, with a window of {window_len} tokens"
-        return Moment(name, samples, window_len, True, seen, asked, state)
+        of_local = statement.local_window(config, samples)
+        return Moment(name, samples, window_len, True, seen, asked, state, of_local)
 
     length = trainer.seq_length
     whole = sight(trainer, config, held_positions(trainer), length, batch, documents=False)
@@ -123,6 +133,15 @@ def clock_faults(clock: Clock, trainer: Trainer, times: Moments) -> list[str]:
                 f"after {at} samples the clock says a window of {found[0]} tokens in training and "
                 f"of {found[1]} in evaluation, but by the schedule ({config.schedule.describe()}) "
                 f"they are {stated[0]} and {stated[1]}"
+            )
+        with trainer.at_samples(at):
+            of_local = clock.local_window(training=True), clock.local_window(training=False)
+        wanted = statement.local_window(config, at)
+        if of_local != (wanted, None):
+            assert config.local_schedule is not None
+            faults.append(
+                f"after {at} samples the clock says that local layers see {of_local[0]} tokens at "
+                f"most, but by their ladder ({config.local_schedule.describe()}) it is {wanted}"
             )
     return faults
 

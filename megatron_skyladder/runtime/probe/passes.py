@@ -138,7 +138,9 @@ class Passes:
         self.findings.num_layers = sum(map(len, self._attentions))
         layers = [layer for each in self._attentions for layer in each.values()]
         windows = {layer.own_window for layer in layers if layer.own_window is not None}
-        self.findings.own_windows = ", ".join(map(str, sorted(windows)))
+        times = [self._times.begins, *([self._times.later] if self._times.later else [])]
+        held = {each.own_window(window) for window in windows for each in times}
+        self.findings.own_windows = ", ".join(map(str, sorted(filter(None, held))))
         return self.findings
 
     @contextlib.contextmanager
@@ -327,6 +329,7 @@ class Passes:
     ) -> torch.Tensor:
         """Put all questions; returns the output of the first call."""
         outputs = []
+        own_window = moment.own_window(own_window)
         own = "" if own_window is None else f" (it sees {own_window} tokens at most)"
         where = f"{name}{own}, in {moment.name}{again}"
         sight = moment.sight.of_layer(own_window)

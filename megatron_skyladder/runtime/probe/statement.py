@@ -27,10 +27,24 @@ def window(config: SkyLadderConfig, consumed_samples: int) -> int:
 
     A schedule that is not in `STATED` has no second statement: its own word is taken.
     """
+    return min(_stated(config.schedule, config, consumed_samples), config.seq_length)
+
+
+def local_window(config: SkyLadderConfig, consumed_samples: int) -> int | None:
+    """Return what a query of a local layer sees at most in that batch by a ladder of its own.
+
+    None: there is no such ladder (`ladder.local_ladder`), the model's own window holds.
+    """
+    if config.local_schedule is None:
+        return None
+    own = _stated(config.local_schedule, config, consumed_samples)
+    return min(own, window(config, consumed_samples))
+
+
+def _stated(schedule: Any, config: SkyLadderConfig, consumed_samples: int) -> int:
     step = max(0, consumed_samples - config.begin_samples) // config.step_samples
-    stated = STATED.get(config.schedule.schedule)
-    tokens = config.schedule.window_at(step) if stated is None else stated(config.schedule, step)
-    return min(tokens, config.seq_length)
+    stated = STATED.get(schedule.schedule)
+    return int(schedule.window_at(step) if stated is None else stated(schedule, step))
 
 
 def _ramp(
@@ -141,23 +155,26 @@ def own_window(model: Any, layer_number: int) -> int | None:
 def next_change(config: SkyLadderConfig, consumed_samples: int) -> int | None:
     """Return the fewest samples from which on another window holds than now; None: never.
 
-    The windows of cyclic schedules come back: then it is the first change that is found by steps
-    that double, which may be a later one.
+    Of global layers or of local ones. The windows of cyclic schedules come back: then it is the
+    first change that is found by steps that double, which may be a later one.
     """
     step = max(0, consumed_samples - config.begin_samples) // config.step_samples
 
     def samples_at(other: int) -> int:
         return config.begin_samples + other * config.step_samples
 
-    now, low, stride = window(config, consumed_samples), step, 1
-    while window(config, samples_at(step + stride)) == now:
+    def windows(samples: int) -> tuple[int, int | None]:
+        return window(config, samples), local_window(config, samples)
+
+    now, low, stride = windows(consumed_samples), step, 1
+    while windows(samples_at(step + stride)) == now:
         low, stride = step + stride, stride * 2
         if stride > _SEARCHED_STEPS:
             return None
     high = step + stride
     while high - low > 1:
         middle = (low + high) // 2
-        if window(config, samples_at(middle)) == now:
+        if windows(samples_at(middle)) == now:
             low = middle
         else:
             high = middle
