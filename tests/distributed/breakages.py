@@ -154,11 +154,15 @@ def own_window_one_longer() -> None:
 
 def sinks_left_out() -> None:
     """Attend as if the softmax had no sink."""
-    from megatron_skyladder.attention.backends import sdpa
+    from megatron_skyladder.attention.backends import base
 
-    sdpa.SdpaBackend._sink_of = lambda self, num_heads: (
-        None if self.sink is None else self.sink().repeat(num_heads // len(self.sink())) * 0 - 1e4
-    )
+    with_sink = base.Backend.sink_of
+
+    def without(self: Any, num_heads: int) -> Any:
+        sink = with_sink(self, num_heads)
+        return None if sink is None else sink * 0 - 1e4
+
+    base.Backend.sink_of = without
 
 
 def sliding_window_one_longer() -> None:
