@@ -64,7 +64,7 @@ def dense(query: Any, key: Any, value: Any, sink: Any) -> Any:
     return torch.stack(rows)
 
 
-def inputs() -> Any:
+def inputs() -> list[Any]:
     generator = torch.Generator().manual_seed(5)
     shapes = [(TOKENS, HEADS, SIZE), (KEYS, GROUPS, SIZE), (KEYS, GROUPS, VALUE_SIZE)]
     qkv = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -87,9 +87,9 @@ def test_a_sink_that_is_not_trained_costs_nothing_in_the_backward_pass() -> None
     *qkv, sink = inputs()
     leaves: Any = [x.requires_grad_() for x in qkv]
     direction = torch.randn(TOKENS, HEADS, VALUE_SIZE, dtype=torch.float64)
-    out = sinks.attend_with_sink(kernel([]), *leaves, sink)
+    out = sinks.attend_with_sink(kernel([]), *leaves, sink)  # type: ignore[call-arg]
     found = torch.autograd.grad(out, leaves, direction)
-    torch.testing.assert_close(found, torch.autograd.grad(dense(*leaves, sink), leaves, direction))
+    torch.testing.assert_close(found, torch.autograd.grad(dense(*leaves, sink), leaves, direction))  # type: ignore[call-arg]
     assert sink.grad is None
 
 
@@ -98,7 +98,7 @@ def test_a_sink_that_is_off_changes_no_bit() -> None:
     *qkv, sink = inputs()
     out, _, _ = kernel([]).forward(*qkv)
     off = torch.full_like(sink, -1e4)
-    assert torch.equal(sinks.attend_with_sink(kernel([]), *qkv, off), out)
+    assert torch.equal(sinks.attend_with_sink(kernel([]), *qkv, off), out)  # type: ignore[call-arg]
 
 
 def test_bf16_keeps_the_gradient_of_a_sink_in_float32() -> None:
@@ -115,10 +115,10 @@ def test_bf16_keeps_the_gradient_of_a_sink_in_float32() -> None:
 
     def backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, rest: Any) -> Any:
         wide: Any = [x.float() for x in (grad, q, k, v, out)]
-        wide = low.backward(*wide, lse, rest)
+        wide = low.backward(*wide, lse, rest)  # type: ignore[call-arg]
         return tuple(x.bfloat16() for x in wide)
 
-    out = sinks.attend_with_sink(sinks.Passes(forward, backward), *half, sink)
+    out = sinks.attend_with_sink(sinks.Passes(forward, backward), *half, sink)  # type: ignore[call-arg]
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert sink.grad is not None and sink.grad.dtype == torch.float32
