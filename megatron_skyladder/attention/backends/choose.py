@@ -204,12 +204,10 @@ def _choose(name: str, call: Call, dtype: torch.dtype, model: Model) -> Choice:
         if why is None:
             return Choice(call, name, "as --skyladder-attention-backend says")
         if not model.deterministic or _unfit(name, call, model._replace(deterministic=False)):
-            can = ""
-            if model.softmax_type != VANILLA:
-                fit = [each for each in KERNELS if _problem(each, call, model) is None]
-                can = f" With --softmax-type={model.softmax_type} these can: {', '.join(fit)}."
+            fit = [each for each in KERNELS if _problem(each, call, model) is None]
             raise UsageError(
-                f"--skyladder-attention-backend={name} cannot be used here: {why}.{can}"
+                f"--skyladder-attention-backend={name} cannot be used here: {why}. These can: "
+                f"{', '.join(fit)}; auto takes the best of them."
             )
     elif cpu_engine.is_installed() or cpu_engine.is_requested():
         return Choice(call, "sdpa", "the CPU engine runs, the others need a GPU")
