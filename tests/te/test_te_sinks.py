@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import CASES, SEQ_LENGTH, Case
 from checks import (
-    EXACT_ZERO,
     HEAD_DIM,
     HEADS,
     PARTS,
+    SINKS,
+    answers,
     build,
+    build_with_sink,
+    check_sink_bf16,
+    dense_with_sink,
     make_qkv,
     model_config,
     no_look_at_the_device,
     segments,
+    sink_answers,
 )
 from reference_kernels import CALLS
 
@@ -32,63 +37,16 @@ from megatron_skyladder.ladder.fragments import dense_mask
 
 pytestmark = [pytest.mark.te, pytest.mark.usefixtures("hopper")]
 KERNELS = ["te", "varlen", "flash"]
-LOGITS = (-3.0, 0.0, 1.0, 4.0)  # of the heads
 
 
 @pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Where every kernel takes sinks in every kind of call; TE attends unfused all the same."""
     monkeypatch.setattr(choose, "_capability", lambda: (9, 0))
     monkeypatch.setattr(choose, "_te_cudnn", lambda: (9, 26, 0))
     choose._choose.cache_clear()
-
-
-def with_sink(name: str, kv_heads: int, sink: torch.Tensor, **changes: Any) -> torch.nn.Module:
-    backend = build(name, kv_heads, softmax_type="learnable", **changes)
-    backend.use_sink(lambda: sink)
-    return backend
-
-
-def dense(q: Any, k: Any, v: Any, mask: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
-    """[M, H, D] in the type of the inputs: a softmax with a last key, whose value is zero."""
-    keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    logits = torch.einsum("mhd,khd->hmk", q, keys) * q.shape[-1] ** -0.5
-    logits = logits.masked_fill(~mask, float("-inf"))
-    column = sink.to(logits.dtype)[:, None, None].expand(-1, logits.shape[1], 1)
-    weights = torch.cat([logits, column], -1).softmax(-1)[..., :-1]
-    return torch.einsum("hmk,khd->mhd", weights, values)
-
-
-def answers(
-    attend: Callable[..., torch.Tensor], leaves: list[torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    """Return the output and the gradients of all leaves."""
-    out = attend(*leaves)
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
-    return (out, *torch.autograd.grad(out, leaves, direction))
-
-
-def both(
-    name: str, case: Case, part: tuple[int, int], kv_heads: int, dtype: torch.dtype
-) -> list[tuple[torch.Tensor, ...]]:
-    """Return what the backend answers, and the same of plain attention in this type and float32."""
-    start, stop = part
-    cu_q, cu_k, keys = case.segments(start, stop)
-    offsets = segments(cu_q, cu_k, case.window_size)
-    mask = case.dense()[start:stop, keys]
-
-    def kernel(q: Any, k: Any, v: Any, sink: Any) -> torch.Tensor:
-        return with_sink(name, kv_heads, sink)(q[start:stop], k[keys], v[keys], offsets)
-
-    def plain(q: Any, k: Any, v: Any, sink: Any) -> torch.Tensor:
-        return dense(q[start:stop], k[keys], v[keys], mask, sink)
-
-    leaves = [*(x.detach() for x in make_qkv(kv_heads, dtype)), torch.tensor(LOGITS, dtype=dtype)]
-    exact = [x.float() for x in leaves]
-    return [
-        answers(attend, [x.requires_grad_() for x in given])
-        for attend, given in ((kernel, leaves), (plain, leaves), (plain, exact))
-    ]
+    yield
+    choose._choose.cache_clear()
 
 
 @pytest.mark.usefixtures("exact")
@@ -98,7 +56,7 @@ def both(
 def test_equals_the_dense_oracle(name: str, case: Case, part: tuple[int, int]) -> None:
     """Keys longer than queries, too, as they are where keys come from other ranks."""
     for kv_heads in (HEADS, 2):
-        found, expected, _ = both(name, case, part, kv_heads, torch.float32)
+        found, expected, _ = sink_answers(name, case, part, kv_heads, torch.float32)
         for x, y in zip(found, expected, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
@@ -107,17 +65,7 @@ def test_equals_the_dense_oracle(name: str, case: Case, part: tuple[int, int]) -
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("name", ["varlen", "flash"])
 def test_bf16_is_as_exact_as_plain_attention(name: str, case: Case, part: tuple[int, int]) -> None:
-    """The bar of tests/te/checks.py. The gradient of the sinks is but four numbers, of which plain
-    attention may get some right by luck: a step of bf16 is added there."""
-    for what, x, low, truth in zip(
-        ("out", "q", "k", "v", "sink"), *both(name, case, part, 2, torch.bfloat16), strict=True
-    ):
-        assert x.dtype == torch.bfloat16
-        errors, bars = ((y.float() - truth).abs() for y in (x, low))
-        for most, norm in ((2, lambda y: y.square().mean().sqrt()), (4, torch.max)):
-            error, bar = norm(errors).item(), norm(bars).item()
-            luck = truth.abs().max().item() / 128 if what == "sink" else EXACT_ZERO
-            assert error <= most * bar + luck, f"{what}: {error}, plain attention {bar}"
+    check_sink_bf16(name, case, part, "cpu")
 
 
 @pytest.mark.usefixtures("exact")
@@ -131,9 +79,9 @@ def test_one_parameter_serves_windows_and_the_full_window_of_all_sequences(
     generator = torch.Generator().manual_seed(3)
     shapes = [(SEQ_LENGTH, num_sequences, heads, HEAD_DIM) for heads in (HEADS, 2, 2)]
     leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    leaves.append(torch.tensor(LOGITS).requires_grad_())
+    leaves.append(torch.tensor(SINKS).requires_grad_())
     grid = grid_segments(Rows(SEQ_LENGTH, num_sequences, window, False, torch.device("cpu")))
-    backend = with_sink(name, 2, leaves[3])
+    backend = build_with_sink(name, 2, leaves[3])
     mask = torch.from_numpy(dense_mask(SEQ_LENGTH, window_len=window))
 
     def kernel(q: Any, k: Any, v: Any, _: Any) -> torch.Tensor:
@@ -142,7 +90,7 @@ def test_one_parameter_serves_windows_and_the_full_window_of_all_sequences(
 
     def plain(q: Any, k: Any, v: Any, sink: Any) -> torch.Tensor:
         parts = [
-            dense(q[:, index], k[:, index], v[:, index], mask, sink).flatten(1)
+            dense_with_sink(q[:, index], k[:, index], v[:, index], mask, sink).flatten(1)
             for index in range(num_sequences)
         ]
         return torch.stack(parts, dim=1)
@@ -170,8 +118,8 @@ def test_the_passes_are_called_as_the_library_calls_them(
     given = [x.clone().requires_grad_() for x in (q[start:stop], k[keys], v[keys])]
     for deterministic in (False, True):
         without = build(name, 2, deterministic_mode=deterministic)
-        sink = torch.tensor(LOGITS)
-        for backend in (without, with_sink(name, 2, sink, deterministic_mode=deterministic)):
+        sink = torch.tensor(SINKS)
+        for backend in (without, build_with_sink(name, 2, sink, deterministic_mode=deterministic)):
             backend(*given, offsets).backward(torch.ones_like(given[0]))
         plain, ours = calls[:2], calls[2:]
         for (_, theirs), (_, mine) in zip(plain, ours, strict=True):
@@ -255,10 +203,10 @@ def test_the_full_window_is_stocks_call_with_stocks_sink(monkeypatch: pytest.Mon
         softmax_scale=None,
         pg_collection=types.SimpleNamespace(tp=None, cp=None, hcp=None),
     )
-    sink = torch.tensor(LOGITS).requires_grad_()
+    sink = torch.tensor(SINKS).requires_grad_()
     with torch.no_grad():
         stock.softmax_offset.copy_(sink)
-    backend = with_sink("te", 2, sink)
+    backend = build_with_sink("te", 2, sink)
     shapes = [(SEQ_LENGTH, 2, heads, HEAD_DIM) for heads in (HEADS, 2, 2)]
     qkv = [torch.randn(shape) for shape in shapes]
     expected = stock(*qkv, None, attn_mask_type=AttnMaskType.causal)
@@ -283,8 +231,8 @@ def test_no_value_is_asked_for(name: str) -> None:
     case = CASES[5]
     cu_q, cu_k, keys = case.segments(24, 72)
     offsets = segments(cu_q, cu_k, case.window_size)
-    sink = torch.tensor(LOGITS, dtype=torch.bfloat16).requires_grad_()
-    backend = with_sink(name, 2, sink)
+    sink = torch.tensor(SINKS, dtype=torch.bfloat16).requires_grad_()
+    backend = build_with_sink(name, 2, sink)
     qkv = make_qkv(2, torch.bfloat16)
     CALLS.clear()
     with no_look_at_the_device():

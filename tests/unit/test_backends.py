@@ -340,6 +340,18 @@ def test_a_learnable_sink_in_packed_calls_of_transformer_engine(
         assert (why is None) == fits, (size, kind, cudnn)
 
 
+def test_a_sink_reaches_every_kernel_of_a_layer() -> None:
+    """One for each kind of call, and behind what pads values for multi-latent attention."""
+    full, windows, packed = (BACKENDS["sdpa"](SCALE) for _ in range(3))
+    layer = choose.BackendOfCalls(
+        SCALE, full=full, windows=choose.WidenedValues(windows, 16), packed=packed
+    )
+    layer.use_sink(lambda: torch.tensor([1.0, 2.0]))
+    for backend in (full, windows, packed):
+        found = backend.sink_of(4)
+        assert found is not None and found.tolist() == [1.0, 2.0, 1.0, 2.0]
+
+
 def test_deterministic_sinks(
     monkeypatch: pytest.MonkeyPatch, device: Callable[[int, int], None]
 ) -> None:
