@@ -20,7 +20,13 @@ from pathlib import Path
 
 from megatron_skyladder.cli import main as skyladder
 from megatron_skyladder.ladder.flags import add_arguments, flag_of
-from megatron_skyladder.ladder.kernels import KERNELS, Call, value_width, why_no_sink
+from megatron_skyladder.ladder.kernels import (
+    KERNELS,
+    Call,
+    TransformerEngine,
+    value_width,
+    why_no_sink,
+)
 from megatron_skyladder.ladder.presets import SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import SCHEDULES, all_settings, schedules_with
 
@@ -146,7 +152,7 @@ def _takes_sink(
         name,
         call,
         device,
-        (9, 26, 0),
+        TransformerEngine((2, 20), (9, 26, 0)),
         softmax_type="learnable",
         heads=(128, 128),
         deterministic=deterministic,

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from math import gcd
+from typing import NamedTuple
 
 AUTO = "auto"
 
@@ -178,11 +179,18 @@ VANILLA = "vanilla"  # Megatron's --softmax-type without a sink
 _SINK_STATS = (64, 128, 256)  # channels of values for which cuDNN has a kernel of its own
 
 
+class TransformerEngine(NamedTuple):
+    """The installed release, and the cuDNN that it runs."""
+
+    version: tuple[int, ...]
+    cudnn: tuple[int, int, int]
+
+
 def why_no_sink(
     name: str,
     call: Call,
     capability: tuple[int, int],
-    cudnn: tuple[int, int, int],
+    te: TransformerEngine | None,
     *,
     softmax_type: str,
     heads: tuple[int, int],
@@ -200,7 +208,7 @@ def why_no_sink(
         name: a key of ``KERNELS``.
         call: the kind of call.
         capability: of the device.
-        cudnn: version that Transformer Engine runs.
+        te: where it is installed.
         softmax_type: Megatron's.
         heads: channels of a head of queries and keys, and of values.
         deterministic: whether the model is.
@@ -215,13 +223,15 @@ def why_no_sink(
         if capability[0] in (10, 11) and heads == (256, 256):
             return "it has none for heads of 256 channels on Blackwell"
         return None
-    if name != "te":
+    if name != "te" or te is None:
         return None
-    packed = call is Call.PACKED
+    cudnn, packed = te.cudnn, call is Call.PACKED
     if deterministic:
         return "cuDNN has no deterministic one"
     if packed and capability[0] < 9:
         return "cuDNN takes packed calls from compute capability 9.0 on, FlashAttention has no sink"
+    if packed and te.version < (2, 12):  # its selection refused them all
+        return "packed calls need Transformer Engine 2.12 or later"
     needed = (9, 18, 1) if capability[0] == 12 else (9, 18, 0) if packed else (9, 13, 1)
     if cudnn < needed:
         return f"it needs cuDNN {_dotted(needed)} or later, and finds {_dotted(cudnn)}"

@@ -157,7 +157,7 @@ def on_hopper() -> None:
     from megatron_skyladder.attention.backends import choose
 
     choose._capability = lambda: (9, 0)
-    choose._te_cudnn = lambda: (9, 26, 0)
+    choose._te = lambda: choose.TransformerEngine((2, 20), (9, 26, 0))
 
 
 def sinks_left_out() -> None:

@@ -22,7 +22,7 @@ from checks import HEAD_DIM, HEADS, build, make_qkv, segments
 from megatron_skyladder.attention.backends import choose, facts
 from megatron_skyladder.attention.segments import Rows, grid_segments
 from megatron_skyladder.cpu import engine as cpu_engine
-from megatron_skyladder.ladder.kernels import Call
+from megatron_skyladder.ladder.kernels import Call, TransformerEngine
 
 pytestmark = pytest.mark.te
 CAPABILITIES = [(8, 0), (8, 9), (9, 0), (10, 0)]
@@ -232,7 +232,7 @@ def test_with_a_sink_we_take_it_just_where_it_has_a_fused_kernel(
     """FlashAttention has no sink there, so the rest would attend unfused, with all logits."""
     with monkeypatch.context() as patch:  # parameters are recorded where everything is taken
         patch.setattr(choose, "_capability", lambda: (9, 0))
-        patch.setattr(choose, "_te_cudnn", lambda: (9, 26, 0))
+        patch.setattr(choose, "_te", lambda: TransformerEngine((2, 20), (9, 26, 0)))
         choose._choose.cache_clear()
         recorded_params = recorded(call, torch.bfloat16, softmax_type)
     assert recorded_params.softmax_type == softmax_type

@@ -34,6 +34,7 @@ from reference_kernels import CALLS
 from megatron_skyladder.attention.backends import choose
 from megatron_skyladder.attention.segments import Rows, grid_segments
 from megatron_skyladder.ladder.fragments import dense_mask
+from megatron_skyladder.ladder.kernels import TransformerEngine
 
 pytestmark = [pytest.mark.te, pytest.mark.usefixtures("hopper")]
 KERNELS = ["te", "varlen", "flash"]
@@ -43,7 +44,7 @@ KERNELS = ["te", "varlen", "flash"]
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Where every kernel takes sinks in every kind of call; TE attends unfused all the same."""
     monkeypatch.setattr(choose, "_capability", lambda: (9, 0))
-    monkeypatch.setattr(choose, "_te_cudnn", lambda: (9, 26, 0))
+    monkeypatch.setattr(choose, "_te", lambda: TransformerEngine((2, 20), (9, 26, 0)))
     choose._choose.cache_clear()
     yield
     choose._choose.cache_clear()

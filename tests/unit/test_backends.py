@@ -29,7 +29,13 @@ from megatron_skyladder.attention.backends import (  # noqa: E402
 from megatron_skyladder.attention.segments import Rows, Segments, grid_segments  # noqa: E402
 from megatron_skyladder.cpu import engine as cpu_engine  # noqa: E402
 from megatron_skyladder.ladder import measured  # noqa: E402
-from megatron_skyladder.ladder.kernels import KERNELS, PREFERENCES, Call, preference  # noqa: E402
+from megatron_skyladder.ladder.kernels import (  # noqa: E402
+    KERNELS,
+    PREFERENCES,
+    Call,
+    TransformerEngine,
+    preference,
+)
 from megatron_skyladder.ladder.measured import Measured  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -90,7 +96,7 @@ def install_all(monkeypatch: pytest.MonkeyPatch, *, te_has_flash_attention: bool
     )
     modules["flash_attn.cute"].interface = types.SimpleNamespace(_flash_attn_bwd=cute_backward)
     modules["transformer_engine.pytorch"].DotProductAttention = DotProductAttention
-    monkeypatch.setattr(choose, "_te_cudnn", lambda: (9, 26, 0))
+    monkeypatch.setattr(choose, "_te", lambda: TransformerEngine((2, 20), (9, 26, 0)))
     monkeypatch.setattr(choose, "_te_has_flash_attention", lambda: te_has_flash_attention)
 
 
@@ -266,7 +272,7 @@ def test_auto_takes_kernels_with_sinks(
 ) -> None:
     """Worked out by hand, with everything installed."""
     install_all(monkeypatch)
-    monkeypatch.setattr(choose, "_te_cudnn", lambda: cudnn)
+    monkeypatch.setattr(choose, "_te", lambda: TransformerEngine((2, 20), cudnn))
     device(*capability)
     for kind in (OFF_BY_ONE, LEARNABLE):
         assert names(softmax_type=kind) == chosen
@@ -306,7 +312,7 @@ def test_what_has_no_sink_is_refused_naming_what_has(
 ) -> None:
     install_all(monkeypatch)
     if "cuDNN" in reason:
-        monkeypatch.setattr(choose, "_te_cudnn", lambda: (9, 17, 5))
+        monkeypatch.setattr(choose, "_te", lambda: TransformerEngine((2, 20), (9, 17, 5)))
     device(*capability)
     with pytest.raises(ValueError, match=rf"={name} cannot be used here: {name} with a") as raised:
         choose_backends(name, softmax_type=LEARNABLE, **asked)
@@ -328,7 +334,7 @@ def test_a_learnable_sink_in_packed_calls_of_transformer_engine(
         (128, LEARNABLE, (9, 18, 0), True),
         (128, OFF_BY_ONE, (9, 17, 9), False),
     ):
-        monkeypatch.setattr(choose, "_te_cudnn", lambda cudnn=cudnn: cudnn)
+        monkeypatch.setattr(choose, "_te", lambda cudnn=cudnn: TransformerEngine((2, 20), cudnn))
         device(9, 0)
         why = choose.unfit(
             "te",
@@ -350,6 +356,18 @@ def test_a_sink_reaches_every_kernel_of_a_layer() -> None:
     for backend in (full, windows, packed):
         found = backend.sink_of(4)
         assert found is not None and found.tolist() == [1.0, 2.0, 1.0, 2.0]
+
+
+def test_packed_sinks_need_a_recent_transformer_engine(
+    monkeypatch: pytest.MonkeyPatch, device: Callable[[int, int], None]
+) -> None:
+    """2.8 to 2.11 have sinks, and refuse them in packed calls whatever cuDNN there is."""
+    install_all(monkeypatch)
+    monkeypatch.setattr(choose, "_te", lambda: TransformerEngine((2, 11, 0), (9, 26, 0)))
+    device(9, 0)
+    assert choose.unfit("te", Call.WINDOWS, deterministic=False, softmax_type=LEARNABLE) is None
+    why = choose.unfit("te", Call.PACKED, deterministic=False, softmax_type=LEARNABLE)
+    assert why is not None and "Transformer Engine 2.12 or later" in why
 
 
 def test_deterministic_sinks(

@@ -28,6 +28,7 @@ from megatron_skyladder.ladder.kernels import (
     KERNELS,
     VANILLA,
     Call,
+    TransformerEngine,
     preference,
     value_width,
     why_no_sink,
@@ -302,26 +303,26 @@ def _no_sink(name: str, call: Call, model: Model) -> str | None:
     key_size, value_size = model.heads or _USUAL_HEADS
     try:
         BACKENDS[name].check_sink()
-        cudnn = _te_cudnn() if name == "te" else (0, 0, 0)
+        te = _te() if name == "te" else None
     except Exception as error:  # as for `missing`
         return f"this release has none ({type(error).__name__}: {error})"
     return why_no_sink(
         name,
         call,
         _capability(),
-        cudnn,
+        te,
         softmax_type=model.softmax_type,
         heads=(key_size, value_width(name, key_size, value_size, _capability()) or value_size),
         deterministic=model.deterministic,
     )
 
 
-def _te_cudnn() -> tuple[int, int, int]:
-    """Return the version of cuDNN that Transformer Engine runs."""
+def _te() -> TransformerEngine:
+    from megatron.core.utils import get_te_version
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     major, minor, patch = utils.get_cudnn_version()
-    return major, minor, patch
+    return TransformerEngine(get_te_version().release, (major, minor, patch))
 
 
 def _te_has_flash_attention() -> bool:
