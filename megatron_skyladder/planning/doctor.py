@@ -314,7 +314,7 @@ def _kernels(report: Report, launch_flags: list[str]) -> None:
     kind = torch.float16 if "--fp16" in launch_flags else torch.bfloat16
     deterministic = "--deterministic-mode" in launch_flags
     softmax_type = _softmax_type(launch_flags)
-    sink = {} if softmax_type is None else {"softmax_type": softmax_type}
+    sink: dict[str, Any] = {} if softmax_type is None else {"softmax_type": softmax_type}
     chosen = facts.te_sub_backends(qkv_dtype=kind, deterministic=deterministic, **sink)
     for call, name in (chosen or {}).items():
         report.run[f"Transformer Engine, {call}"] = name
