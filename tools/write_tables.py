@@ -20,7 +20,13 @@ from pathlib import Path
 
 from megatron_skyladder.cli import main as skyladder
 from megatron_skyladder.ladder.flags import add_arguments, flag_of
-from megatron_skyladder.ladder.kernels import KERNELS, value_width
+from megatron_skyladder.ladder.kernels import (
+    KERNELS,
+    Call,
+    TransformerEngine,
+    value_width,
+    why_no_sink,
+)
 from megatron_skyladder.ladder.presets import SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import SCHEDULES, all_settings, schedules_with
 
@@ -118,6 +124,42 @@ def value_width_table() -> str:
     return _markdown(rows)
 
 
+def sink_table() -> str:
+    """Return which kernel takes softmax sinks on which device, heads of 128, cuDNN 9.26."""
+    devices = {"8.x": (8, 0), "9.x": (9, 0), "10.x, 11.x": (10, 0), "12.x": (12, 0)}
+    calls = {"full": Call.FULL, "windows": Call.WINDOWS, "packed": Call.PACKED}
+    rows: list[Sequence[str]] = [("kernel", *devices, "`--deterministic-mode`")]
+    for name, kernel in KERNELS.items():
+        cells = []
+        for device in devices.values():
+            taken = [
+                word
+                for word, call in calls.items()
+                if device >= kernel.capability and _takes_sink(name, call, device)
+            ]
+            cells.append("yes" if len(taken) == len(calls) else ", ".join(taken) or "no")
+        repeats = any(
+            _takes_sink(name, Call.PACKED, d, deterministic=True) for d in devices.values()
+        )
+        rows.append((f"`{name}`", *cells, "yes" if repeats else "no"))
+    return _markdown(rows)
+
+
+def _takes_sink(
+    name: str, call: Call, device: tuple[int, int], *, deterministic: bool = False
+) -> bool:
+    why = why_no_sink(
+        name,
+        call,
+        device,
+        TransformerEngine((2, 20), (9, 26, 0)),
+        softmax_type="learnable",
+        heads=(128, 128),
+        deterministic=deterministic,
+    )
+    return why is None
+
+
 def saving_table() -> str:
     """Return what ``skyladder plan`` predicts for three models at three lengths."""
     rows: list[Sequence[str]] = [("model", *(f"{length // 1024}K" for length in LENGTHS))]
@@ -189,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": preset_table,
     "flags": flag_tables,
     "value widths": value_width_table,
+    "sinks": sink_table,
     "predicted savings": saving_table,
     "messages": message_list,
 }

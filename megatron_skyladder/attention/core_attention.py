@@ -22,7 +22,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_skyladder.attention import context_parallel, limits
 from megatron_skyladder.attention.backends import from_thd, make_backend, to_thd
 from megatron_skyladder.attention.backends.choose import has_sink
-from megatron_skyladder.attention.backends.sdpa import SdpaBackend
 from megatron_skyladder.attention.segments import (
     MaskCache,
     ParallelSegments,
@@ -186,8 +185,7 @@ class SkyLadderAttention(MegatronModule):
                 return torch.full((num_heads,), logit, device=device, dtype=torch.float32)
             return self.softmax_offset
 
-        assert isinstance(self.backend, SdpaBackend), "only sdpa has sinks"
-        self.backend.sink = sink
+        self.backend.use_sink(sink)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return it as Megatron's own attention does, whose name and cut the sinks have."""

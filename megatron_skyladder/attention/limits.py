@@ -242,8 +242,8 @@ RULES = (
     FlagRule(
         "--softmax-type",
         Effect.NOTED,
-        "attends with a sink, which SkyLadder has in its backend sdpa alone: exact, but without a "
-        "fused kernel",
+        "attends with a sink, which te, fa4, flash, varlen and sdpa have, each on some devices; "
+        "sdpa has it without a fused kernel",
         when=other_than("vanilla"),
         default="vanilla",
     ),

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from math import gcd
+from typing import NamedTuple
 
 AUTO = "auto"
 
@@ -172,6 +173,93 @@ def _takes(name: str, key: int, value: int, major: int) -> bool:
         steps = key < 128 or (-(-value // 16) * 8) % gcd(32, -(-key // 16) * 8) == 0
         return (small and (name == "te" or steps)) or (key, value) in ((192, 128), (256, 256))
     return major == 12 and small and (name == "te" or same)
+
+
+VANILLA = "vanilla"  # Megatron's --softmax-type without a sink
+_SINK_STATS = (64, 128, 256)  # channels of values for which cuDNN has a kernel of its own
+
+
+class TransformerEngine(NamedTuple):
+    """The installed release, and the cuDNN that it runs."""
+
+    version: tuple[int, ...]
+    cudnn: tuple[int, int, int]
+
+
+def why_no_sink(
+    name: str,
+    call: Call,
+    capability: tuple[int, int],
+    te: TransformerEngine | None,
+    *,
+    softmax_type: str,
+    heads: tuple[int, int],
+    deterministic: bool = False,
+) -> str | None:
+    """Return why a kernel cannot train with a softmax sink, or None.
+
+    Read off the libraries' sources of August 2026. Transformer Engine: its own selection
+    (get_attention_backend) and the table that it was before (fused_attn.cpp, commit d0067d0); what
+    runs a sink there is cuDNN alone. NVIDIA/TransformerEngine#3249: before cuDNN 9.26 packed calls
+    read the wrong statistics for the gradient of a learnable sink, unless values have one of a few
+    sizes. FlashAttention 4 (flash_attn/cute/interface.py): `learnable_sink` with its gradient.
+
+    Args:
+        name: a key of ``KERNELS``.
+        call: the kind of call.
+        capability: of the device.
+        te: where it is installed.
+        softmax_type: Megatron's.
+        heads: channels of a head of queries and keys, and of values.
+        deterministic: whether the model is.
+    """
+    if softmax_type == VANILLA:
+        return None
+    if name == "fa3":
+        return "it has none, and its passes, which would do, differ from build to build"
+    if name == "fa4":
+        if capability[0] == 12:
+            return "it has none on compute capability 12"
+        if capability[0] in (10, 11) and heads == (256, 256):
+            return "it has none for heads of 256 channels on Blackwell"
+        return None
+    if name != "te" or te is None:
+        return None
+    cudnn, packed = te.cudnn, call is Call.PACKED
+    if deterministic:
+        return "cuDNN has no deterministic one"
+    if packed and capability[0] < 9:
+        return "cuDNN takes packed calls from compute capability 9.0 on, FlashAttention has no sink"
+    if packed and te.version < (2, 12):  # its selection refused them all
+        return "packed calls need Transformer Engine 2.12 or later"
+    needed = (9, 18, 1) if capability[0] == 12 else (9, 18, 0) if packed else (9, 13, 1)
+    if cudnn < needed:
+        return f"it needs cuDNN {_dotted(needed)} or later, and finds {_dotted(cudnn)}"
+    if not _cudnn_has_sink(heads, capability[0]):
+        return f"cuDNN has none for heads of {heads[0]} and {heads[1]} channels here"
+    if packed and softmax_type == "learnable" and heads[1] not in _SINK_STATS:
+        fixed = (9, 26, 0)
+        if cudnn < fixed:
+            return (
+                f"before cuDNN {_dotted(fixed)} the gradient of a learnable one is wrong for "
+                f"values of {heads[1]} channels, and this is {_dotted(cudnn)}"
+            )
+    return None
+
+
+def _cudnn_has_sink(heads: tuple[int, int], major: int) -> bool:
+    key, value = heads
+    if key % 8 or value % 8:
+        return False
+    if max(heads) <= 128:
+        return True
+    if major == 9:
+        return max(heads) <= 256 and (key == value or min(heads) < 128 or heads == (192, 128))
+    return major >= 10 and heads == (192, 128)
+
+
+def _dotted(version: tuple[int, int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def preference(call: Call, capability: tuple[int, int]) -> Preference:

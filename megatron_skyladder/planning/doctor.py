@@ -281,6 +281,7 @@ def _backend(report: Report, flags: argparse.Namespace, launch_flags: list[str])
         flags.skyladder_attention_backend or "auto",
         dtype,
         deterministic="--deterministic-mode" in launch_flags,
+        softmax_type=_softmax_type(launch_flags) or "vanilla",
     )
     by_reason: dict[tuple[str, str], list[str]] = {}
     for choice in choices:
@@ -289,6 +290,13 @@ def _backend(report: Report, flags: argparse.Namespace, launch_flags: list[str])
         f"{name}: {reason}" if len(by_reason) == 1 else f"{name} for {', '.join(calls)}: {reason}"
         for (name, reason), calls in by_reason.items()
     )
+
+
+def _softmax_type(launch_flags: list[str]) -> str | None:
+    """Return what Megatron's flag says, where it is given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--softmax-type")
+    return parser.parse_known_args(launch_flags)[0].softmax_type
 
 
 def _kernels(report: Report, launch_flags: list[str]) -> None:
@@ -305,10 +313,12 @@ def _kernels(report: Report, launch_flags: list[str]) -> None:
         return
     kind = torch.float16 if "--fp16" in launch_flags else torch.bfloat16
     deterministic = "--deterministic-mode" in launch_flags
-    chosen = facts.te_sub_backends(qkv_dtype=kind, deterministic=deterministic)
+    softmax_type = _softmax_type(launch_flags)
+    sink: dict[str, Any] = {} if softmax_type is None else {"softmax_type": softmax_type}
+    chosen = facts.te_sub_backends(qkv_dtype=kind, deterministic=deterministic, **sink)
     for call, name in (chosen or {}).items():
         report.run[f"Transformer Engine, {call}"] = name
-        if name == facts.UNFUSED:
+        if name == facts.UNFUSED and not sink:  # with one SkyLadder takes another kernel
             report.notes.append(
                 f"Transformer Engine would attend unfused for {call} calls, which runs out of "
                 "memory on long sequences. Install a flash-attn that it takes, or another kernel: "

@@ -122,15 +122,27 @@ def main() -> None:
             "sliding": mask == "sliding",
             "documents": documents,
             "cp": cp,
+            "sink": False,
         }
         for model in HEADS
         for mask in ("local", "sliding")
         for documents in (False, True)
         for cp in (1, 2)
     }
+    plain, *_ = cases.values()
+    for model in HEADS:  # sinks are kernels of their own
+        for mask in ("local", "sliding"):
+            name = f"{model}, {mask}, documents, cp2, sinks"
+            changes = {"model": model, "sliding": mask == "sliding", "sink": True}
+            cases[name] = plain | changes | {"documents": True, "cp": 2}
     counted = {}
     for name, case in cases.items():
         backend = FlashCuteBackend(0.125, deterministic=False)
+        if case["sink"]:
+            FlashCuteBackend.check_sink()
+            backend.use_sink(
+                lambda heads=HEADS[case["model"]][0]: torch.empty(heads, device="cuda")
+            )
         after, started = [], time.perf_counter()
         for window in WINDOWS:
             for segments in segments_of(window, case):

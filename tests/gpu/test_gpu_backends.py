@@ -13,9 +13,18 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
 from cases import CASES, Case  # noqa: E402
-from checks import PARTS, call_attention, check_bf16, document_mask, make_attention  # noqa: E402
+from checks import (  # noqa: E402
+    HEAD_DIM,
+    PARTS,
+    call_attention,
+    check_bf16,
+    check_sink_bf16,
+    document_mask,
+    make_attention,
+)
 
 from megatron_skyladder.attention.backends import BACKENDS, choose_backends  # noqa: E402
+from megatron_skyladder.attention.backends.choose import Heads  # noqa: E402
 from megatron_skyladder.cpu import engine as cpu_engine  # noqa: E402
 
 pytestmark = [
@@ -44,6 +53,18 @@ def test_bf16_is_as_exact_as_plain_attention(
 ) -> None:
     start, stop = part
     check_bf16(backend, case.stretched(factor), (factor * start, factor * stop), "cuda")
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_sinks_in_bf16(backend: str, case: Case, part: tuple[int, int]) -> None:
+    """With the gradient of the sinks, where the backend takes them here."""
+    try:
+        choose_backends(backend, heads=Heads(HEAD_DIM, HEAD_DIM), softmax_type="learnable")
+    except ValueError as error:
+        pytest.skip(str(error))
+    start, stop = part
+    check_sink_bf16(backend, case.stretched(8), (8 * start, 8 * stop), "cuda")
 
 
 @pytest.mark.parametrize("mask", ["local", "sliding"])

@@ -150,6 +150,83 @@ def check_bf16(name: str, case: Case, part: tuple[int, int], device: str) -> Non
             assert error <= most * bar + EXACT_ZERO, f"{what}: {error}, plain attention {bar}"
 
 
+# ---------------------------------------------------------------- softmax sinks
+
+SINKS = (-3.0, 0.0, 1.0, 4.0)  # logits, one for each head
+
+
+def build_with_sink(
+    name: str, kv_heads: int, sink: torch.Tensor, **changes: Any
+) -> torch.nn.Module:
+    backend = build(name, kv_heads, softmax_type="learnable", **changes)
+    backend.use_sink(lambda: sink)
+    return backend
+
+
+def dense_with_sink(q: Any, k: Any, v: Any, mask: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+    """[M, H, D] in the type of the inputs: a softmax with a last key, whose value is zero."""
+    keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    logits = torch.einsum("mhd,khd->hmk", q, keys) * q.shape[-1] ** -0.5
+    logits = logits.masked_fill(~mask, float("-inf"))
+    column = sink.to(logits.dtype)[:, None, None].expand(-1, logits.shape[1], 1)
+    weights = torch.cat([logits, column], -1).softmax(-1)[..., :-1]
+    return torch.einsum("hmk,khd->mhd", weights, values)
+
+
+def answers(
+    attend: Callable[..., torch.Tensor], leaves: list[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Return the output and the gradients of all leaves."""
+    out = attend(*leaves)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+    return (out, *torch.autograd.grad(out, leaves, direction))
+
+
+def sink_answers(
+    name: str,
+    case: Case,
+    part: tuple[int, int],
+    kv_heads: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+) -> list[tuple[torch.Tensor, ...]]:
+    """Return what the backend answers, and the same of plain attention in this type and float32."""
+    start, stop = part
+    cu_q, cu_k, keys = case.segments(start, stop)
+    offsets = segments(cu_q, cu_k, case.window_size, device)
+    mask = case.dense()[start:stop, keys].to(device)
+
+    def kernel(q: Any, k: Any, v: Any, sink: Any) -> torch.Tensor:
+        return build_with_sink(name, kv_heads, sink)(q[start:stop], k[keys], v[keys], offsets)
+
+    def plain(q: Any, k: Any, v: Any, sink: Any) -> torch.Tensor:
+        return dense_with_sink(q[start:stop], k[keys], v[keys], mask, sink)
+
+    qkv = make_qkv(kv_heads, dtype, seq_length=case.seq_length)
+    leaves = [x.detach().to(device) for x in (*qkv, torch.tensor(SINKS, dtype=dtype))]
+    exact = [x.float() for x in leaves]
+    return [
+        answers(attend, [x.requires_grad_() for x in given])
+        for attend, given in ((kernel, leaves), (plain, leaves), (plain, exact))
+    ]
+
+
+def check_sink_bf16(name: str, case: Case, part: tuple[int, int], device: str) -> None:
+    """Check by the bar of `check_bf16`, the gradient of the parameter too, which is bf16 as well.
+
+    That is but four numbers, of which plain attention may get some right by luck: a step of bf16
+    is added there.
+    """
+    found = sink_answers(name, case, part, 2, torch.bfloat16, device)
+    for what, x, low, truth in zip(("out", "q", "k", "v", "sink"), *found, strict=True):
+        assert x.dtype == torch.bfloat16
+        errors, bars = ((y.float() - truth).abs() for y in (x, low))
+        for most, norm in ((2, lambda y: y.square().mean().sqrt()), (4, torch.max)):
+            error, bar = norm(errors).item(), norm(bars).item()
+            luck = truth.abs().max().item() / 128 if what == "sink" else EXACT_ZERO
+            assert error <= most * bar + luck, f"{what}: {error}, plain attention {bar}"
+
+
 # ---------------------------------------------------------------- the attention module
 
 ROW, WINDOW = 64, 24

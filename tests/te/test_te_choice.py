@@ -5,8 +5,8 @@ the calls which our backend really makes: they are recorded on the stubs. Faked 
 capability and one compiled function, whether cuDNN can run a call: from TE 2.20 on it builds cuDNN
 graphs and needs a device. Its place takes the table that the function was before
 (``nvte_get_fused_attn_backend`` in common/fused_attn/fused_attn.cpp, commit d0067d0 of August
-2026), for 16 bits, no bias, no dropout and cuDNN 9.18.1 or later. What this cannot show: that cuDNN
-agrees with that table.
+2026), for 16 bits, no bias, no dropout and cuDNN 9.18.1 or later (with a sink, 9.13 or later). What
+this cannot show: that cuDNN agrees with that table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from checks import HEAD_DIM, HEADS, build, make_qkv, segments
 from megatron_skyladder.attention.backends import choose, facts
 from megatron_skyladder.attention.segments import Rows, grid_segments
 from megatron_skyladder.cpu import engine as cpu_engine
-from megatron_skyladder.ladder.kernels import Call
+from megatron_skyladder.ladder.kernels import Call, TransformerEngine
 
 pytestmark = pytest.mark.te
 CAPABILITIES = [(8, 0), (8, 9), (9, 0), (10, 0)]
@@ -37,15 +37,23 @@ def utils() -> Any:
     return utils
 
 
-def cudnn_runs(asked: Any, capability: tuple[int, int]) -> bool:
-    """The table, cuDNN 9.18.1 or later, in 16 bits, without bias and dropout."""
+def cudnn_runs(asked: Any, capability: tuple[int, int], cudnn: tuple[int, int, int]) -> bool:
+    """The table, cuDNN 9.13 or later, in 16 bits, without bias and dropout."""
     import transformer_engine_torch as tex
 
     mask, layout = tex.NVTE_Mask_Type, str(asked.qkv_layout)
     architecture = 10 * capability[0] + capability[1]
     packed = "THD" in layout
     sizes = (asked.head_dim_qk, asked.head_dim_v)
-    if any(size % 8 or size > 128 for size in sizes):
+    sink = asked.softmax_type != tex.NVTE_Softmax_Type.NVTE_VANILLA_SOFTMAX
+    if sink and cudnn < (9, 13, 1):
+        return False
+    large = (
+        (max(sizes) <= 256 and capability[0] == 9 and sizes[0] == sizes[1])
+        or (sizes == (192, 128) and capability[0] >= 10)
+        or (sizes == (256, 256) and capability[0] == 10 and not sink and cudnn >= (9, 25, 0))
+    )
+    if any(size % 8 for size in sizes) or (max(sizes) > 128 and not large):
         return False
     padded = asked.attn_mask_type in (
         mask.NVTE_PADDING_CAUSAL_MASK,
@@ -64,16 +72,21 @@ def device(monkeypatch: pytest.MonkeyPatch, utils: Any) -> Iterator[Any]:
     """A function that gives the process a device, and TE a flash-attn or none."""
     import transformer_engine_torch as tex
 
-    def become(capability: tuple[int, int], *, flash_attn: bool = True) -> None:
+    def become(
+        capability: tuple[int, int],
+        *,
+        flash_attn: bool = True,
+        cudnn: tuple[int, int, int] = (9, 18, 1),
+    ) -> None:
         backends = tex.NVTE_Fused_Attn_Backend
 
         def fused(asked: Any) -> tuple[int, str]:
-            if cudnn_runs(asked, capability):
+            if cudnn_runs(asked, capability, cudnn):
                 return int(backends.NVTE_F16_arbitrary_seqlen), ""
             return int(backends.NVTE_No_Backend), "not in the table"
 
         monkeypatch.setattr(utils, "get_device_compute_capability", lambda: capability)
-        monkeypatch.setattr(utils, "get_cudnn_version", lambda: (9, 18, 1))
+        monkeypatch.setattr(utils, "get_cudnn_version", lambda: cudnn)
         monkeypatch.setattr(utils.tex, "get_fused_attn_backend", fused)
         monkeypatch.setattr(utils.FlashAttentionUtils, "is_installed", flash_attn)
         monkeypatch.setattr(choose, "_capability", lambda: capability)
@@ -123,7 +136,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, utils: Any) -> Any:
     """A function that returns the parameters TE makes of a call of ours."""
     select = utils.get_attention_backend
 
-    def record(name: str, dtype: torch.dtype) -> Any:
+    def record(name: str, dtype: torch.dtype, softmax_type: str = "vanilla") -> Any:
         seen: list[Any] = []
 
         def selecting(params: Any) -> Any:
@@ -137,7 +150,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch, utils: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setitem(module._attention_backends, "attention_params", None)
             patch.setattr(utils, "get_attention_backend", selecting)
-            attend(build("te", 2), name, dtype)
+            backend = build("te", 2, softmax_type=softmax_type)
+            if softmax_type != "vanilla":
+                backend.use_sink(lambda: torch.zeros(HEADS))
+            attend(backend, name, dtype)
         return seen[-1]
 
     return record
@@ -201,6 +217,55 @@ def test_where_it_would_attend_unfused_we_do_not_take_it(
     assert (found == facts.UNFUSED) == unfused
     refused = choose.unfit("te", Call.PACKED if packed else Call.WINDOWS, deterministic=False)
     assert (refused is not None) == unfused
+
+
+@pytest.mark.parametrize("softmax_type", ["off-by-one", "learnable"])
+@pytest.mark.parametrize("call", CALLS)
+def test_with_a_sink_we_take_it_just_where_it_has_a_fused_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+    device: Any,
+    utils: Any,
+    recorded: Any,
+    call: str,
+    softmax_type: str,
+) -> None:
+    """FlashAttention has no sink there, so the rest would attend unfused, with all logits."""
+    with monkeypatch.context() as patch:  # parameters are recorded where everything is taken
+        patch.setattr(choose, "_capability", lambda: (9, 0))
+        patch.setattr(choose, "_te", lambda: TransformerEngine((2, 20), (9, 26, 0)))
+        choose._choose.cache_clear()
+        recorded_params = recorded(call, torch.bfloat16, softmax_type)
+    assert recorded_params.softmax_type == softmax_type
+    kind = Call.PACKED if call not in ("full", "windows") else Call.WINDOWS
+    taken = []
+    for size in (64, 128, 256):
+        for deterministic in (False, True):
+            params = enlarged(recorded_params, size, deterministic=deterministic)
+            for capability in [*CAPABILITIES, (12, 0)]:
+                for cudnn in (
+                    (9, 13, 0),
+                    (9, 13, 1),
+                    (9, 17, 1),
+                    (9, 18, 0),
+                    (9, 18, 1),
+                    (9, 26, 0),
+                ):
+                    device(capability, cudnn=cudnn)
+                    found = facts._name(utils.get_attention_backend(params))
+                    why = choose.unfit(
+                        "te",
+                        kind,
+                        deterministic=deterministic,
+                        heads=choose.Heads(size, size),
+                        softmax_type=softmax_type,
+                    )
+                    if capability == (12, 0) and cudnn < (9, 18, 1):
+                        assert why is not None  # not in the table above
+                        continue
+                    at = (size, deterministic, capability, cudnn, found, why)
+                    assert (found == CUDNN) == (why is None), at
+                    taken.append(found == CUDNN)
+    assert 0 < sum(taken) < len(taken)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

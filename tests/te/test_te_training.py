@@ -26,6 +26,7 @@ pytestmark = pytest.mark.te
 
 LOCAL, FULL_TE = "--transformer-impl local", "--transformer-impl transformer_engine"
 KERNELS = {"te": "thd_to_bshd", "varlen": "varlen_forward", "flash": "flash_forward"}
+SINK_LAYOUTS = {"tp2-sp": LAYOUTS["tp2-sp"][1], "cp2": "--context-parallel-size 2"}
 UNFUSED = "--attention-backend unfused"  # Transformer Engine's own attention in PyTorch
 
 
@@ -117,6 +118,39 @@ def test_context_parallel_equals_sdpa(context_parallel, backend) -> None:
     run = context_parallel(backend)
     assert KERNELS[backend] in calls(run)
     assert_parity(run, context_parallel("sdpa"))
+
+
+@pytest.fixture(scope="session")
+def with_sinks(trainer: Trainer):
+    """Runs of a model with learnable sinks, float32, documents, recompute, on two ranks."""
+
+    @cache
+    def run(backend: str, layout: str) -> Run:
+        return trainer.train(
+            f"{SAMPLES} --micro-batch-size 2 {SINK_LAYOUTS[layout]} {RECOMPUTE['uniform']} {LOCAL} "
+            f"{UNFUSED} {MASKS['ragged+documents'].flags} "
+            f"--skyladder-attention-backend {backend}",
+            num_processes=2,
+            architecture="sinks",
+            gradients=True,
+            environment={FLOAT32_VARIABLE: "1"},
+            broken="on_hopper",
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("backend", "layout"),
+    [("te", "tp2-sp"), ("te", "cp2"), ("flash", "tp2-sp"), ("varlen", "cp2")],
+)
+def test_sinks_train_as_in_sdpa(with_sinks, backend: str, layout: str) -> None:
+    """tests/distributed holds sdpa against stock Megatron's own sinks."""
+    run = with_sinks(backend, layout)
+    assert KERNELS[backend] in calls(run)
+    assert "mask probe passed" in run.log()
+    assert any("core_attention.softmax_offset" in name for name in run.gradients)
+    assert_parity(run, with_sinks("sdpa", layout))
 
 
 def test_full_causal_attention_trains_otherwise(trainer, reference) -> None:

@@ -54,7 +54,10 @@ CASES = {
         "--window-size 16,1", "a token would see what comes after it", model="window_size"
     ),
     "--softmax-type": Case(
-        "--softmax-type learnable", "in its backend sdpa alone", stops=False, parser="parses"
+        "--softmax-type learnable",
+        "te, fa4, flash, varlen and sdpa have",
+        stops=False,
+        parser="parses",
     ),
     "--qk-clip": Case("--qk-clip", "reports its largest logit", parser="parses", model="qk_clip"),
     "--log-max-attention-logit": Case(

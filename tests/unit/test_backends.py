@@ -29,7 +29,13 @@ from megatron_skyladder.attention.backends import (  # noqa: E402
 from megatron_skyladder.attention.segments import Rows, Segments, grid_segments  # noqa: E402
 from megatron_skyladder.cpu import engine as cpu_engine  # noqa: E402
 from megatron_skyladder.ladder import measured  # noqa: E402
-from megatron_skyladder.ladder.kernels import KERNELS, PREFERENCES, Call, preference  # noqa: E402
+from megatron_skyladder.ladder.kernels import (  # noqa: E402
+    KERNELS,
+    PREFERENCES,
+    Call,
+    TransformerEngine,
+    preference,
+)
 from megatron_skyladder.ladder.measured import Measured  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -67,13 +73,30 @@ def install(monkeypatch: pytest.MonkeyPatch, module: str, function: Callable[...
 
 
 def install_all(monkeypatch: pytest.MonkeyPatch, *, te_has_flash_attention: bool = True) -> None:
-    def function(cu_seqlens_q, window_size, deterministic):
+    def function(cu_seqlens_q, window_size, deterministic, learnable_sink=None):
         raise NotImplementedError
+
+    def passes(window_size_left, window_size_right, softcap, alibi_slopes, rng_state):
+        raise NotImplementedError
+
+    def cute_backward(learnable_sink):
+        raise NotImplementedError
+
+    class DotProductAttention:
+        def __init__(self, softmax_type):
+            raise NotImplementedError
 
     for module in ("flash_attn", "flash_attn_interface", "flash_attn.cute"):
         install(monkeypatch, module, function)
     for module in ("transformer_engine", "transformer_engine.pytorch"):
         monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    modules: dict[str, Any] = sys.modules  # type: ignore[assignment]
+    modules["flash_attn"].flash_attn_interface = types.SimpleNamespace(
+        _flash_attn_varlen_forward=passes, _flash_attn_varlen_backward=passes
+    )
+    modules["flash_attn.cute"].interface = types.SimpleNamespace(_flash_attn_bwd=cute_backward)
+    modules["transformer_engine.pytorch"].DotProductAttention = DotProductAttention
+    monkeypatch.setattr(choose, "_te", lambda: TransformerEngine((2, 20), (9, 26, 0)))
     monkeypatch.setattr(choose, "_te_has_flash_attention", lambda: te_has_flash_attention)
 
 
@@ -223,6 +246,168 @@ def test_flash_attention_4_in_deterministic_mode(
     assert "it has no such backward" in choose_backends("auto", deterministic=True)[1].reason
 
 
+# --- softmax sinks ------------------------------------------------------------------------------
+
+OFF_BY_ONE, LEARNABLE = "off-by-one", "learnable"
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "chosen"),
+    [
+        ((7, 5), (9, 26, 0), ("sdpa", "sdpa", "sdpa")),
+        ((8, 0), (9, 26, 0), ("te", "flash", "flash")),
+        ((8, 0), (9, 13, 0), ("flash", "flash", "flash")),  # TE would attend unfused
+        ((9, 0), (9, 26, 0), ("te", "fa4", "fa4")),  # FlashAttention 3 has none
+        ((10, 0), (9, 17, 0), ("te", "fa4", "fa4")),
+        ((12, 0), (9, 26, 0), ("te", "flash", "flash")),
+        ((12, 0), (9, 18, 0), ("flash", "flash", "flash")),
+    ],
+)
+def test_auto_takes_kernels_with_sinks(
+    monkeypatch: pytest.MonkeyPatch,
+    device: Callable[[int, int], None],
+    capability: tuple[int, int],
+    cudnn: tuple[int, int, int],
+    chosen: tuple[str, ...],
+) -> None:
+    """Worked out by hand, with everything installed."""
+    install_all(monkeypatch)
+    monkeypatch.setattr(choose, "_te", lambda: TransformerEngine((2, 20), cudnn))
+    device(*capability)
+    for kind in (OFF_BY_ONE, LEARNABLE):
+        assert names(softmax_type=kind) == chosen
+        assert names(softmax_type=kind, dtype=torch.float32) == ("sdpa",) * 3
+
+
+def test_auto_says_why_a_kernel_with_sinks_was_passed_over(
+    monkeypatch: pytest.MonkeyPatch, device: Callable[[int, int], None]
+) -> None:
+    install_all(monkeypatch)
+    device(9, 0)
+    full, windows, _ = choose_backends("auto", softmax_type=LEARNABLE)
+    assert full.reason == preference(Call.FULL, (9, 0)).reason
+    assert windows.reason.startswith("no fa3 with a softmax sink: it has none, and its passes")
+    assert windows.reason.endswith(preference(Call.WINDOWS, (9, 0)).reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "asked", "reason"),
+    [
+        ("fa3", (9, 0), {}, "differ from build to build"),
+        ("fa4", (12, 0), {}, "none on compute capability 12"),
+        ("fa4", (10, 0), {"heads": choose.Heads(256, 256)}, "heads of 256 channels on Blackwell"),
+        ("te", (8, 0), {}, "packed calls from compute capability 9.0 on"),
+        ("te", (9, 0), {"heads": choose.Heads(72, 72)}, "needs cuDNN 9.18.0 or later"),
+        ("te", (9, 0), {"heads": choose.Heads(160, 136)}, "none for heads of 160 and 136 chan"),
+        ("te", (10, 0), {"heads": choose.Heads(192, 192)}, "none for heads of 192 and 192 chan"),
+    ],
+)
+def test_what_has_no_sink_is_refused_naming_what_has(
+    monkeypatch: pytest.MonkeyPatch,
+    device: Callable[[int, int], None],
+    name: str,
+    capability: tuple[int, int],
+    asked: dict[str, Any],
+    reason: str,
+) -> None:
+    install_all(monkeypatch)
+    if "cuDNN" in reason:
+        monkeypatch.setattr(choose, "_te", lambda: TransformerEngine((2, 20), (9, 17, 5)))
+    device(*capability)
+    with pytest.raises(ValueError, match=rf"={name} cannot be used here: {name} with a") as raised:
+        choose_backends(name, softmax_type=LEARNABLE, **asked)
+    assert reason in str(raised.value)
+    can = str(raised.value).partition("These can: ")[2].partition(";")[0].split(", ")
+    assert {"flash", "varlen", "sdpa"} <= {*can} and name not in can and "fa3" not in can
+
+
+def test_a_learnable_sink_in_packed_calls_of_transformer_engine(
+    monkeypatch: pytest.MonkeyPatch, device: Callable[[int, int], None]
+) -> None:
+    """NVIDIA/TransformerEngine#3249: a wrong gradient before cuDNN 9.26, but for a few sizes."""
+    install_all(monkeypatch)
+    for size, kind, cudnn, fits in (
+        (96, LEARNABLE, (9, 25, 0), False),
+        (96, LEARNABLE, (9, 26, 0), True),
+        (96, OFF_BY_ONE, (9, 25, 0), True),
+        (64, LEARNABLE, (9, 18, 0), True),
+        (128, LEARNABLE, (9, 18, 0), True),
+        (128, OFF_BY_ONE, (9, 17, 9), False),
+    ):
+        monkeypatch.setattr(choose, "_te", lambda cudnn=cudnn: TransformerEngine((2, 20), cudnn))
+        device(9, 0)
+        why = choose.unfit(
+            "te",
+            Call.PACKED,
+            deterministic=False,
+            heads=choose.Heads(size, size),
+            softmax_type=kind,
+        )
+        assert (why is None) == fits, (size, kind, cudnn)
+
+
+def test_a_sink_reaches_every_kernel_of_a_layer() -> None:
+    """One for each kind of call, and behind what pads values for multi-latent attention."""
+    full, windows, packed = (BACKENDS["sdpa"](SCALE) for _ in range(3))
+    layer = choose.BackendOfCalls(
+        SCALE, full=full, windows=choose.WidenedValues(windows, 16), packed=packed
+    )
+    layer.use_sink(lambda: torch.tensor([1.0, 2.0]))
+    for backend in (full, windows, packed):
+        found = backend.sink_of(4)
+        assert found is not None and found.tolist() == [1.0, 2.0, 1.0, 2.0]
+
+
+def test_packed_sinks_need_a_recent_transformer_engine(
+    monkeypatch: pytest.MonkeyPatch, device: Callable[[int, int], None]
+) -> None:
+    """2.8 to 2.11 have sinks, and refuse them in packed calls whatever cuDNN there is."""
+    install_all(monkeypatch)
+    monkeypatch.setattr(choose, "_te", lambda: TransformerEngine((2, 11, 0), (9, 26, 0)))
+    device(9, 0)
+    assert choose.unfit("te", Call.WINDOWS, deterministic=False, softmax_type=LEARNABLE) is None
+    why = choose.unfit("te", Call.PACKED, deterministic=False, softmax_type=LEARNABLE)
+    assert why is not None and "Transformer Engine 2.12 or later" in why
+
+
+def test_deterministic_sinks(
+    monkeypatch: pytest.MonkeyPatch, device: Callable[[int, int], None]
+) -> None:
+    install_all(monkeypatch)
+    device(9, 0)
+    asked = {"softmax_type": LEARNABLE, "deterministic": True}
+    assert names(**asked) == names("te", **asked) == ("fa4", "fa4", "fa4")
+    assert "cuDNN has no deterministic one" in choose_backends("auto", **asked)[0].reason
+
+
+def test_releases_without_sinks_are_passed_over(
+    monkeypatch: pytest.MonkeyPatch, device: Callable[[int, int], None]
+) -> None:
+    """FlashAttention 4 took a sink before it gave its gradient; flash-attn 2 spelled windows
+    otherwise before 2.7, torch chose between cuDNN and FlashAttention before 2.15."""
+    from torch.nn.attention import varlen
+
+    def of_an_old_release(window_size: Any) -> None:
+        raise NotImplementedError
+
+    install_all(monkeypatch)
+    device(9, 0)
+    old = types.SimpleNamespace(_flash_attn_bwd=of_an_old_release)
+    monkeypatch.setattr(sys.modules["flash_attn.cute"], "interface", old)
+    assert names(softmax_type=LEARNABLE)[1:] == ("flash", "flash")
+    old = types.SimpleNamespace(_flash_attn_varlen_forward=of_an_old_release)
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_interface", old)
+    device(9, 0)
+    assert names(softmax_type=LEARNABLE)[1:] == ("varlen", "varlen")
+    monkeypatch.setattr(varlen, "_varlen_attn_backward", of_an_old_release)
+    device(9, 0)
+    assert names(softmax_type=LEARNABLE) == ("te", "te", "te")
+    reason = choose_backends("auto", softmax_type=LEARNABLE)[1].reason
+    for missing in ("learnable_sink", "window_size_left", "backend"):
+        assert missing in reason
+    assert names()[1] == "fa3"  # without sinks the old releases will do
+
+
 # --- what the libraries are called with ---------------------------------------------------------
 
 
@@ -282,6 +467,34 @@ def test_flash_attention_is_called_with(
     assert call["deterministic"] is deterministic
     unbounded = (None, None) if name == "fa4" else (-1, 0)
     assert call["window_size"] == (unbounded if window is None else (99, 0))
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3])
+def test_flash_attention_4_is_given_the_sink(
+    monkeypatch: pytest.MonkeyPatch, num_sequences: int
+) -> None:
+    """In float32, for each head of each sequence, with what else it is called with; or not at all:
+    releases before it have no such argument."""
+    given: list[Any] = []
+
+    def record(q: Any, k: Any, v: Any, *, learnable_sink: Any = "none", **_: Any) -> Any:
+        given.append(learnable_sink)
+        return q, None
+
+    install(monkeypatch, "flash_attn.cute", lambda cu_seqlens_q, window_size, deterministic: None)
+    backend = build("fa4")
+    backend.attend = record
+    q = torch.zeros(64, num_sequences, 4, 8)
+    grid = grid_segments(Rows(64, num_sequences, 16, False, CPU))
+    backend.attend_windows(q, q, q, grid)
+    sink = torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=torch.bfloat16).requires_grad_()
+    backend.use_sink(lambda: sink)
+    backend.attend_windows(q, q, q, grid)
+    assert given[0] == "none"
+    assert given[1].dtype == torch.float32
+    assert given[1].tolist() == [-1.0, 0.0, 1.0, 2.0] * num_sequences
+    given[1].sum().backward()
+    assert sink.grad is not None and sink.grad.tolist() == [num_sequences] * 4
 
 
 @pytest.mark.parametrize("window", [None, 100])

@@ -264,13 +264,6 @@ def test_sinks_take_weight_and_give_no_value(samples, kind, window, sliding, own
     torch.testing.assert_close(found, torch.autograd.grad(expected, wanted, direction))
 
 
-def test_sinks_run_in_sdpa_alone(samples):
-    clock.current().config = replace(clock.current().config, attention_backend="flash")
-    config = transformer_config(softmax_type="off-by-one")
-    with pytest.raises(ValueError, match="=flash cannot be used with --softmax-type=off-by-one"):
-        build(config, pg_collection=tensor_parallel_alone())
-
-
 def test_local_layers_share_what_global_ones_made_where_they_see_the_same(samples):
     """So a step makes two kinds of segments at most, whatever the number of layers."""
     layers = [build(transformer_config(window_size=(size, 0))) for size in (6, 7, 100)]

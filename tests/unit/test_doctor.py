@@ -90,6 +90,12 @@ def test_kernels_on_a_gpu(tmp_path, megatron, capsys, monkeypatch):
     assert report["run"]["Transformer Engine, batched"] == "cuDNN (FusedAttention)"
     (note,) = [note for note in report["notes"] if "unfused for packed calls" in note]
     assert "pip install 'megatron-skyladder[gpu]'" in note
+    # with sinks TE has cuDNN alone, and installing FlashAttention would not change that
+    _, report = ask(capsys, *LAUNCH, "--fp16", "--softmax-type=learnable")
+    assert asked["softmax_type"] == "learnable"
+    assert not [note for note in report["notes"] if "unfused" in note]
+    chosen = report["run"]["attention backend"]
+    assert "no fa3 with a softmax sink" in chosen or "no FlashAttention 3" in chosen
 
 
 def test_what_was_measured_is_said(tmp_path, megatron, capsys, monkeypatch):

@@ -21,14 +21,12 @@ class Backend(torch.nn.Module):
 
     Args:
         scale: factor on the logits.
-
-    ``sink`` is set where the softmax has a sink: it returns the logits of this rank's heads, [h].
     """
 
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.softmax_scale = scale
-        self.sink: Callable[[], torch.Tensor] | None = None
+        self._sink: Callable[[], torch.Tensor] | None = None
 
     @classmethod
     def build(cls, *, config: Any, scale: float, **stock_arguments: Any) -> Backend:
@@ -44,6 +42,36 @@ class Backend(torch.nn.Module):
     @classmethod
     def check_installed(cls) -> None:
         """Raise whatever tells that the library is not there, or too old."""
+
+    @classmethod
+    def check_sink(cls) -> None:
+        """Raise whatever tells that this release of the library has no sink."""
+
+    def use_sink(self, sink: Callable[[], torch.Tensor]) -> None:
+        """Attend with a sink from now on (Megatron's ``--softmax-type``).
+
+        Args:
+            sink: returns the logits of this rank's heads, [h].
+        """
+        self._sink = sink
+
+    def sink_of(self, num_heads: int) -> torch.Tensor | None:
+        """Return the sinks for a call in which the heads of several sequences may stand.
+
+        In float32 at least, so that what the sequences say about one parameter is not rounded
+        before it is added up.
+
+        Args:
+            num_heads: of the call's queries: those of one sequence after those of the other.
+
+        Returns:
+            [num_heads], or None where there is no sink.
+        """
+        if self._sink is None:
+            return None
+        sink = self._sink()
+        sink = sink.to(torch.promote_types(sink.dtype, torch.float32))
+        return sink.repeat(num_heads // len(sink))
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
@@ -99,6 +127,10 @@ class WidenedValues(Backend):
         super().__init__(inner.softmax_scale)
         self._inner, self._width = inner, width
 
+    def use_sink(self, sink: Callable[[], torch.Tensor]) -> None:
+        """See `Backend`."""
+        self._inner.use_sink(sink)
+
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
@@ -145,6 +177,7 @@ def from_thd(tensor: torch.Tensor, num_sequences: int) -> torch.Tensor:
 
 def require_arguments(function: Any, *names: str) -> None:
     """Raise ImportError where a function of this release does not take an argument."""
+    function = getattr(function, "_init_fn", function)  # what torch.library.custom_op wraps
     missing = [name for name in names if name not in inspect.signature(function).parameters]
     if missing:
         raise ImportError(f"{function.__name__} does not take {', '.join(missing)}")

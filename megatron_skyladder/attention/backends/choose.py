@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -22,7 +23,16 @@ from megatron_skyladder.attention.segments import Segments
 from megatron_skyladder.cpu import engine as cpu_engine
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import measured
-from megatron_skyladder.ladder.kernels import AUTO, KERNELS, Call, preference, value_width
+from megatron_skyladder.ladder.kernels import (
+    AUTO,
+    KERNELS,
+    VANILLA,
+    Call,
+    TransformerEngine,
+    preference,
+    value_width,
+    why_no_sink,
+)
 from megatron_skyladder.ladder.measured import Measured
 
 logger = logging.getLogger(__name__)
@@ -45,6 +55,17 @@ class Heads(NamedTuple):
     value: int
 
 
+_USUAL_HEADS = Heads(128, 128)  # where nobody says which
+
+
+class Model(NamedTuple):
+    """What of a model decides which kernels run it."""
+
+    deterministic: bool
+    heads: Heads | None
+    softmax_type: str
+
+
 @dataclass(frozen=True)
 class Choice:
     """The backend of one kind of call, and why."""
@@ -60,6 +81,11 @@ class BackendOfCalls(Backend):
     def __init__(self, scale: float, *, full: Backend, windows: Backend, packed: Backend) -> None:
         super().__init__(scale)
         self._full, self._windows, self._packed = full, windows, packed
+
+    def use_sink(self, sink: Callable[[], torch.Tensor]) -> None:
+        """See `Backend`."""
+        for backend in (self._full, self._windows, self._packed):
+            backend.use_sink(sink)
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
@@ -93,13 +119,17 @@ def make_backend(name: str, *, config: Any, scale: float, **stock_arguments: Any
     Raises:
         UsageError: what the backend needs is not installed, or the device cannot run it.
     """
-    if has_sink(config):
-        name = _with_sink(name, config.softmax_type)
     heads = None
     if stock_arguments.get("k_channels") is not None:  # multi-latent attention says so
         heads = Heads(stock_arguments["k_channels"], stock_arguments["v_channels"])
+    elif has_sink(config):
+        heads = Heads(config.kv_channels, config.kv_channels)
     choices = choose_backends(
-        name, config.params_dtype, deterministic=bool(config.deterministic_mode), heads=heads
+        name,
+        config.params_dtype,
+        deterministic=bool(config.deterministic_mode),
+        heads=heads,
+        softmax_type=softmax_type_of(config),
     )
     if stock_arguments["layer_number"] == 1:
         for choice in choices:
@@ -125,23 +155,14 @@ def _build(name: str, heads: Heads | None, **arguments: Any) -> Backend:
     return backend if width == heads.value else WidenedValues(backend, width)
 
 
+def softmax_type_of(config: Any) -> str:
+    """Return Megatron's --softmax-type of a model."""
+    return str(getattr(config, "softmax_type", VANILLA))  # from 0.15 on
+
+
 def has_sink(config: Any) -> bool:
-    """Return whether the softmax of a model has one more logit than keys (--softmax-type)."""
-    return getattr(config, "softmax_type", "vanilla") != "vanilla"  # from 0.15 on
-
-
-def _with_sink(name: str, softmax_type: str) -> str:
-    """Return the one backend that has sinks.
-
-    Raises:
-        UsageError: another one was asked for.
-    """
-    if name not in (AUTO, "sdpa"):
-        raise UsageError(
-            f"--skyladder-attention-backend={name} cannot be used with --softmax-type="
-            f"{softmax_type}: SkyLadder calls it without a sink. Give sdpa or auto."
-        )
-    return "sdpa"
+    """Return whether the softmax of a model has one more logit than keys."""
+    return softmax_type_of(config) != VANILLA
 
 
 def choose_backends(
@@ -150,6 +171,7 @@ def choose_backends(
     *,
     deterministic: bool = False,
     heads: Heads | None = None,
+    softmax_type: str = VANILLA,
 ) -> tuple[Choice, Choice, Choice]:
     """Return what runs the full window, windows, and packed calls here.
 
@@ -160,18 +182,18 @@ def choose_backends(
         dtype: of the model's parameters.
         deterministic: whether the model is.
         heads: sizes of its heads; None: keys and values have the same.
+        softmax_type: Megatron's; but for the default the softmax has a sink.
 
     Raises:
         UsageError: what was named is not installed, or the device cannot run it.
     """
-    full, windows, packed = (_choose(name, call, dtype, deterministic, heads) for call in Call)
+    model = Model(deterministic, heads, softmax_type)
+    full, windows, packed = (_choose(name, call, dtype, model) for call in Call)
     return full, windows, packed
 
 
 @lru_cache(maxsize=64)
-def _choose(
-    name: str, call: Call, dtype: torch.dtype, deterministic: bool, heads: Heads | None
-) -> Choice:
+def _choose(name: str, call: Call, dtype: torch.dtype, model: Model) -> Choice:
     if name != AUTO:
         lacks = missing(name)
         if lacks:
@@ -179,11 +201,15 @@ def _choose(
                 f"--skyladder-attention-backend={name} needs {lacks}. Install it, or use auto, "
                 "which takes the best of what is there."
             )
-        why = unfit(name, call, deterministic=deterministic, heads=heads)
+        why = _unfit(name, call, model)
         if why is None:
             return Choice(call, name, "as --skyladder-attention-backend says")
-        if not deterministic or unfit(name, call, deterministic=False, heads=heads):
-            raise UsageError(f"--skyladder-attention-backend={name} cannot be used here: {why}.")
+        if not model.deterministic or _unfit(name, call, model._replace(deterministic=False)):
+            fit = [each for each in KERNELS if _problem(each, call, model) is None]
+            raise UsageError(
+                f"--skyladder-attention-backend={name} cannot be used here: {why}. These can: "
+                f"{', '.join(fit)}; auto takes the best of them."
+            )
     elif cpu_engine.is_installed() or cpu_engine.is_requested():
         return Choice(call, "sdpa", "the CPU engine runs, the others need a GPU")
     elif dtype == torch.float32:
@@ -191,12 +217,12 @@ def _choose(
     found = _measured()
     if found is not None:
         for candidate in found.order(call):
-            if _problem(candidate, call, deterministic, heads) is None:
+            if _problem(candidate, call, model) is None:
                 return Choice(call, candidate, found.reason(call, candidate))
     row = preference(call, _capability())
     passed_over: list[str] = []
     for candidate in row.order:
-        problem = _problem(candidate, call, deterministic, heads)
+        problem = _problem(candidate, call, model)
         if problem is None:
             return Choice(call, candidate, "; ".join([*passed_over, row.reason]))
         passed_over.append(f"no {problem}")
@@ -215,8 +241,8 @@ def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else _HOPPER
 
 
-def _problem(name: str, call: Call, deterministic: bool, heads: Heads | None) -> str | None:
-    return missing(name) or unfit(name, call, deterministic=deterministic, heads=heads)
+def _problem(name: str, call: Call, model: Model) -> str | None:
+    return missing(name) or _unfit(name, call, model)
 
 
 def missing(name: str) -> str | None:
@@ -232,8 +258,20 @@ def missing(name: str) -> str | None:
     return None
 
 
-def unfit(name: str, call: Call, *, deterministic: bool, heads: Heads | None = None) -> str | None:
+def unfit(
+    name: str,
+    call: Call,
+    *,
+    deterministic: bool,
+    heads: Heads | None = None,
+    softmax_type: str = VANILLA,
+) -> str | None:
     """Return why an installed backend cannot run a call on this device, or None."""
+    return _unfit(name, call, Model(deterministic, heads, softmax_type))
+
+
+def _unfit(name: str, call: Call, model: Model) -> str | None:
+    deterministic, heads, softmax_type = model
     capability = _capability()
     lowest = KERNELS[name].capability
     if capability < lowest:
@@ -246,6 +284,9 @@ def unfit(name: str, call: Call, *, deterministic: bool, heads: Heads | None = N
         )
     if name == "fa4" and deterministic and capability[0] == 12:
         return "fa4 in --deterministic-mode on compute capability 12: it has no such backward"
+    if softmax_type != VANILLA:
+        no_sink = _no_sink(name, call, model)
+        return None if no_sink is None else f"{name} with a softmax sink: {no_sink}"
     if name != "te" or call is not Call.PACKED:
         return None
     if deterministic:  # cuDNN's backward would hold [heads, tokens, tokens] twice over
@@ -256,6 +297,32 @@ def unfit(name: str, call: Call, *, deterministic: bool, heads: Heads | None = N
             "(2.1.1 or later, before 2.8.4): it would attend unfused, which runs out of memory"
         )
     return None
+
+
+def _no_sink(name: str, call: Call, model: Model) -> str | None:
+    key_size, value_size = model.heads or _USUAL_HEADS
+    try:
+        BACKENDS[name].check_sink()
+        te = _te() if name == "te" else None
+    except Exception as error:  # as for `missing`
+        return f"this release has none ({type(error).__name__}: {error})"
+    return why_no_sink(
+        name,
+        call,
+        _capability(),
+        te,
+        softmax_type=model.softmax_type,
+        heads=(key_size, value_width(name, key_size, value_size, _capability()) or value_size),
+        deterministic=model.deterministic,
+    )
+
+
+def _te() -> TransformerEngine:
+    from megatron.core.utils import get_te_version
+    from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    major, minor, patch = utils.get_cudnn_version()
+    return TransformerEngine(get_te_version().release, (major, minor, patch))
 
 
 def _te_has_flash_attention() -> bool:

@@ -2,6 +2,10 @@
 
 All take packed tokens and offsets, align causal masks at the bottom right, know windows as (left,
 right) pairs that are both inclusive, and need no plan: a new window is a new number.
+
+FlashAttention 4 has softmax sinks. FlashAttention 2 has none, but its two passes can be called one
+by one, which is enough (`attention.sinks`); so they are only there. FlashAttention 3's passes
+differ between builds, of which there are no releases: it is refused (`ladder.kernels`).
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_skyladder.attention import sinks
 from megatron_skyladder.attention.backends.base import Backend, require_arguments, window_size
 from megatron_skyladder.attention.segments import Segments
 
@@ -46,7 +51,7 @@ class _Flash(Backend):
 
 
 class FlashBackend(_Flash):
-    """``flash_attn_varlen_func`` of flash-attn 2."""
+    """``flash_attn_varlen_func`` of flash-attn 2; with a sink, the two passes behind it."""
 
     @staticmethod
     def _import() -> Any:
@@ -59,10 +64,22 @@ class FlashBackend(_Flash):
         """See `Backend`."""
         require_arguments(cls._import(), "window_size", "deterministic")
 
+    @classmethod
+    def check_sink(cls) -> None:
+        """See `Backend`: the passes take and give what they do from 2.7 on."""
+        from flash_attn import flash_attn_interface as interface
+
+        names = ("window_size_left", "window_size_right", "softcap", "alibi_slopes")
+        require_arguments(interface._flash_attn_varlen_forward, *names)
+        require_arguments(interface._flash_attn_varlen_backward, *names, "rng_state")
+
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
         """See `Backend`."""
+        sink = self.sink_of(query.shape[1])
+        if sink is not None:
+            return sinks.attend_with_sink(self._passes(segments), query, key, value, sink)
         out: torch.Tensor = self.attend(
             query,
             key,
@@ -74,6 +91,56 @@ class FlashBackend(_Flash):
             deterministic=self.deterministic,
         )
         return out
+
+    def _passes(self, segments: Segments) -> sinks.Passes:
+        from flash_attn import flash_attn_interface as interface
+
+        offsets = self._offsets(segments)
+        left, right = window_size(segments)
+        options: dict[str, Any] = {
+            "dropout_p": 0.0,
+            "softmax_scale": self.softmax_scale,
+            "causal": True,
+            "window_size_left": left,
+            "window_size_right": right,
+            "softcap": 0.0,
+            "alibi_slopes": None,
+        }
+
+        def forward(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            out, lse, _, rng_state = interface._flash_attn_varlen_forward(
+                query, key, value, *offsets, **options
+            )
+            return out, lse, rng_state
+
+        def backward(
+            grad: torch.Tensor,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            out: torch.Tensor,
+            lse: torch.Tensor,
+            rest: torch.Tensor,
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+            interface._flash_attn_varlen_backward(
+                grad,
+                query,
+                key,
+                value,
+                out,
+                lse,
+                *grads,
+                *offsets,
+                **options,
+                deterministic=self.deterministic,
+                rng_state=rest,
+            )
+            return grads
+
+        return sinks.Passes(forward, backward)
 
 
 class FlashHopperBackend(FlashBackend):
@@ -109,6 +176,14 @@ class FlashCuteBackend(_Flash):
         """See `Backend`."""
         require_arguments(cls._import(), "cu_seqlens_q", "window_size", "deterministic")
 
+    @classmethod
+    def check_sink(cls) -> None:
+        """See `Backend`: releases before July 2026 take one and return no gradient of it."""
+        from flash_attn.cute import interface
+
+        require_arguments(cls._import(), "learnable_sink")
+        require_arguments(interface._flash_attn_bwd, "learnable_sink")
+
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
@@ -116,6 +191,8 @@ class FlashCuteBackend(_Flash):
         offsets_q, offsets_k, max_q, max_k = self._offsets(segments)
         # -1 means "no bound" to FlashAttention 2, and a window to this one
         left, right = (None, None) if segments.sliding_window is None else window_size(segments)
+        sink = self.sink_of(query.shape[1])
+        given = {} if sink is None else {"learnable_sink": sink}
         out, *_ = self.attend(
             query,
             key,
@@ -128,12 +205,13 @@ class FlashCuteBackend(_Flash):
             causal=True,
             window_size=(left, right),
             deterministic=self.deterministic,
+            **given,
         )
         return out
 
 
 class VarlenBackend(_Flash):
-    """``torch.nn.attention.varlen``, always through FlashAttention.
+    """``torch.nn.attention.varlen``, always through FlashAttention; with a sink, its two passes.
 
     From Hopper on torch would take cuDNN, which plans, and keeps, a graph for every longest length
     and number of tokens: one per window of a ladder. --deterministic-mode reaches FlashAttention
@@ -151,10 +229,22 @@ class VarlenBackend(_Flash):
         """See `Backend`."""
         require_arguments(cls._import(), "scale", "window_size", "enable_gqa")
 
+    @classmethod
+    def check_sink(cls) -> None:
+        """See `Backend`: before torch 2.15 a pass chooses between cuDNN and this one by itself."""
+        from torch.nn.attention import varlen
+
+        for pass_ in (varlen._varlen_attn, varlen._varlen_attn_backward):
+            require_arguments(pass_, "scale", "window_size", "backend")
+
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
         """See `Backend`."""
+        sink = self.sink_of(query.shape[1])
+        if sink is not None:
+            passes = self._passes(segments, enable_gqa=query.shape[1] != key.shape[1])
+            return sinks.attend_with_sink(passes, query, key, value, sink)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             out: torch.Tensor = self.attend(
                 query,
@@ -166,3 +256,38 @@ class VarlenBackend(_Flash):
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         return out
+
+    def _passes(self, segments: Segments, *, enable_gqa: bool) -> sinks.Passes:
+        offsets = self._offsets(segments)
+        window = window_size(segments)
+        options: dict[str, Any] = {
+            "is_causal": window == (-1, 0),
+            "scale": self.softmax_scale,
+            "window_size": list(window),
+            "backend": SDPBackend.FLASH_ATTENTION.value,
+        }
+
+        def forward(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            out, lse, rng_state = torch.ops.torch_attn._varlen_attn(
+                query, key, value, *offsets, **options, enable_gqa=enable_gqa
+            )
+            return out, lse, rng_state
+
+        def backward(
+            grad: torch.Tensor,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            out: torch.Tensor,
+            lse: torch.Tensor,
+            rest: torch.Tensor,
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+            grads = torch.ops.torch_attn._varlen_attn_backward(
+                grad, query, key, value, out, lse, *offsets, **options, rng_state=rest
+            )
+            return grads
+
+        return sinks.Passes(forward, backward)

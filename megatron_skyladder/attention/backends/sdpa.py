@@ -16,7 +16,7 @@ class SdpaBackend(Backend):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
         """See `Backend`."""
-        sink = self._sink_of(query.shape[1])
+        sink = self.sink_of(query.shape[1])
         return sdpa.attend_segments(query, key, value, segments, self.softmax_scale, sink)
 
     def attend_windows(
@@ -26,12 +26,5 @@ class SdpaBackend(Backend):
         assert segments.grid is not None
         if segments.sliding_window is not None:
             return super().attend_windows(query, key, value, segments)
-        sink = self._sink_of(query.shape[1] * query.shape[2])
+        sink = self.sink_of(query.shape[1] * query.shape[2])
         return sdpa.attend_grid(query, key, value, segments.grid, self.softmax_scale, sink)
-
-    def _sink_of(self, num_heads: int) -> torch.Tensor | None:
-        """Return the sinks for a call in which the heads of several sequences may stand."""
-        if self.sink is None:
-            return None
-        sink = self.sink()
-        return sink.repeat(num_heads // len(sink))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_skyladder.attention.backends.base import Backend, window_size
+from megatron_skyladder.attention.backends.base import Backend, require_arguments, window_size
 from megatron_skyladder.attention.segments import Segments
 from megatron_skyladder.ladder.local_layers import layer_settings, own_window
 
@@ -23,7 +23,8 @@ class TransformerEngineBackend(Backend):
 
     TE's own context parallelism stays off: keys have been fetched before it is called. Modules are
     held in tuples, so that their (empty) FP8 state stays out of checkpoints and a run can go on
-    with another backend.
+    with another backend. For the same reason their own sinks are taken away: each call is handed
+    the one parameter that the layer has, for as many heads as the call has.
 
     Args:
         stock: builds a module from changes to stock's arguments.
@@ -73,6 +74,13 @@ class TransformerEngineBackend(Backend):
         """See `Backend`."""
         import transformer_engine.pytorch  # noqa: F401
 
+    @classmethod
+    def check_sink(cls) -> None:
+        """See `Backend`: from Transformer Engine 2.8 on."""
+        from transformer_engine.pytorch import DotProductAttention
+
+        require_arguments(DotProductAttention.__init__, "softmax_type")
+
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
@@ -84,11 +92,11 @@ class TransformerEngineBackend(Backend):
         attention.window_size = window_size(segments)
         offsets_q, offsets_k = segments.padded_q_device, segments.padded_k_device
         same = offsets_k is offsets_q
-        out = attention(
+        out = self._call(
+            attention,
             query,
             key,
             value,
-            None,
             attn_mask_type=_PADDING_CAUSAL if same else _PADDING_CAUSAL_BOTTOM_RIGHT,
             packed_seq_params=PackedSeqParams(
                 qkv_format="thd",
@@ -122,9 +130,9 @@ class TransformerEngineBackend(Backend):
                 _starting_at_zero(x[start:stop].flatten(1, 2)).unflatten(0, (-1, width))
                 for x in (query, key, value)
             )
-            out = attention(
+            out = self._call(
+                attention,
                 *batched,
-                None,
                 attn_mask_type=_CAUSAL,
                 packed_seq_params=PackedSeqParams(qkv_format="bshd"),
             )
@@ -143,7 +151,25 @@ class TransformerEngineBackend(Backend):
         if segments.sliding_window not in (None, self._own_window):
             return self.attend_windows(query, key, value, segments)
         (attention,) = self._full
-        return attention(query, key, value, None, attn_mask_type=AttnMaskType.causal)
+        return self._call(attention, query, key, value, attn_mask_type=AttnMaskType.causal)
+
+    def _call(
+        self,
+        attention: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        **arguments: Any,
+    ) -> torch.Tensor:
+        sink = self.sink_of(query.shape[-2])
+        if sink is None:
+            return attention(query, key, value, None, **arguments)
+        attention._parameters.pop("softmax_offset", None)  # its own, which nothing trains
+        attention.softmax_offset = sink
+        try:
+            return attention(query, key, value, None, **arguments)
+        finally:
+            attention.softmax_offset = None  # or the graph behind it would live until the next call
 
 
 def _starting_at_zero(tensor: torch.Tensor) -> torch.Tensor:
