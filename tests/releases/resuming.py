@@ -72,7 +72,13 @@ class Resuming:
         return replace(self, folder=self.folder / name)
 
     def train(
-        self, settings: str, flags: str = "", exit_codes: tuple[int, ...] = (0,)
+        self,
+        settings: str,
+        flags: str = "",
+        exit_codes: tuple[int, ...] = (0,),
+        *,
+        model: str = SMALL_MODEL,
+        saves: bool = True,
     ) -> tuple[runlog.RunLog, str]:
         """Train, from the newest checkpoint on; return the log, parsed and whole.
 
@@ -80,11 +86,15 @@ class Resuming:
             settings: ``--skyladder-*`` flags, or nothing.
             flags: Megatron's.
             exit_codes: what may happen.
+            model: Megatron's flags for the model and the run.
+            saves: whether to leave a checkpoint; without, to begin anew.
         """
         own = settings.split()
-        checkpoints = ["--save", str(self.folder / "checkpoints"), "--save-interval", "100"]
-        checkpoints += ["--load", str(self.folder / "checkpoints")]
-        words = [*SMALL_MODEL.split(), *self.data.flags(self.megatron), *checkpoints]
+        checkpoints = []
+        if saves:
+            checkpoints = ["--save", str(self.folder / "checkpoints"), "--save-interval", "100"]
+            checkpoints += ["--load", str(self.folder / "checkpoints")]
+        words = [*model.split(), *self.data.flags(self.megatron), *checkpoints]
         logs = self.folder / f"logs{len(list(self.folder.glob('logs*')))}"
         self.pool.run(
             "resume_bodies:train",
