@@ -47,6 +47,7 @@ class Feature:
         model: those of the small model.
         settings: SkyLadder's.
         windows: of each iteration, worked out by hand.
+        num_processes: ranks.
         logs: what its log lines have to have, beside what all have.
     """
 
@@ -54,6 +55,7 @@ class Feature:
     model: str = SMALL_MODEL
     settings: str = LADDER
     windows: tuple[int, ...] = tuple(WINDOWS)
+    num_processes: int = 1
     logs: tuple[str, ...] = ()
 
 
@@ -74,11 +76,14 @@ FEATURES = {
         IN_SAMPLES.replace("--global-batch-size 8", ""),
         BATCHES,
         (8, 8, 16, 16, 24, 24, 64, 64, 64),
-        ("skyladder/batch", "global batch size"),
+        logs=("skyladder/batch", "global batch size"),
+    ),
+    # each layer makes its rotary embedding, which has to follow the tokens that a rank holds
+    "latent attention, CP2": Feature(
+        f"{LATENT} --context-parallel-size 2", WITHOUT_GROUPS, num_processes=2
     ),
     # refused everywhere
     "batches of our own": Feature(model=IN_SAMPLES, settings=BATCHES),
-    "RoPE of latent attention": Feature(LATENT, WITHOUT_GROUPS, RATES),
 }
 
 
@@ -126,11 +131,6 @@ REFUSALS = (
         ("batches of our own",),
         lines("0.18"),
         f"Give --step-batch-size-schedule '{STEP_BATCHES}', without --global-batch-size",
-    ),
-    Refusal(
-        ("RoPE of latent attention",),
-        lines(),
-        "stages move the base of rotary embeddings, but this model has",
     ),
     Refusal(
         ("prediction heads",),

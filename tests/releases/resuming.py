@@ -79,6 +79,7 @@ class Resuming:
         *,
         model: str = SMALL_MODEL,
         saves: bool = True,
+        num_processes: int = 1,
     ) -> tuple[runlog.RunLog, str]:
         """Train, from the newest checkpoint on; return the log, parsed and whole.
 
@@ -88,6 +89,7 @@ class Resuming:
             exit_codes: what may happen.
             model: Megatron's flags for the model and the run.
             saves: whether to leave a checkpoint; without, to begin anew.
+            num_processes: ranks.
         """
         own = settings.split()
         checkpoints = []
@@ -98,7 +100,7 @@ class Resuming:
         logs = self.folder / f"logs{len(list(self.folder.glob('logs*')))}"
         self.pool.run(
             "resume_bodies:train",
-            num_processes=1,
+            num_processes=num_processes,
             folder=logs,
             arguments={
                 "flags": [*words, *(SPEC if self.through_spec else own), *flags.split()],
@@ -107,7 +109,8 @@ class Resuming:
             environment=_variables(own) if self.through_spec else {},
             exit_codes=exit_codes,
         )
-        text = (logs / "log.0.txt").read_text(errors="replace")
+        files = [logs / f"log.{rank}.txt" for rank in range(num_processes)]
+        text = "".join(path.read_text(errors="replace") for path in files)
         return runlog.parse(text), text
 
     @property
