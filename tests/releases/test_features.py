@@ -39,13 +39,16 @@ WAYS = [
     *((name, "patch") for name in PATCHED),
 ]
 STOP_AT = 3
+# Experts' jitter comes on a CPU out of the generator that data loaders draw from as they begin, so
+# stock Megatron's resumed runs differ there, too.
+ALL = tuple(name for name in FEATURES if name != "experts")
 RESUMED = {
     ("0.17.1", "entry point"): ("rates and RoPE", "latent attention"),
     ("0.18.2", "entry point"): ("batches", "learnable sinks"),
-    ("core_v0.16.1", "--spec"): FEATURES,
-    ("core_v0.15.3", "patch"): FEATURES,
+    ("core_v0.16.1", "--spec"): ALL,
+    ("core_v0.15.3", "patch"): ALL,
     ("core_v0.17.1", "patch"): ("prediction heads",),
-    ("core_v0.12.3", "patch"): ("latent attention", "experts"),
+    ("core_v0.12.3", "patch"): ("latent attention",),
 }
 TWO_RANKS = {  # on releases that make the rotary embedding each in another way
     *(("0.17.1", "entry point"), ("core_v0.16.1", "--spec")),
@@ -54,6 +57,8 @@ TWO_RANKS = {  # on releases that make the rotary embedding each in another way
 }
 OF_TIME = {"skyladder/tflops_per_gpu", "skyladder/hours_left"}
 NOT_EVERYWHERE = {"num zeros", "load_balancing_loss", "z_loss"}  # 0.11 and 0.12 log the first alone
+# logged in the second line of a run as the mean of two in some releases
+AUXILIARY = {"load_balancing_loss", "z_loss", "mtp_1 loss", "mtp_2 loss"}
 Figures = list[dict[str, float]]
 
 
@@ -180,11 +185,19 @@ def train(
 
 def figures(log: RunLog) -> Figures:
     """Return everything that is logged of each iteration, but for what time decides."""
-    return [
+    found = [
         {"iteration": entry.iteration}
         | {name: value for name, value in entry.values.items() if name not in OF_TIME}
         for entry in log.iterations
     ]
+    drop_auxiliary(found[1])
+    return found
+
+
+def drop_auxiliary(figures: dict[str, float]) -> None:
+    """Forget the losses that are logged as a mean in the second line of a run."""
+    for name in AUXILIARY & figures.keys():
+        del figures[name]
 
 
 def assert_close(found: Figures, expected: Figures) -> None:
@@ -234,6 +247,7 @@ def assert_goes_on(way: Way, feature: str, expected: Figures) -> None:
     # The second loss that a run logs is the mean of two, for Megatron does not empty its sum, so
     # what is read out of it has fewer digits.
     second = expected[STOP_AT + 1]
+    drop_auxiliary(second)
     second["lm loss"] = pytest.approx(second["lm loss"], rel=1e-6)
     assert found == expected
     compared.note(way.name, way.integration, f"{feature}: resumed, all that is logged")
