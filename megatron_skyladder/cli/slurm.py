@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_skyladder.attention import limits
 from megatron_skyladder.cli import slurm_status
-from megatron_skyladder.ladder.flags import config_from_args
+from megatron_skyladder.ladder.flags import config_from_args, refuse_batches
 from megatron_skyladder.megatron_bridge import command_line
 from megatron_skyladder.planning import pasted, run_flags
 from megatron_skyladder.slurm import evaluation, script
@@ -183,6 +183,8 @@ def _check_flags(settings: Settings) -> None:
     for note in found.notes:
         logger.warning("%s", note)
     flags = run_flags.complete(parser.parse_args([*words, "--gpus", str(settings.num_ranks)]))
+    if flags.stage_batches:  # filled in here, and missing in the launch
+        refuse_batches("the flag is not there", flags.stage_batches)
     if config_from_args(flags) is not None:
         limits.refuse(found.findings)
 

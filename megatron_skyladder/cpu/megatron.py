@@ -38,6 +38,7 @@ def prepare() -> None:
     _resume_distributed_optimizer()
     _move_splits_to_numpy()
     attend_with_narrower_values()
+    _build_prediction_heads_without_inference_layers()
     older_megatron.prepare()
     hybrid.prepare()
 
@@ -159,6 +160,24 @@ def _move_splits_to_numpy() -> None:
         return move(tensor, as_numpy, **kwargs)
 
     token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def _build_prediction_heads_without_inference_layers() -> None:
+    """Main asks whether a linear layer is one for inference; without their package none is a class.
+
+    What stands for Transformer Engine's classes makes no class of those that are derived.
+    """
+    try:
+        from megatron.core.transformer import multi_token_prediction
+    except ImportError:  # 0.11
+        return
+    ask = getattr(multi_token_prediction, "is_inference_column_parallel_linear", None)
+    if ask is None:
+        return
+    layers = ask.__globals__
+    for name in ("InferenceColumnParallelLinear", "InferenceLayerNormColumnParallelLinear"):
+        if not isinstance(layers.get(name), type):
+            layers[name] = type(name, (), {})
 
 
 def attend_with_narrower_values() -> None:

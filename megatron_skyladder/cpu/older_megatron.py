@@ -1,4 +1,4 @@
-"""What Megatron 0.11 to 0.15 need beside the rest, under today's torch and NumPy and on a CPU.
+"""What Megatron 0.11 to 0.16 need beside the rest, under today's torch and NumPy and on a CPU.
 
 Part of the CPU engine. Each remedy looks for what it remedies and leaves later releases alone.
 """
@@ -19,6 +19,8 @@ def prepare() -> None:
     """Change Megatron in this process."""
     _keep_a_name_of_numpy()
     _know_that_there_is_no_transformer_engine()
+    _route_experts_without_transformer_engine()
+    _build_latent_attention_without_transformer_engine()
     _fork_the_queue_of_the_writers()
     _write_items_as_torch_wants_them()
 
@@ -54,6 +56,22 @@ def _know_that_there_is_no_transformer_engine() -> None:
         utils.get_te_version()
     except ImportError:
         utils._te_version = Version("0.0.0")
+
+
+def _route_experts_without_transformer_engine() -> None:
+    """The router asks for a function of its by a name that is then not there (0.13 to 0.15)."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if hasattr(moe_utils, "RouterGatingLinearFunction"):
+        vars(moe_utils).setdefault("te_general_gemm", None)
+
+
+def _build_latent_attention_without_transformer_engine() -> None:
+    """0.16 takes it for there, as its import does not fail, and its layers for classes."""
+    from megatron.core.transformer import multi_latent_attention
+
+    if not isinstance(getattr(multi_latent_attention, "TELinear", None), type):
+        multi_latent_attention.HAVE_TE = False
 
 
 def _fork_the_queue_of_the_writers() -> None:

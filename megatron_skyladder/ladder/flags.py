@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.batch_sizes import batch_sizes
@@ -361,9 +361,23 @@ def check_batches(args: Any, config: SkyLadderConfig, megatron: str) -> None:
     given = "the flag is not there"
     if getattr(args, "step_batch_size_schedule", None) is not None:
         given = f"the flag says {args.step_batch_size_schedule!r}"
+    refuse_batches(given, wanted.flag(args.seq_length))
+
+
+def refuse_batches(given: str, wanted: str) -> NoReturn:
+    """Refuse a launch whose batches are not those of its stages.
+
+    Args:
+        given: what it says of them.
+        wanted: the value of ``--step-batch-size-schedule`` that fits.
+
+    Raises:
+        UsageError: always.
+    """
     raise UsageError(
         f"{flag_of('stages')} sets batches, and {given}: Megatron makes the batches, and has to "
-        f"make these. Give {flag}, without --global-batch-size; skyladder plan prints it."
+        f"make these. Give {STEP_BATCHES} {wanted!r}, without --global-batch-size; skyladder plan "
+        "prints it."
     )
 
 

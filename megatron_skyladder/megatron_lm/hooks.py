@@ -119,8 +119,9 @@ def check_options(config: SkyLadderConfig, options: Any) -> None:
     hybrid.check(options)
     if getattr(options, "mtp_num_layers", None) and not prediction_heads.can_follow():
         raise UsageError(
-            "--mtp-num-layers needs Megatron 0.17 or later with SkyLadder: earlier ones shift the "
-            "tokens of a prediction head in several places. Drop it, or take a later release."
+            "--mtp-num-layers needs Megatron 0.17 or later with SkyLadder, and this is "
+            f"{releases.installed().version}: earlier ones shift the tokens of a prediction head "
+            "in several places. Drop it, or take a later release."
         )
     if "yarn" in config.schedule.moves() and not hasattr(options, "yarn_beta_fast"):
         raise UsageError(

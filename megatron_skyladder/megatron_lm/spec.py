@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.megatron_lm import releases
 
 NOT_BUILT = (  # by `gpt_layer_spec`; from 0.19 on Megatron's trainer builds the model
     "mtp_num_layers",
@@ -15,13 +16,20 @@ NOT_BUILT = (  # by `gpt_layer_spec`; from 0.19 on Megatron's trainer builds the
 )
 
 
-def gpt_layer_spec(options: Any, config: Any, vp_stage: int | None = None) -> Any:
+ENTRY_POINT = "SkyLadder's entry point"
+SPEC = "--spec megatron_skyladder.layer_specs"
+
+
+def gpt_layer_spec(
+    options: Any, config: Any, vp_stage: int | None = None, *, builder: str = ENTRY_POINT
+) -> Any:
     """Return the spec of a stock GPT's layers, as Megatron's own builders choose it.
 
     Args:
         options: Megatron's arguments.
         config: the TransformerConfig made of them.
         vp_stage: the virtual pipeline stage, where there are several.
+        builder: who asks, for an error.
 
     Returns:
         One layer's spec for a dense model, this stage's block of specs for a mixture of experts.
@@ -34,9 +42,11 @@ def gpt_layer_spec(options: Any, config: Any, vp_stage: int | None = None) -> An
 
     for flag in NOT_BUILT:
         if getattr(options, flag, None):
+            later = ", or take Megatron 0.19 or later" if builder == ENTRY_POINT else ""
             raise UsageError(
-                f"--{flag.replace('_', '-')} is not built by SkyLadder's entry point on this "
-                "release of Megatron. Patch your checkout instead (skyladder patch apply)."
+                f"--{flag.replace('_', '-')} is not built by {builder} on Megatron "
+                f"{releases.installed().version}. Run Megatron's own pretrain_gpt.py of a "
+                f"checkout, patched (skyladder patch apply DIR){later}."
             )
     if options.spec is not None:
         return import_module(options.spec)
@@ -62,19 +72,20 @@ def spec_from_environment() -> Any:
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from megatron_skyladder.megatron_lm import from_environment, hybrid, releases
+    from megatron_skyladder.megatron_lm import from_environment, hybrid
 
     releases.check_for_our_start(releases.installed())
     options = get_args()
     is_hybrid = hybrid.is_asked_for(options)
     if options.num_experts and not is_hybrid:  # of a GPT Megatron wants one stage's block here
         raise UsageError(
-            "--spec megatron_skyladder.layer_specs builds dense models, not --num-experts="
-            f"{options.num_experts}. Patch the checkout instead (skyladder patch apply DIR)."
+            f"{SPEC} builds dense models, not --num-experts={options.num_experts} (Megatron "
+            f"{releases.installed().version}). Patch the checkout instead (skyladder patch apply "
+            "DIR)."
         )
     from_environment.switch_on(options)
     if is_hybrid:
         return hybrid.stock_spec()
     dense = copy.copy(options)
     dense.spec = None
-    return gpt_layer_spec(dense, core_transformer_config_from_args(options))
+    return gpt_layer_spec(dense, core_transformer_config_from_args(options), builder=SPEC)

@@ -21,11 +21,11 @@ from typing import Any
 
 from megatron_skyladder import __version__
 from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
-from megatron_skyladder.ladder.flags import config_from_args, is_requested
+from megatron_skyladder.ladder.flags import STEP_BATCHES, config_from_args, is_requested
 from megatron_skyladder.megatron_bridge import releases as bridge_releases
 from megatron_skyladder.megatron_lm import from_environment, releases
 from megatron_skyladder.megatron_lm.releases import Megatron, MegatronMismatchError
-from megatron_skyladder.planning import verdict
+from megatron_skyladder.planning import stage_plan, verdict
 from megatron_skyladder.planning.launch import Launch
 from megatron_skyladder.planning.pasted import Pasted
 from megatron_skyladder.runtime.ending import TRACEBACK_VARIABLE
@@ -350,7 +350,7 @@ def _integration_and_schedule(report: Report, flags: argparse.Namespace, pasted:
             f"{' and '.join(missing)} is missing, so the schedule is not known. Give the flags "
             "of your launch."
         )
-    config = config_from_args(flags)
+    config = config_from_args(*_as_parsed(report, flags))
     assert config is not None
     report.run["schedule"] = config.fingerprint
     if flags.global_batch_size is not None and flags.step_batch_size_schedule is not None:
@@ -361,6 +361,27 @@ def _integration_and_schedule(report: Report, flags: argparse.Namespace, pasted:
     for finding in pasted.findings:
         if finding.rule.effect.stops:
             report.problems.append(pasted.launch.at(finding.rule.flag) + str(finding))
+
+
+def _as_parsed(report: Report, flags: argparse.Namespace) -> tuple[argparse.Namespace, str]:
+    """Return the flags as the Megatron that is found has them, and what to call it in errors."""
+    try:
+        found = releases.installed()
+    except MegatronMismatchError:  # which is said elsewhere
+        return flags, "this Megatron"
+    known = list(releases.RELEASES)
+    name, line = f"Megatron {found.version}", found.line
+    if line not in known or known.index(line) >= known.index(stage_plan.FIRST_RELEASE):
+        return flags, name
+    parsed = argparse.Namespace(**vars(flags))
+    if parsed.step_batch_size_schedule is None:
+        del parsed.step_batch_size_schedule
+    else:
+        report.problems.append(
+            f"{name} has no {STEP_BATCHES}: releases have it from {stage_plan.FIRST_RELEASE} on. "
+            "Take a newer release, or drop it."
+        )
+    return parsed, name
 
 
 def _script(report: Report, flags: argparse.Namespace, launch: Launch) -> None:

@@ -72,7 +72,14 @@ class Resuming:
         return replace(self, folder=self.folder / name)
 
     def train(
-        self, settings: str, flags: str = "", exit_codes: tuple[int, ...] = (0,)
+        self,
+        settings: str,
+        flags: str = "",
+        exit_codes: tuple[int, ...] = (0,),
+        *,
+        model: str = SMALL_MODEL,
+        saves: bool = True,
+        num_processes: int = 1,
     ) -> tuple[runlog.RunLog, str]:
         """Train, from the newest checkpoint on; return the log, parsed and whole.
 
@@ -80,15 +87,20 @@ class Resuming:
             settings: ``--skyladder-*`` flags, or nothing.
             flags: Megatron's.
             exit_codes: what may happen.
+            model: Megatron's flags for the model and the run.
+            saves: whether to leave a checkpoint; without, to begin anew.
+            num_processes: ranks.
         """
         own = settings.split()
-        checkpoints = ["--save", str(self.folder / "checkpoints"), "--save-interval", "100"]
-        checkpoints += ["--load", str(self.folder / "checkpoints")]
-        words = [*SMALL_MODEL.split(), *self.data.flags(self.megatron), *checkpoints]
+        checkpoints = []
+        if saves:
+            checkpoints = ["--save", str(self.folder / "checkpoints"), "--save-interval", "100"]
+            checkpoints += ["--load", str(self.folder / "checkpoints")]
+        words = [*model.split(), *self.data.flags(self.megatron), *checkpoints]
         logs = self.folder / f"logs{len(list(self.folder.glob('logs*')))}"
         self.pool.run(
             "resume_bodies:train",
-            num_processes=1,
+            num_processes=num_processes,
             folder=logs,
             arguments={
                 "flags": [*words, *(SPEC if self.through_spec else own), *flags.split()],
@@ -97,7 +109,8 @@ class Resuming:
             environment=_variables(own) if self.through_spec else {},
             exit_codes=exit_codes,
         )
-        text = (logs / "log.0.txt").read_text(errors="replace")
+        files = [logs / f"log.{rank}.txt" for rank in range(num_processes)]
+        text = "".join(path.read_text(errors="replace") for path in files)
         return runlog.parse(text), text
 
     @property

@@ -279,6 +279,24 @@ def test_the_schedule_of_a_launch_whose_batch_grows(tmp_path, megatron, capsys):
     assert code == 0 and "step of 8 samples" in report["run"]["schedule"]
 
 
+def test_stages_whose_batches_this_release_cannot_make(tmp_path, megatron, capsys):
+    stages = "--skyladder-schedule staged --skyladder-stages 32:0.5,batch=4 final:0.5,batch=8"
+    words = f"--seq-length 128 --train-samples 64 --attention-dropout 0 {stages}".split()
+    batch = ["--global-batch-size", "4"]
+    grows = ["--step-batch-size-schedule", "0:4 4096:8"]
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path / "new")))
+    code, report = ask(capsys, *words, *batch)
+    flag = "Give --step-batch-size-schedule '0:4 4096:8', without --global-batch-size"
+    assert code == 1 and flag in report["problems"][0]
+    assert ask(capsys, *words, *grows)[0] == 0
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path / "old", "0.17.1")))
+    code, report = ask(capsys, *words, *batch)
+    assert code == 1 and "and Megatron 0.17.1 has no such flag" in report["problems"][0]
+    code, report = ask(capsys, *words, *grows)
+    assert code == 1
+    assert "Megatron 0.17.1 has no --step-batch-size-schedule" in report["problems"][0]
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [

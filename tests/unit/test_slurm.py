@@ -421,6 +421,29 @@ def test_what_would_end_a_job_is_refused_before_it_queues(
     assert (code, message in said) == (1 if message else 0, True), said
 
 
+def test_batches_that_megatron_is_not_given_are_refused_with_the_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """128 samples: from the 64th on, 8,192 tokens later, in batches twice as large."""
+    monkeypatch.setenv("PATH", "")  # no sbatch
+    path = tmp_path / "stages.ini"
+    stages = "--skyladder-schedule staged --skyladder-stages 32:0.5,batch=16 final:0.5,batch=x2"
+    model = MOE.replace("--train-iters 100", "--train-samples 128")
+    model = model.replace("--skyladder-start-window 8", stages)
+    flag = "--step-batch-size-schedule '0:16 8192:32'"
+    for flags, code in (
+        (model, 1),
+        (model.replace("--global-batch-size 16", flag), 0),
+    ):
+        path.write_text(
+            f"[run]\nfolder = {tmp_path}/run\nflags = {flags}\n"
+            "[slurm]\nnodes = 1\ngpus-per-node = 8\n"
+        )
+        assert main(["slurm", str(path)]) == code
+        said = " ".join(capsys.readouterr().err.split())
+        assert (f"Give {flag}, without --global-batch-size" in said) == bool(code), said
+
+
 def snapshot(folder: Path) -> dict[str, object]:
     """Return what is there: each file's content, and when it was submitted."""
     return {
