@@ -302,19 +302,20 @@ def _unfit(name: str, call: Call, model: Model) -> str | None:
 def _no_sink(name: str, call: Call, model: Model) -> str | None:
     key_size, value_size = model.heads or _USUAL_HEADS
     try:
-        BACKENDS[name].check_sink()
-        te = _te() if name == "te" else None
+        reason = why_no_sink(
+            name,
+            call,
+            _capability(),
+            _te() if name == "te" else None,
+            softmax_type=model.softmax_type,
+            heads=(key_size, value_width(name, key_size, value_size, _capability()) or value_size),
+            deterministic=model.deterministic,
+        )
+        if reason is None:
+            BACKENDS[name].check_sink()
     except Exception as error:  # as for `missing`
         return f"this release has none ({type(error).__name__}: {error})"
-    return why_no_sink(
-        name,
-        call,
-        _capability(),
-        te,
-        softmax_type=model.softmax_type,
-        heads=(key_size, value_width(name, key_size, value_size, _capability()) or value_size),
-        deterministic=model.deterministic,
-    )
+    return reason
 
 
 def _te() -> TransformerEngine:

@@ -3,9 +3,9 @@
 All take packed tokens and offsets, align causal masks at the bottom right, know windows as (left,
 right) pairs that are both inclusive, and need no plan: a new window is a new number.
 
-FlashAttention 4 has softmax sinks. FlashAttention 2 has none, but its two passes can be called one
-by one, which is enough (`attention.sinks`); so they are only there. FlashAttention 3's passes
-differ between builds, of which there are no releases: it is refused (`ladder.kernels`).
+FlashAttention 4 has softmax sinks. FlashAttention 2, which `flash` and `varlen` run, has none, but
+its two passes can be called one by one, and that is enough (`attention.sinks`). FlashAttention 3's
+passes differ between builds, of which there are no releases: `ladder.kernels` refuses it.
 """
 
 from __future__ import annotations
