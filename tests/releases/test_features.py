@@ -55,7 +55,8 @@ TWO_RANKS = {  # on releases that make the rotary embedding each in another way
     *((f"core_v{line}", "patch") for line in ("0.11.0", "0.12.3", "0.15.3")),
     ("main", "patch"),
 }
-OF_TIME = {"skyladder/tflops_per_gpu", "skyladder/hours_left"}
+# the last two are swiss-ai's
+OF_TIME = ("skyladder/tflops_per_gpu", "skyladder/hours_left", "tokens/sec/gpu", "eta")
 NOT_EVERYWHERE = {"num zeros", "load_balancing_loss", "z_loss"}  # 0.11 and 0.12 log the first alone
 # logged in the second line of a run as the mean of two in some releases
 AUXILIARY = {"load_balancing_loss", "z_loss", "mtp_1 loss", "mtp_2 loss"}
@@ -187,7 +188,7 @@ def figures(log: RunLog) -> Figures:
     """Return everything that is logged of each iteration, but for what time decides."""
     found = [
         {"iteration": entry.iteration}
-        | {name: value for name, value in entry.values.items() if name not in OF_TIME}
+        | {name: value for name, value in entry.values.items() if not name.startswith(OF_TIME)}
         for entry in log.iterations
     ]
     drop_auxiliary(found[1])
