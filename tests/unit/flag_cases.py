@@ -237,7 +237,7 @@ CASES = {
     ),
     "--use-megatron-fsdp": Case(
         "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params",
-        "shards parameters; attention has none, but for a learnable sink",
+        "shards parameters; attention has none but a learnable sink",
         stops=False,
         parser="parses",
     ),
