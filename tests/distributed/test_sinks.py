@@ -49,6 +49,7 @@ def train(trainer: Trainer, flags: str, num_processes: int, **options: object) -
             f"--context-parallel-size 2 --tensor-model-parallel-size 2 {BALANCED}",
             "local+sliding",
         ),
+        (2, f"--context-parallel-size 2 {BALANCED}", "two-ladders+documents"),
     ],
 )
 def test_equals_one_process_with_a_dense_mask(
