@@ -16,40 +16,27 @@ no gradient of that weight. So the kernel runs as often as it does without a sin
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-
-class Forward(Protocol):
-    """A kernel's forward pass: output [T, H, C], lse float32 [H, T], what its backward wants."""
-
-    def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
-
-class Backward(Protocol):
-    """Its backward pass: the gradients of query, key and value; ``rest`` is what forward gave."""
-
-    def __call__(
-        self,
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        rest: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Passes(NamedTuple):
-    """Both passes of one call of a kernel, which autograd does not record."""
+    """Both passes of one call of a kernel, which autograd does not record.
 
-    forward: Forward
-    backward: Backward
+    Args:
+        forward: (query, key, value) -> output [T, H, C], lse float32 [H, T], and what the backward
+            pass wants beside them.
+        backward: (gradient of the output, query, key, value, and what forward gave) -> the
+            gradients of query, key and value.
+    """
+
+    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Tensors]
+    backward: Callable[..., Tensors]
 
 
 def attend_with_sink(
@@ -75,29 +62,25 @@ def attend_with_sink(
 
 class _WithSink(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        passes: Passes,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sink: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, passes: Passes, *tensors: torch.Tensor) -> torch.Tensor:
+        query, key, value, sink = tensors
         out, lse, rest = passes.forward(query, key, value)
         logits = sink[:, None]
         # in place: rounded to the output's type once more, and no wider copy of it is made
         out.mul_(torch.sigmoid(lse - logits).T.unsqueeze(-1))
         ctx.passes = passes
-        ctx.save_for_backward(query, key, value, sink, out, torch.logaddexp(lse, logits), rest)
+        raised = torch.logaddexp(lse, logits)
+        ctx.save_for_backward(sink, query, key, value, out, raised, rest)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        query, key, value, sink, out, lse, rest = ctx.saved_tensors
+        sink, *saved = ctx.saved_tensors
+        out, lse, _ = saved[3:]
         grad_sink = None
         if ctx.needs_input_grad[4]:
             mean = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1)  # [T, H]
             grad_sink = -(torch.exp(sink[:, None] - lse) * mean.T).sum(dim=-1)
-        return None, *ctx.passes.backward(grad, query, key, value, out, lse, rest), grad_sink
+        return None, *ctx.passes.backward(grad, *saved), grad_sink

@@ -96,7 +96,7 @@ def test_the_trainer_follows_the_table(whole, layout: str) -> None:
     assert _frequencies(run, training=True) == {
         (rank, at): {frequency_of(BASES[at])} for rank in range(ranks) for at in STARTS
     }
-    for at, angles in _angles(run).items():
+    for at, angles in angles_by_step(run).items():
         assert angles == pytest.approx(angles_of(BASES[at]), rel=1e-6), at
 
 
@@ -107,7 +107,7 @@ def _frequencies(run: Run, *, training: bool) -> dict[tuple[int, int], set[float
     return found
 
 
-def _angles(run: Run) -> dict[int, float]:
+def angles_by_step(run: Run) -> dict[int, float]:
     """Return what the layers of the first micro-batches got, over the context-parallel ranks."""
     parts: dict[int, dict[int, float]] = {}
     for entry in run.of("rotary", training=True):

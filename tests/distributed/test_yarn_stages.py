@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from histories import RESHARDABLE, History, assert_same_history
 from runs import SEQ_LENGTH, Run, Trainer
+from test_stage_runs import angles_by_step
 
 from megatron_skyladder.hugging_face.architecture import from_megatron
 from megatron_skyladder.hugging_face.checkpoints import open_checkpoint
@@ -96,14 +97,6 @@ def by_place(run: Run, event: str, name: str, **values: Any) -> dict[tuple[int, 
     return found
 
 
-def by_step(run: Run) -> dict[int, float]:
-    """Return the sum of the angles that layers got of a sequence, over its context's ranks."""
-    parts: dict[int, dict[int, float]] = {}
-    for entry in run.of("rotary", training=True):
-        parts.setdefault(entry["samples"], {})[entry["context_rank"]] = entry["angles"]
-    return {at: sum(angles.values()) for at, angles in parts.items()}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_trainer_follows_the_table(whole, layout: str) -> None:
     run = whole(layout).attempts[0]
@@ -114,7 +107,7 @@ def test_the_trainer_follows_the_table(whole, layout: str) -> None:
     for (rank, at), frequencies in found.items():
         expected = frequencies_of(*VALUES[at])
         assert frequencies == pytest.approx([*expected, *expected], rel=1e-6), (rank, at)
-    for at, angles in by_step(run).items():
+    for at, angles in angles_by_step(run).items():
         expected = 2 * sum(frequencies_of(*VALUES[at])) * SEQ_LENGTH * (SEQ_LENGTH - 1) / 2
         assert angles == pytest.approx(expected, rel=1e-6), at
     concentrations = {(rank, at): concentration_of(VALUES[at][1]) for rank, at in places}

@@ -33,6 +33,8 @@ EXPERTS = (
     "--moe-expert-capacity-factor 0.75 --moe-pad-expert-input-to-capacity "
     "--moe-input-jitter-eps 0.1"
 )
+LOCAL = "--window-size 11,0 --window-attn-skip-freq 2"
+SECOND = "--skyladder-local-start-window 3 --skyladder-local-expand-fraction 0.9"
 BATCHES = f"{STAGED} 8..32:0.5,batch=4 final:0.5,batch=8"
 STEP_BATCHES = "0:4 1536:8"  # 24 samples of 64 tokens
 RATES = f"{STAGED} 8..32:0.5,lr=1,rope=10000 final:0.5,lr=0.5,rope=500000"
@@ -62,7 +64,8 @@ class Feature:
 FEATURES = {
     "latent attention": Feature(LATENT, WITHOUT_GROUPS),
     "prediction heads": Feature("--mtp-num-layers 2", logs=("mtp_1 loss", "mtp_2 loss")),
-    "local layers": Feature("--window-size 11,0 --window-attn-skip-freq 2"),
+    "local layers": Feature(LOCAL),
+    "two ladders": Feature(LOCAL, settings=f"{LADDER} {SECOND}", logs=("skyladder/local_window",)),
     "learnable sinks": Feature("--softmax-type learnable"),
     "sinks of 0": Feature("--softmax-type off-by-one"),
     "experts": Feature(EXPERTS),
@@ -112,7 +115,11 @@ def lines(first: str = "0.11", last: str = "0.20") -> list[str]:
 
 REFUSALS = (
     # Megatron's own parser
-    Refusal(("local layers",), lines(last="0.14"), "unrecognized arguments: --window-size"),
+    Refusal(
+        ("local layers", "two ladders"),
+        lines(last="0.14"),
+        "unrecognized arguments: --window-size",
+    ),
     Refusal(
         ("learnable sinks", "sinks of 0"),
         lines(last="0.14"),

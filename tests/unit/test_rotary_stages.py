@@ -30,13 +30,18 @@ class Now:
     samples = 0
 
 
-@pytest.fixture
-def now() -> Iterator[Now]:
-    schedule = WindowSchedule("staged", final_window=LENGTH, stages=STAGES, total_steps=8)
+def clock_of(stages: str) -> Iterator[Now]:
+    """Let the clock follow these stages."""
+    schedule = WindowSchedule("staged", final_window=LENGTH, stages=stages, total_steps=8)
     current = Now()
     clock.install(SkyLadderConfig(schedule, LENGTH, step_samples=1), lambda: current.samples)
     yield current
     clock.uninstall()
+
+
+@pytest.fixture
+def now() -> Iterator[Now]:
+    yield from clock_of(STAGES)
 
 
 @pytest.fixture
@@ -143,11 +148,7 @@ KINDS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def yarn_now() -> Iterator[Now]:
-    schedule = WindowSchedule("staged", final_window=LENGTH, stages=YARN_STAGES, total_steps=8)
-    current = Now()
-    clock.install(SkyLadderConfig(schedule, LENGTH, step_samples=1), lambda: current.samples)
-    yield current
-    clock.uninstall()
+    yield from clock_of(YARN_STAGES)
 
 
 @pytest.fixture

@@ -107,36 +107,24 @@ class FlashBackend(_Flash):
             "alibi_slopes": None,
         }
 
-        def forward(
-            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> sinks.Tensors:
             out, lse, _, rng_state = interface._flash_attn_varlen_forward(
                 query, key, value, *offsets, **options
             )
             return out, lse, rng_state
 
-        def backward(
-            grad: torch.Tensor,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            out: torch.Tensor,
-            lse: torch.Tensor,
-            rest: torch.Tensor,
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def backward(grad: torch.Tensor, *saved: torch.Tensor) -> sinks.Tensors:
+            *tensors, rng_state = saved
+            query, key, value = tensors[:3]
             grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
             interface._flash_attn_varlen_backward(
                 grad,
-                query,
-                key,
-                value,
-                out,
-                lse,
+                *tensors,
                 *grads,
                 *offsets,
                 **options,
                 deterministic=self.deterministic,
-                rng_state=rest,
+                rng_state=rng_state,
             )
             return grads
 
@@ -267,26 +255,16 @@ class VarlenBackend(_Flash):
             "backend": SDPBackend.FLASH_ATTENTION.value,
         }
 
-        def forward(
-            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> sinks.Tensors:
             out, lse, rng_state = torch.ops.torch_attn._varlen_attn(
                 query, key, value, *offsets, **options, enable_gqa=enable_gqa
             )
             return out, lse, rng_state
 
-        def backward(
-            grad: torch.Tensor,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            out: torch.Tensor,
-            lse: torch.Tensor,
-            rest: torch.Tensor,
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-            grads = torch.ops.torch_attn._varlen_attn_backward(
-                grad, query, key, value, out, lse, *offsets, **options, rng_state=rest
+        def backward(grad: torch.Tensor, *saved: torch.Tensor) -> sinks.Tensors:
+            *tensors, rng_state = saved
+            grads: sinks.Tensors = torch.ops.torch_attn._varlen_attn_backward(
+                grad, *tensors, *offsets, **options, rng_state=rng_state
             )
             return grads
 
