@@ -12,7 +12,7 @@ from megatron_skyladder.ladder.sequence_layout import Kind
 from megatron_skyladder.planning import estimate, pasted, run_flags, stage_plan, verdict
 from megatron_skyladder.planning.devices import list_devices
 from megatron_skyladder.planning.estimate import Plan
-from megatron_skyladder.planning.parallel import layout_kind, parallel_costs
+from megatron_skyladder.planning.parallel import kept_bytes, layout_kind, parallel_costs
 from megatron_skyladder.planning.text import to_text, verdict_lines
 
 
@@ -165,6 +165,7 @@ def _context_parallel_json(plan: Plan, steps: list[int]) -> dict[str, Any]:
         "size": plan.context_parallel_size,
         "layout": layout_kind(plan).value,
         "work_max_over_mean": plan.busiest_over_mean,
+        "kept_bytes_per_sequence": kept_bytes(plan),
         "stages": stages,
     }
 

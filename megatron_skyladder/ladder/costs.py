@@ -190,7 +190,7 @@ class DecoderShape:
     @property
     def core_size(self) -> float:
         """Work of a (query, key) pair in all layers: elements of their heads, as `head_size`."""
-        return self._attention_layers * self.num_attention_heads * self.head_size
+        return self.attention_layers * self.num_attention_heads * self.head_size
 
     @property
     def num_parameters(self) -> int:
@@ -209,7 +209,7 @@ class DecoderShape:
         Of a mixture of experts, those that the token goes to; Megatron does not count the router.
         """
         attention = self._attention_weights + (self.latent.normed if self.latent else 0)
-        layers = self._attention_layers * attention + self._mlp_layers * self._mlp_weights
+        layers = self.attention_layers * attention + self._mlp_layers * self._mlp_weights
         layers += self.prediction_heads * self.hidden_size * (2 * self.hidden_size + 3)
         if self.experts:
             layers += self.experts.num_layers * self._expert_weights(self.experts.topk)
@@ -218,14 +218,15 @@ class DecoderShape:
         return layers + (1 + self.prediction_heads) * self.vocab_size * self.hidden_size
 
     @property
-    def _attention_layers(self) -> int:
+    def attention_layers(self) -> int:
+        """Layers with attention, those of prediction heads included."""
         return self.num_layers + self.prediction_heads
 
     @property
     def _mlp_layers(self) -> int:
         if self.num_mlp_layers is not None:
             return self.num_mlp_layers
-        return self._attention_layers - (self.experts.num_layers if self.experts else 0)
+        return self.attention_layers - (self.experts.num_layers if self.experts else 0)
 
     @property
     def _qkv_size(self) -> int:
@@ -264,7 +265,7 @@ class DecoderShape:
     def _parameters(self, *, active: bool) -> int:
         embeddings = 1 if self.tied_embeddings else 2
         total = (
-            self._attention_layers * self._attention_parameters
+            self.attention_layers * self._attention_parameters
             + self._mlp_layers * self._mlp_parameters
             + self._norm_parameters
             + embeddings * self.vocab_size * self.hidden_size

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_skyladder.ladder.key_exchange import needed_tails
+from megatron_skyladder.ladder.key_exchange import exchange_plan, needed_tails
 from megatron_skyladder.ladder.sequence_layout import Layout
 
 # How often keys and values, or their gradients (of the same size), travel in a forward and a
@@ -104,6 +104,25 @@ def _pairs_of_first(num_queries: np.ndarray, sliding_window: int | None) -> np.n
     within = num_queries if sliding_window is None else np.minimum(num_queries, sliding_window)
     pairs: np.ndarray = within * (within + 1) // 2 + (num_queries - within) * within
     return pairs
+
+
+def kept_tokens(
+    cu_seqlens: np.ndarray, layouts: Sequence[Layout], *, sliding_window: int | None = None
+) -> int:
+    """Return for how many tokens a layer keeps joined keys and values until the backward pass.
+
+    Those of the rank that keeps most; what a rank's own part of the sequences takes comes on top.
+
+    Args:
+        cu_seqlens: see `rank_costs`.
+        layouts: of each sequence.
+        sliding_window: see `rank_costs`.
+    """
+    calls = (
+        exchange_plan(cu_seqlens, layouts, rank=rank, sliding_window=sliding_window).joined
+        for rank in range(layouts[0].cp_size)
+    )
+    return max(0 if call is None else int(call.cu_seqlens_k[-1]) for call in calls)
 
 
 def gathered_tokens(cp_size: int, seq_length: int) -> int:

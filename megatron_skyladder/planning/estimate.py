@@ -123,6 +123,11 @@ class Plan:
         """Whether the schedule gets to its final window within the run."""
         return self.config.schedule.ramp_steps <= self.total_steps
 
+    @property
+    def longest_window(self) -> int:
+        """The longest window of the run."""
+        return max(window for _, _, window in self.runs)
+
     def window(self, step: int) -> int:
         """Return the window at a step."""
         return self.config.window_at_samples(step * self.config.step_samples)

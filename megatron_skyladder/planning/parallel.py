@@ -12,6 +12,7 @@ from megatron_skyladder.ladder.exchange_costs import (
     OUR_PASSES,
     RankCosts,
     gathered_tokens,
+    kept_tokens,
     key_value_bytes,
     rank_costs,
 )
@@ -42,6 +43,9 @@ class PlannedRun(Protocol):
 
     @property
     def documents(self) -> Any: ...
+
+    @property
+    def longest_window(self) -> int: ...
 
     def window(self, step: int, /) -> int: ...
 
@@ -110,17 +114,46 @@ def parallel_costs(
         waiting = local.mean(waiting, of_local.waiting_pairs.sum())
         received = local.mean(received, of_local.received.mean())
     tokens = float(received) / num_rows
-    size = None
-    if plan.shape is not None:
-        groups = max(1, plan.shape.num_query_groups // plan.tensor_parallel_size)
-        size = OUR_PASSES * key_value_bytes(
-            tokens, num_groups=groups, head_dim=plan.shape.head_size, num_bytes=NUM_BYTES
-        )
+    size = None if plan.shape is None else OUR_PASSES * _key_value_bytes(plan, tokens)
     return ParallelCosts(
         work=tuple(float(each) / num_rows for each in pairs),
         waiting_share=float(waiting / pairs.sum()),
         received_bytes=size,
         gather_share=tokens / gathered_tokens(cp_size, length),
+    )
+
+
+def kept_bytes(plan: PlannedRun) -> float | None:
+    """Return what keys and values of other ranks take until the backward pass.
+
+    For one sequence in all layers, at the run's longest window, on the rank that keeps most; ends
+    of documents are not counted, so with documents masked it is an upper bound. Pipeline stages
+    change nothing on the first one, which has a stage's layers and as many micro-batches under way
+    as there are stages.
+
+    Returns:
+        Bytes; None where the model is not known.
+    """
+    if plan.shape is None:
+        return None
+    length, sliding = plan.config.seq_length, plan.config.mask == "sliding"
+    window, local = plan.longest_window, plan.config.local_layers
+    cut = length if sliding else window
+    cu_seqlens = fragment_cu_seqlens(np.empty(0, np.int32), seq_length=length, window_len=cut)
+    kind = Kind.ZIGZAG if layout_kind(plan) is Kind.ZIGZAG else Kind.WINDOW
+    rule = LayoutRule(kind, length, plan.context_parallel_size, window, sliding)
+    layouts = rule.layouts(1, cu_seqlens)
+    tokens = kept_tokens(cu_seqlens, layouts, sliding_window=window if sliding else None)
+    if local is not None and local.window < window:
+        tokens = local.mean(tokens, kept_tokens(cu_seqlens, layouts, sliding_window=local.window))
+    return plan.shape.attention_layers * _key_value_bytes(plan, tokens)
+
+
+def _key_value_bytes(plan: PlannedRun, tokens: float) -> float:
+    """Return the size of tokens' keys and values in a layer, on one tensor-parallel rank."""
+    groups = max(1, plan.shape.num_query_groups // plan.tensor_parallel_size)
+    return key_value_bytes(
+        tokens, num_groups=groups, head_dim=plan.shape.head_size, num_bytes=NUM_BYTES
     )
 
 

@@ -6,7 +6,7 @@ from megatron_skyladder.ladder.sequence_layout import Kind
 from megatron_skyladder.planning import estimate, stage_plan, verdict
 from megatron_skyladder.planning.estimate import Plan
 from megatron_skyladder.planning.evidence import PAPER_SAVINGS
-from megatron_skyladder.planning.parallel import layout_kind, parallel_costs
+from megatron_skyladder.planning.parallel import kept_bytes, layout_kind, parallel_costs
 from megatron_skyladder.terminal import GOOD, HEAD, MARKED, NAME, led, paragraph, remark, table
 
 
@@ -57,11 +57,13 @@ def saves(plan: Plan) -> str:
         )
     time = plan.time
     constant, ladder = plan.timed_fractions
-    text = f"{percent(time.step.saved(ladder, constant))} of the time"
-    if plan.context_parallel_size > 1:
-        even = time.step.saved(plan.mean_fraction, plan.constant_fraction)
-        busiest = percent(time.step.saved(ladder, constant))
-        text = f"{percent(even)} of the time ({busiest} with context parallelism's busiest rank)"
+    share = percent(time.step.saved(ladder, constant))
+    low, high = time.saved_range(ladder, constant)
+    text = f"{share} of the time ({100 * low:.1f} to {percent(high)}"
+    even = percent(time.step.saved(plan.mean_fraction, plan.constant_fraction))
+    if even != share:
+        text += f"; {even} if all context-parallel ranks had the same work"
+    text += ")"
     gpus = time.gpus or 1
     before = time.gpu_hours(plan.total_steps, constant)
     saved = before - time.gpu_hours(plan.total_steps, ladder)
@@ -71,7 +73,7 @@ def saves(plan: Plan) -> str:
     text += f", {hours(saved / gpus)} of {hours(before / gpus)} {unit}"
     if time.price:
         text += f", about ${saved * time.price:,.0f} at {time.price:.2f}"
-    return text
+    return f"{text}; predicted from {time.basis}"
 
 
 def percent(share: float) -> str:
@@ -312,7 +314,22 @@ def _context_parallel(plan: Plan, steps: list[int]) -> str:
         f"over the run the busiest has {plan.busiest_over_mean - 1:.1%} more attention work than "
         "the mean",
     )
-    return "\n".join([head, table(rows), remark(legend)])
+    return "\n".join([head, table(rows), remark(legend), *_kept_keys(plan)])
+
+
+def _kept_keys(plan: Plan) -> list[str]:
+    size = kept_bytes(plan)
+    if not size:
+        return []
+    return [
+        paragraph(
+            "Memory",
+            f"at a window of {plan.longest_window:,}, keys and values of other ranks take up to "
+            f"{size / 1e9:.3g} GB in bf16 for each sequence of a micro-batch, until its backward "
+            "pass; --recompute-granularity selective --recompute-modules core_attn fetches them "
+            "again instead",
+        )
+    ]
 
 
 def _time(plan: Plan) -> str:

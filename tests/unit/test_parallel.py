@@ -73,6 +73,30 @@ def test_tensor_parallel_ranks_share_the_groups(capsys: pytest.CaptureFixture[st
     assert sizes[0] == 2 * sizes[1] == 2 * sizes[2]  # with 4 ranks each has one of the 2 groups
 
 
+def test_what_a_rank_keeps_for_the_backward_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    """In two layers of 2 groups of 8 numbers, K and V, 2 bytes, at the last window."""
+
+    def kept(flags: str) -> float:
+        found: float = plan_json(capsys, flags)["context_parallel"]["kept_bytes_per_sequence"]
+        return found / (2 * 2 * 8 * 2 * 2)
+
+    # the whole sequence: rank 0's last chunk sees all 64 keys, rank 1's run 16..47 sees 0..47
+    assert kept("--context-parallel-size 2") == 64
+    # chunks of 8: rank 1's see 0..15 and 0..55, rank 2's 0..23 and 0..47
+    assert kept("--context-parallel-size 4") == 16 + 56
+    # with 32 visible tokens at last, the first 31 queries of 16..47 and of 48..63 see keys before
+    # their run: rank 0's 16 queries see 48 - 31 .. 63, rank 1's 31 see 0 .. 46
+    sliding = "--skyladder-mask sliding --skyladder-final-window 32"
+    assert kept(f"--context-parallel-size 2 {sliding}") == 47
+    # windows of 32 end with ranks' runs of whole windows
+    balanced = "--skyladder-context-parallel-layout balanced --skyladder-final-window 32"
+    flags = f"--json --context-parallel-size 2 {balanced}"
+    assert json.loads(call(capsys, flags))["context_parallel"]["kept_bytes_per_sequence"] == 0
+    text = " ".join(call(capsys, "-v --context-parallel-size 4").split())
+    assert "at a window of 64, keys and values of other ranks take up to 9.22e-06 GB" in text
+    assert "other ranks take" not in call(capsys, f"-v --context-parallel-size 2 {balanced}")
+
+
 def test_documents_are_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Documents of 16 tokens end with the chunks: nothing to fetch at any window."""
     with IndexedWriter(tmp_path / "data", "<u2") as writer:
