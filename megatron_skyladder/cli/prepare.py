@@ -155,13 +155,14 @@ def _prepare(args: argparse.Namespace, display: ProgressDisplay) -> list[dict[st
         input_format=args.input_format,
         append_eod=args.append_eod is not False,
         skip_bad_lines=args.on_bad_line == "skip",
-        workers=_available_cores() if args.workers is None else args.workers,
+        workers=available_cores() if args.workers is None else args.workers,
         same_input=args.same_input,
     )
     return prepare(request, tokenizer_flags.build_tokenizer(args), display.show)
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """Return how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):  # what a scheduler has given this job
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

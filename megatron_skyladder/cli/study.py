@@ -7,7 +7,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import signal
 import threading
 import time
@@ -16,12 +15,13 @@ from types import FrameType
 from typing import Any
 
 from megatron_skyladder import terminal
+from megatron_skyladder.cli.prepare import ProgressDisplay, available_cores
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.files import write_text
+from megatron_skyladder.files import write_bytes, write_text
+from megatron_skyladder.study.settings import LOWEST_PRIORITY
 
 DEFAULT_CONFIG, DEFAULT_OUTPUT = "examples/study.ini", "study"
 NEEDED = ("torch", "megatron", "tokenizers", "transformers", "safetensors")
-LOWEST_PRIORITY = 19
 STOPPED = 130  # exit code, as that of a program that Ctrl-C ended
 
 DESCRIPTION = """\
@@ -88,20 +88,16 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.workers is not None and args.workers < 1:
         raise UsageError(f"--workers={args.workers}: give 1 or more.")
+    if not 0 <= args.nice <= LOWEST_PRIORITY:
+        raise UsageError(f"--nice={args.nice}: give 0 (as others) to {LOWEST_PRIORITY}.")
     study = settings.read(config)
     if args.is_run:
-        return _run(study, output, args.workers or _cores(), args.nice)
+        return _run(study, output, args.workers or available_cores(), args.nice)
     if args.status:
         print(_status(study, output))
         return 0
     _write(study, config, output)
     return 0
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # what this process may use
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _run(study: Any, output: Path, workers: int, priority: int) -> int:
@@ -116,7 +112,9 @@ def _run(study: Any, output: Path, workers: int, priority: int) -> int:
 
     logging.getLogger().setLevel(logging.WARNING)
     with queue.locked(output) as lock:
-        made = preparation.make(study, output, print)
+        encoding = ProgressDisplay()
+        made = preparation.make(study, output, print, encoding.show, workers)
+        encoding.end()
         (output / queue.RECORDS).mkdir(exist_ok=True)
         shown = {name: value for name, value in made.items() if name != "request"}
         write_text(output / queue.RECORDS / records.CORPUS, json.dumps(shown, indent=1) + "\n")
@@ -226,11 +224,11 @@ def _write(study: Any, config: Path, output: Path) -> None:
 
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     new = 0
-    for path in sorted((output / queue.RECORDS).glob("*.json*")):
+    for path in sorted((output / queue.RECORDS).glob("[!.]*.json*")):
         study.records.mkdir(parents=True, exist_ok=True)
-        target = study.records / path.name
-        if not target.exists() or target.read_bytes() != path.read_bytes():
-            shutil.copyfile(path, target)
+        target, data = study.records / path.name, path.read_bytes()
+        if not target.exists() or target.read_bytes() != data:
+            write_bytes(target, data)
             new += path.name not in (records.CORPUS, records.FAILURES)
     page.write(study, config)
     print(f"{study.page}: written, {new} new record(s) from {output}")

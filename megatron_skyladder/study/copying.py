@@ -13,20 +13,12 @@ and the same spans.
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megatron_skyladder.errors import UsageError
-from megatron_skyladder.files import write_text
+from megatron_skyladder.study.settings import CUE
 
-CUE = 4  # tokens of the second copy that do not count
 BATCH = 4  # sequences of a forward pass
 
 
@@ -37,21 +29,14 @@ def sequences(text: np.ndarray, spans: np.ndarray, *, seq_length: int, distance:
         text: int, [samples, seq_length], what stands around the spans.
         spans: int, [samples, span].
         seq_length: tokens of a sequence.
-        distance: tokens from the first copy to the second, at least a span.
+        distance: tokens from the first copy to the second; `settings.Copying.check` says which fit.
 
     Returns:
         int, [samples, seq_length].
 
-    Raises:
-        UsageError: the copies overlap, or do not fit.
     """
     span = spans.shape[1]
     first = seq_length - span - distance
-    if distance < span or first < 0:
-        raise UsageError(
-            f"[copying]: a span of {span} tokens cannot stand {distance} tokens apart in a "
-            f"sequence of {seq_length}. Give distances from {span} to {seq_length - span}."
-        )
     filled = text[:, :seq_length].copy()
     filled[:, first : first + span] = spans
     filled[:, seq_length - span :] = spans
@@ -109,55 +94,3 @@ def measure(
         accuracy, loss = scores(np.concatenate(parts), spans)
         found[distance] = {"accuracy": accuracy, "loss": loss}
     return found
-
-
-def main() -> None:
-    """Measure a run's last checkpoint and write the result, as a process of its own."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--checkpoints", required=True)
-    parser.add_argument("--data", required=True, help="prefix of .bin and .idx")
-    parser.add_argument("--distances", type=int, nargs="+", required=True)
-    parser.add_argument("--span", type=int, required=True)
-    parser.add_argument("--samples", type=int, required=True)
-    parser.add_argument("--seq-length", type=int, required=True)
-    parser.add_argument("--out", required=True)
-    args = parser.parse_args()
-    from megatron_skyladder.data.indexed import IndexedReader
-    from megatron_skyladder.hugging_face.exporting import export
-
-    logging.basicConfig(level=logging.WARNING)
-    tokens = IndexedReader(args.data).tokens
-    with tempfile.TemporaryDirectory(dir=Path(args.out).parent) as scratch:
-        folder = export(args.checkpoints, Path(scratch) / "model").folder
-        predict, vocab_size, eod = _loaded(folder)
-        found = measure(
-            predict,
-            tokens,
-            args.distances,
-            span=args.span,
-            samples=args.samples,
-            seq_length=args.seq_length,
-            vocab_size=vocab_size,
-            left_out=eod,
-        )
-    write_text(args.out, json.dumps(found) + "\n")
-
-
-def _loaded(folder: Path) -> tuple[Callable[[np.ndarray, int], np.ndarray], int, int]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-    def predict(sequences: np.ndarray, count: int) -> np.ndarray:
-        with torch.no_grad():
-            # the last token predicts what is not there
-            given = torch.from_numpy(sequences)[:, :-1]
-            logits: np.ndarray = model(given, logits_to_keep=count).logits.numpy()
-            return logits
-
-    return predict, int(model.config.vocab_size), int(model.config.eos_token_id)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -10,11 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_skyladder.files import write_text
+from megatron_skyladder.planning import model_flags, run_flags
 from megatron_skyladder.study import records, results
 from megatron_skyladder.study.records import Record
-from megatron_skyladder.study.results import Arm
-from megatron_skyladder.study.settings import Study
-from megatron_skyladder.study.tables import Given, copying_part, date, losses, markdown, runs, times
+from megatron_skyladder.study.results import Arm, Figure
+from megatron_skyladder.study.settings import Planned, Study
+from megatron_skyladder.study.tables import (
+    Given,
+    at_equal_time,
+    copying_part,
+    date,
+    losses,
+    markdown,
+    runs,
+    times,
+)
 from megatron_skyladder.study.training import read_rows
 
 PICTURE = "losses.png"
@@ -39,7 +50,8 @@ and the speed of a GPU.
 """
 
 HOW_TO_READ = """\
-Losses are nats per token on held-out documents, lower is better. A figure in parentheses is the
+Losses are nats per token of the trained models, lower is better, by how many tokens of context they
+see; every model reads the same tokens, all of the held-out text. Figures in parentheses are the
 lowest and the highest seed. Differences are between runs of the same seed, which start from the
 same weights and read the same text in the same order."""
 
@@ -54,9 +66,15 @@ caches and memory with other work, which moves it by a tenth and more; the timin
 all arms on one clock, have not finished."""
 
 EQUAL_TIME = """\
-*Equal time* is the difference of the losses to the constant run when the quicker of the two has
-ended; the other one is then in mid-schedule, at a higher learning rate, which is to the advantage
-of the quicker one."""
+*Equal time* is the difference to a constant run that ends after the same time with a whole
+learning-rate schedule: linear between `{names}`, runs of {steps} steps."""
+
+NO_EQUAL_TIME = """\
+*Equal time* needs constant runs of two lengths at least, which have not finished."""
+
+PICTURED = """\
+Along a run each validation takes the next held-out sequences, so the steps up and down in the first
+panel are those of the text; at the same step all arms of a seed read the same."""
 
 
 RERUN = """\
@@ -77,9 +95,13 @@ def write(study: Study, config: Path) -> None:
     Args:
         study: with the folder of records and the name of the page.
         config: the study's file, which the page names.
+
+    Raises:
+        UsageError: a record is of a run with other flags or other text.
     """
     names = [run.name for run in study.runs]
     found = [it for it in records.read_all(study.records, names) if it.name in names]
+    records.check(found, study.runs, study.records)
     corpus = study.records / records.CORPUS
     given = Given(
         study,
@@ -117,6 +139,7 @@ def page(given: Given, config: Path, picture: str | None) -> str:
         ]
     if picture:
         parts.append(f"\n![Losses against tokens and time, by context, and copying]({picture})\n")
+        parts.append(f"\n{PICTURED}\n")
     parts += [
         "\n## Runs\n\n",
         markdown(runs(given)),
@@ -135,11 +158,19 @@ def page(given: Given, config: Path, picture: str | None) -> str:
 def _clock(given: Given) -> str:
     names = dict.fromkeys(run.arm for run in given.study.runs if run.is_timing)
     text = UNTIMED if given.retimed is None else TIMED.format(names="`, `".join(names))
-    return _wrapped(f"{text} {EQUAL_TIME}".replace("\n", " "))
+    return _wrapped(f"{text} {_equal_time(given)}".replace("\n", " "))
+
+
+def _equal_time(given: Given) -> str:
+    arms = [arm for arm in given.arms if given.is_reference(arm)]
+    if len(arms) < 2:
+        return NO_EQUAL_TIME
+    steps = " and ".join(f"{arm.records[0].steps:,}" for arm in arms)
+    return EQUAL_TIME.format(names="` and `".join(arm.name for arm in arms), steps=steps)
 
 
 def _limits(study: Study) -> str:
-    main = next(run for run in study.runs if run.is_compared)
+    main = _main(study)
     return LIMITS.format(
         parameters=f"{_parameters(study) / 1e6:.1f}",
         tokens=f"{main.train_iters * main.step_tokens / 1e6:.1f}",
@@ -147,42 +178,39 @@ def _limits(study: Study) -> str:
     )
 
 
+def _main(study: Study) -> Planned:
+    """Return the first run that is compared; the first one where none is."""
+    return next((run for run in study.runs if run.is_compared), study.runs[0])
+
+
 def _parameters(study: Study) -> int:
-    """Count the weights of a Llama of these flags, embedding and output included."""
-    run = study.runs[0]
-    layers, hidden, ffn, heads = (
-        int(run.value(flag))
-        for flag in ("--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads")
-    )
-    groups = heads
-    if "--num-query-groups" in run.flags:
-        groups = int(run.value("--num-query-groups"))
-    keys = hidden // heads * groups
-    layer = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * ffn + 2 * hidden
-    return layers * layer + hidden + 2 * hidden * study.vocab_size
+    """Count the weights as ``skyladder plan`` does, embedding and output included."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    run_flags.add_run_flags(parser)
+    words = [*_main(study).flags, "--vocab-size", str(study.vocab_size)]
+    flags, _ = parser.parse_known_args(words)
+    return model_flags.decoder_shape(run_flags.complete(flags), []).num_parameters
 
 
 def _verdicts(given: Given) -> str:
     planned = [run for run in given.study.runs if run.is_compared]
-    done = [it for it in given.found if it.is_compared]
+    done = [it for it in given.found if it.is_compared and it.is_whole]
     lines = [f"{len(done)} of {len(planned)} runs have finished."]
     reference = given.reference
     compared = []
     if reference is not None:
-        noise = results.noise(reference)
-        several = len(reference.records) > 1
-        lines.append(
-            f"Differences below {noise:.3f} are noise here: "
-            + (
-                f"so far apart are the seeds of `{reference.name}`, or the paper's 0.01 if that "
-                "is more."
-                if several
-                else f"the paper's figure, as `{reference.name}` has finished with one seed only."
+        noise = results.noise(given.arms, reference)
+        why = "the paper's figure; how far seeds lie apart here is not known yet."
+        if noise.is_measured:
+            why = (
+                "so far apart are an arm's differences of two seeds, at most, or the paper's "
+                f"{results.NOISE} if that is more. Two seeds are few: read a difference near it as "
+                "none."
             )
-        )
+        lines.append(f"Differences below {noise.nats:.3f} are noise here: {why}")
         for arm in given.arms:
             if arm is not reference:
-                compared += _verdict(arm, reference, noise)
+                compared += _verdict(given, arm, reference, noise.nats)
     if not compared:
         lines.append("Nothing can be compared yet.")
     missing = [name for name in given.study.arms if name not in {arm.name for arm in given.arms}]
@@ -194,14 +222,11 @@ def _verdicts(given: Given) -> str:
     return text
 
 
-def _verdict(arm: Arm, reference: Arm, noise: float) -> list[str]:
+def _verdict(given: Given, arm: Arm, reference: Arm, noise: float) -> list[str]:
     loss = results.difference(arm, reference, results.final_difference)
     if loss is None:
         return []
-    if abs(loss.mean) < noise:
-        word = "no difference that exceeds noise"
-    else:
-        word = "better" if loss.mean < 0 else "worse"
+    word = _word(loss, noise)
     seeds = "one seed" if len(loss.values) == 1 else f"{len(loss.values)} seeds"
     tokens = arm.records[0].tokens
     at = "at equal tokens"
@@ -213,7 +238,16 @@ def _verdict(arm: Arm, reference: Arm, noise: float) -> list[str]:
     if saved is not None:
         more = "less" if saved.mean >= 0 else "more"
         text += f"; {abs(100 * saved.mean):.1f} % {more} time"
+    alike = None if given.is_reference(arm) else at_equal_time(given, arm)
+    if alike is not None:
+        text += f"; {_word(alike, noise)} at equal time ({alike.text(3, signed=True)})"
     return [_wrapped(text + ".", indent="  ").rstrip()]
+
+
+def _word(difference: Figure, noise: float) -> str:
+    if abs(difference.mean) < noise:
+        return "no difference that exceeds noise"
+    return "better" if difference.mean < 0 else "worse"
 
 
 def _failures(given: Given) -> str:
@@ -228,7 +262,6 @@ def _sweep(given: Given) -> str:
     tried = [run for run in given.study.runs if run.is_sweep]
     if not tried:
         return "No other rate was tried.\n"
-    main = next(run for run in given.study.runs if run.is_compared)
     found = {record.name: record for record in given.found}
     rows = [["learning rate", "steps", "validation loss"]]
     for run in tried:
@@ -237,7 +270,7 @@ def _sweep(given: Given) -> str:
         rows.append([run.value("--lr"), f"{run.train_iters:,}", loss])
     text = (
         "Tried with the constant window, so that it is not handicapped; all arms train with "
-        f"{main.value('--lr')}."
+        f"{_main(given.study).value('--lr')}."
     )
     return f"{_wrapped(text)}\n{markdown(rows)}"
 

@@ -28,13 +28,19 @@ def draw(arms: Sequence[Arm], path: Path) -> None:
     for place, arm in enumerate(arms):
         style = {"color": images.colour_of(place), "linestyle": _dashes(place)}
         _band(by_tokens, arm, _tokens, _losses, style)
-        if all(record.seconds is not None for record in arm.records):
-            _band(by_time, arm, _hours, _losses, style)
+        timed = [record for record in arm.records if record.seconds is not None]
+        by_time.plot(
+            [(record.seconds or 0.0) / 3600 for record in timed],
+            [record.loss for record in timed],
+            marker="osD^v<>"[place // 10 % 7],
+            linestyle="",
+            color=style["color"],
+        )
         _band(
             by_length,
             arm,
-            lambda record: list(record.last.by_length),
-            lambda record: list(record.last.by_length.values()),
+            lambda record: sorted(record.losses),
+            lambda record: [record.losses[length] for length in sorted(record.losses)],
             style,
         )
         if all(record.copying for record in arm.records):
@@ -46,12 +52,12 @@ def draw(arms: Sequence[Arm], path: Path) -> None:
                 style,
             )
     loss = "loss (nats per token)"
-    images.label(by_tokens, "Validation loss, whole sequences visible", "tokens (millions)", loss)
-    images.label(by_time, "The same against time", "time of training (core hours)", loss)
-    images.label(by_length, "After the last step, by context", "context (tokens)", loss)
+    images.label(by_tokens, "Validation on the way, whole sequences", "tokens (millions)", loss)
+    images.label(by_time, "Trained models, one point a run", "time of training (core hours)", loss)
+    images.label(by_length, "Trained models, by context", "context (tokens)", loss)
     images.label(copying, "Random tokens copied from a distance", "distance (tokens)", "right (%)")
     for axes, found in (
-        (by_length, [list(record.last.by_length) for arm in arms for record in arm.records]),
+        (by_length, [list(record.losses) for arm in arms for record in arm.records]),
         (copying, [list(record.copying) for arm in arms for record in arm.records]),
     ):
         keys = sorted({key for keys in found for key in keys})
@@ -75,10 +81,6 @@ def _losses(record: Record) -> list[float]:
 
 def _tokens(record: Record) -> list[float]:
     return [it.iteration * record.step_tokens / 1e6 for it in record.validations]
-
-
-def _hours(record: Record) -> list[float]:
-    return [(it.seconds or 0.0) / 3600 for it in record.validations]
 
 
 def _band(

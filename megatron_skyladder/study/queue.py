@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +15,9 @@ from pathlib import Path
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.study import records
-from megatron_skyladder.study.records import Copied
-from megatron_skyladder.study.settings import Planned, Study
+from megatron_skyladder.study.records import Measured
+from megatron_skyladder.study.settings import LOWEST_PRIORITY, Planned, Study
 from megatron_skyladder.study.training import (
-    LOWEST_PRIORITY,
     VALIDATION_DATA,
     Outcome,
     Training,
@@ -30,6 +28,8 @@ from megatron_skyladder.study.training import (
 )
 
 RECORDS = "records"  # below the study's folder; --write takes them from there
+LOCK = "lock"  # the same
+_LOCK_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class State:
 
     Args:
         planned: the run.
-        word: ``finished``, ``running``, ``begun``, ``failed`` or ``waiting``.
+        word: ``finished``, ``running``, ``begun``, ``trained`` (what it can do is to be measured),
+            ``failed`` or ``waiting``.
         iteration: the last step that was logged.
         step_seconds: mean CPU time of its steps so far; None where none was timed.
         failure: of the last start, if it failed.
@@ -53,7 +54,7 @@ class State:
     @property
     def steps_left(self) -> int:
         """Steps to train."""
-        return 0 if self.word == "finished" else self.planned.train_iters - self.iteration
+        return max(0, self.planned.train_iters - self.iteration)
 
 
 def states(study: Study, output: Path) -> list[State]:
@@ -68,12 +69,14 @@ def states(study: Study, output: Path) -> list[State]:
         timed = [row["cpu"] for row in rows if row["cpu"] is not None]
         last = events[-1]["event"] if events else ""
         failure = events[-1]["what"] if last == Outcome.FAILED.value else ""
-        if (output / RECORDS / f"{planned.name}{records.SUFFIX}").exists():
+        if is_finished(planned, output):
             word, iteration = "finished", planned.train_iters
         elif last == Outcome.FAILED.value:
             word = "failed"
         elif last == "started" and is_running:
             word = "running"
+        elif training.is_complete():
+            word = "trained"
         else:
             word = "begun" if events else "waiting"
         mean = sum(timed) / len(timed) if timed else None
@@ -94,6 +97,17 @@ def seconds_left(found: Sequence[State]) -> float | None:
     return sum(state.steps_left * (state.step_seconds or pace) for state in found)
 
 
+def record_path(planned: Planned, output: Path) -> Path:
+    """Return where a run's record is, or will be."""
+    return output / RECORDS / f"{planned.name}{records.SUFFIX}"
+
+
+def is_finished(planned: Planned, output: Path) -> bool:
+    """Return whether a run has a record that lacks nothing."""
+    path = record_path(planned, output)
+    return path.exists() and records.read(path).is_whole
+
+
 @contextmanager
 def locked(output: Path) -> Iterator[int]:
     """Hold the study's folder for one queue; the descriptor goes to the processes it starts.
@@ -102,27 +116,40 @@ def locked(output: Path) -> Iterator[int]:
         UsageError: another queue runs, or what it started still does.
     """
     output.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(output / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for _ in range(_LOCK_TRIES):  # a --status holds it for a moment
+            if _takes(descriptor, fcntl.LOCK_EX):
+                break
+            time.sleep(0.1)
+        else:
             raise UsageError(
                 f"another skyladder study runs in {output}, or a process that it started. Wait "
                 "for it, stop it (Ctrl-C or SIGTERM: it saves first), or give another --output."
-            ) from None
+            )
         yield descriptor
     finally:
         os.close(descriptor)
 
 
 def is_locked(output: Path) -> bool:
-    """Return whether a queue runs in this folder."""
+    """Return whether a queue runs in this folder; nothing is written."""
     try:
-        with locked(output):
-            return False
-    except UsageError:
-        return True
+        descriptor = os.open(output / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _takes(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def _takes(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @dataclass
@@ -157,13 +184,19 @@ class Queue:
 
         Args:
             workers: runs at a time, each on one core.
+
+        Raises:
+            UsageError: a record is of a run with other flags or other text.
         """
-        waiting = [it for it in self.study.runs if not self._record(it).exists()]
+        done = [record_path(it, self.output) for it in self.study.runs]
+        found = [records.read(path) for path in done if path.exists()]
+        records.check(found, self.study.runs, self.output / RECORDS, self.corpus)
+        waiting = [it for it in self.study.runs if not is_finished(it, self.output)]
         with ThreadPoolExecutor(workers) as pool:
-            for done in [pool.submit(self._one, planned) for planned in waiting]:
-                while not done.done():  # a signal's handler runs between two waits
+            for going in [pool.submit(self._one, planned) for planned in waiting]:
+                while not going.done():  # a signal's handler runs between two waits
                     time.sleep(0.2)
-                done.result()
+                going.result()
 
     @property
     def is_stopping(self) -> bool:
@@ -177,9 +210,6 @@ class Queue:
             training.stop(at_once=at_once)
         for process in list(self._processes):
             process.kill()  # nothing to save: measured anew
-
-    def _record(self, planned: Planned) -> Path:
-        return self.output / RECORDS / f"{planned.name}{records.SUFFIX}"
 
     def _one(self, planned: Planned) -> None:
         """Train a run and write its record; what goes wrong is kept and said."""
@@ -204,38 +234,42 @@ class Queue:
             self._active.pop(planned.name)
 
     def _conclude(self, planned: Planned, training: Training) -> None:
-        copying = self._copying(training)
-        if self._stopping and copying is None:
-            self.say(f"{planned.name}: trained; what it copies is measured another time")
+        measured = self._measured(training) if planned.is_compared else Measured()
+        if measured is None:
+            self.say(f"{planned.name}: trained; what it can do is measured another time")
             return
-        record = records.record_of(training, copying or {})
+        record = records.record_of(training, measured)
         records.write(record, self.output / RECORDS)
-        self.say(f"{planned.name}: finished, validation loss {record.last.loss:.4f}")
+        loss = record.loss if record.losses else record.last.loss
+        self.say(f"{planned.name}: finished, validation loss {loss:.4f}")
 
     def _fail(self, planned: Planned, what: str, where: str = "") -> None:
         self.failures[planned.name] = what
         (self.output / RECORDS).mkdir(exist_ok=True)
         row = {"time": now(), "run": planned.name, "what": what}
         append_row(self.output / RECORDS / records.FAILURES, row)
+        events = self.output / "runs" / planned.name / "events.jsonl"
+        last = read_rows(events)[-1:]
+        if last and last[0]["event"] != Outcome.FAILED.value:  # --status says why
+            row = {"time": now(), "event": Outcome.FAILED.value, "what": what}
+            append_row(events, {**row, "iteration": last[0]["iteration"]})
         self.say(f"{planned.name}: FAILED, {what}{where}")
 
-    def _copying(self, training: Training) -> Mapping[int, Copied] | None:
+    def _measured(self, training: Training) -> Measured | None:
         """Measure the last checkpoint, in a process of its own; None where it was stopped."""
-        options = self.study.copying
-        if not options.distances or training.planned.is_timing:
-            return {}
-        out = training.folder / "copying.json"
+        options, planned = self.study.copying, training.planned
+        out = training.folder / "measured.json"
         command = [
-            *(*nice(self.priority), sys.executable, "-m", "megatron_skyladder.study.copying"),
+            *(*nice(self.priority), sys.executable, "-m", "megatron_skyladder.study.measuring"),
             *("--checkpoints", str(training.checkpoints.relative_to(self.output))),
-            *("--data", VALIDATION_DATA, "--span", str(options.span)),
-            *("--samples", str(options.samples)),
-            *("--seq-length", str(training.planned.seq_length)),
+            *("--data", VALIDATION_DATA, "--seq-length", str(planned.seq_length)),
+            *("--lengths", *map(str, planned.context_lengths)),
             *("--distances", *map(str, options.distances)),
+            *("--span", str(options.span), "--samples", str(options.samples)),
             *("--out", str(out.relative_to(self.output))),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "SKYLADDER_DEVICE": "cpu"}
-        log = training.folder / "copying.log"
+        log = training.folder / "measuring.log"
         with log.open("wb") as printed:
             process = subprocess.Popen(
                 command,
@@ -251,6 +285,5 @@ class Queue:
         if code and self._stopping:
             return None
         if code:
-            raise RuntimeError(f"what it copies could not be measured; the log is {log}")
-        found = json.loads(out.read_text(encoding="utf-8"))
-        return {int(distance): Copied(**values) for distance, values in found.items()}
+            raise RuntimeError(f"what it can do could not be measured; the log is {log}")
+        return Measured.read(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skyladder import __version__
+from megatron_skyladder.errors import UsageError
 from megatron_skyladder.files import write_text
 from megatron_skyladder.report.runlog import Iteration, read_run
 from megatron_skyladder.study.settings import Planned
@@ -27,7 +29,8 @@ class Checked:
     Args:
         iteration: after which it ran.
         loss: whole sequences visible, nats per token.
-        by_length: loss under blocked windows of so many tokens, on fewer sequences.
+        by_length: loss under blocked windows of so many tokens, on fewer sequences. Each validation
+            takes the next sequences: compare runs at the same step only.
         seconds: CPU time of training until then; None where the machine did not say.
     """
 
@@ -66,6 +69,8 @@ class Record:
             window of the step).
         validations: ascending.
         copying: by distance in tokens.
+        losses: of the trained model on all held-out text, by context length in tokens; the longest
+            is the whole sequence. Empty where only its training counts.
         events: starts, stops and failures, with their times.
         machine: processor and versions.
         corpus: what identifies the text.
@@ -84,6 +89,7 @@ class Record:
     curve: list[tuple[int, float, int | None]]
     validations: list[Checked]
     copying: dict[int, Copied] = field(default_factory=dict)
+    losses: dict[int, float] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
     corpus: str = ""
@@ -106,6 +112,16 @@ class Record:
         return self.steps * self.step_tokens
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all is there that the run is for."""
+        return bool(self.losses) or not self.is_compared
+
+    @property
+    def loss(self) -> float:
+        """Of the trained model on all held-out text, whole sequences visible."""
+        return self.losses[max(self.losses)]
+
+    @property
     def last(self) -> Checked:
         """The last validation."""
         return self.validations[-1]
@@ -116,7 +132,26 @@ class Record:
         return self.last.seconds
 
 
-def record_of(training: Training, copying: Mapping[int, Copied]) -> Record:
+@dataclass(frozen=True)
+class Measured:
+    """What a trained model can do.
+
+    Args:
+        losses: see `Record`.
+        copying: see `Record`.
+    """
+
+    losses: dict[int, float] = field(default_factory=dict)
+    copying: dict[int, Copied] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Measured:
+        """Read what `measuring` wrote."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls(_by_number(values["losses"]), _copied(values["copying"]))
+
+
+def record_of(training: Training, measured: Measured) -> Record:
     """Return the record of a run that is complete.
 
     Raises:
@@ -152,7 +187,8 @@ def record_of(training: Training, copying: Mapping[int, Copied]) -> Record:
         step_tokens=planned.step_tokens,
         curve=_curve(by_step, planned.train_iters),
         validations=checked,
-        copying=dict(copying),
+        copying=measured.copying,
+        losses=measured.losses,
         events=read_rows(training.folder / "events.jsonl"),
         machine=machine(),
         corpus=training.corpus,
@@ -213,9 +249,8 @@ def read(path: Path) -> Record:
             for it in values["validations"]
         ]
         values["curve"] = [tuple(point) for point in values["curve"]]
-        values["copying"] = {
-            distance: Copied(**found) for distance, found in _by_number(values["copying"]).items()
-        }
+        values["copying"] = _copied(values["copying"])
+        values["losses"] = _by_number(values.get("losses", {}))
         return Record(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no record of a run of the study: {error}") from None
@@ -227,6 +262,54 @@ def read_all(folder: Path, order: Sequence[str] = ()) -> list[Record]:
     found = [read(path) for path in paths]
     places = {name: place for place, name in enumerate(order)}
     return sorted(found, key=lambda record: places.get(record.name, len(places)))
+
+
+def check(found: Sequence[Record], runs: Sequence[Planned], folder: Path, corpus: str = "") -> None:
+    """Raise where a record is of a run with other flags or other text than the study's.
+
+    Args:
+        found: records, by the names of the runs.
+        runs: of the study.
+        folder: where the records are, for the message.
+        corpus: what identifies the text; empty: the text of the first record.
+
+    Raises:
+        UsageError: naming the record and what differs.
+    """
+    planned = {run.name: run for run in runs}
+    for record in found:
+        run = planned.get(record.name)
+        if run is None:
+            continue
+        corpus = corpus or record.corpus
+        differs = "other text" if record.corpus != corpus else ""
+        command = Training(run, folder, "").command()
+        if record.command != command:
+            words = [word for word in (*command, *record.command) if word.startswith("--")]
+            changed = [
+                word
+                for word in dict.fromkeys(words)
+                if _values(record.command, word) != _values(command, word)
+            ]
+            differs = f"other flags ({', '.join(changed) or 'their order'})"
+        if differs:
+            raise UsageError(
+                f"{folder / record.name}{SUFFIX} is of a run with {differs} than the study's, so "
+                "they cannot be compared. Give the arm another name, or move the record and the "
+                "run's folder away to train it anew."
+            )
+
+
+def _values(command: Sequence[str], flag: str) -> list[str]:
+    return [
+        " ".join(itertools.takewhile(lambda word: not word.startswith("--"), command[place + 1 :]))
+        for place, word in enumerate(command)
+        if word == flag
+    ]
+
+
+def _copied(values: Mapping[str, Any]) -> dict[int, Copied]:
+    return {distance: Copied(**found) for distance, found in _by_number(values).items()}
 
 
 def _by_number(values: Mapping[str, Any]) -> dict[int, Any]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_skyladder.study.records import Checked, Record
+from megatron_skyladder.study.records import Record
 
 NOISE = 0.01  # nats: what the paper counts as no difference; used until seeds say more
+BEYOND = 0.25  # of the time between the reference's runs: so far a line through them is drawn out
+_LENGTH_AND_FOLDER = frozenset(
+    ("--train-iters", "--save", "--load", "--data-cache-path", "--save-retain-interval")
+)
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,8 @@ def difference(
 
 
 def final_difference(record: Record, other: Record) -> float:
-    """Return the difference of the last validation losses, in nats."""
-    return record.last.loss - other.last.loss
+    """Return the difference of the losses on all held-out text, in nats."""
+    return record.loss - other.loss
 
 
 def time_saved(record: Record, other: Record) -> float | None:
@@ -99,45 +103,88 @@ def time_saved(record: Record, other: Record) -> float | None:
     return 1 - record.seconds / other.seconds
 
 
-def equal_time_difference(record: Record, other: Record, length: int | None = None) -> float | None:
-    """Return the difference of the losses when the quicker of the two has ended, in nats.
+def equal_time_difference(
+    record: Record, whole: Sequence[Record], length: int | None = None
+) -> float | None:
+    """Return the difference to a run of the reference that ends after the same time, in nats.
 
     Args:
         record: what is compared.
-        other: with what.
+        whole: runs of the reference with the same seed and different numbers of steps, each with a
+            whole learning-rate schedule.
         length: of the context, one of those that were measured; None: whole sequences.
+
+    Returns:
+        None where these runs do not say what the reference comes to in that time.
     """
-    if record.seconds is None or other.seconds is None:
+    if record.seconds is None:
         return None
-    quicker = min(record.seconds, other.seconds)
-    return loss_after(record, quicker, length) - loss_after(other, quicker, length)
+    points = sorted(
+        (other.seconds, _loss(other, length)) for other in whole if other.seconds is not None
+    )
+    own, loss = _loss(record, length), loss_after(points, record.seconds)
+    return None if own is None or loss is None else own - loss
 
 
-def loss_after(record: Record, seconds: float, length: int | None = None) -> float:
-    """Return the validation loss after so much CPU time, linear between two validations.
+def loss_after(points: Sequence[tuple[float, float | None]], seconds: float) -> float | None:
+    """Return what the reference comes to in a time, linear between two of its runs.
 
-    Before the first validation it is the first one's, behind the last one the last one's.
+    Args:
+        points: (seconds, loss) of runs, ascending.
+        seconds: from the first to the last of them, or beyond by `BEYOND` of that.
     """
-    before = record.validations[0]
-    for after in record.validations:
-        assert before.seconds is not None and after.seconds is not None
-        if seconds <= after.seconds:
-            if after is before:
-                break
-            share = (seconds - before.seconds) / (after.seconds - before.seconds)
-            return (1 - share) * _loss(before, length) + share * _loss(after, length)
-        before = after
-    return _loss(before, length)
+    if len(points) < 2:
+        return None
+    slack = BEYOND * (points[-1][0] - points[0][0])
+    if not points[0][0] - slack <= seconds <= points[-1][0] + slack:
+        return None
+    place = next((i for i in range(1, len(points) - 1) if seconds <= points[i][0]), len(points) - 1)
+    (before, first), (after, second) = points[place - 1], points[place]
+    if first is None or second is None or before == after:
+        return None
+    return first + (second - first) * (seconds - before) / (after - before)
 
 
-def _loss(checked: Checked, length: int | None) -> float:
-    return checked.loss if length is None else checked.by_length[length]
+def _loss(record: Record, length: int | None) -> float | None:
+    return record.loss if length is None else record.losses.get(length)
 
 
-def noise(reference: Arm) -> float:
-    """Return what a difference has to exceed: how far the reference's seeds lie apart.
+def is_shorter(record: Record, reference: Record) -> bool:
+    """Return whether a run is the reference with another number of steps."""
+    return _without_steps(record.command) == _without_steps(reference.command)
 
-    `NOISE` where there is one seed, and at least that.
+
+def _without_steps(command: Sequence[str]) -> list[str]:
+    """Return the words that make a run what it is; its length and its folder are not among them."""
+    left, words = [], iter(command)
+    for word in words:
+        if word in _LENGTH_AND_FOLDER:
+            next(words, None)
+        else:
+            left.append(word)
+    return left
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a difference has to exceed.
+
+    Args:
+        nats: the bar.
+        is_measured: whether seeds say so; else it is the paper's `NOISE`.
     """
-    losses = [record.last.loss for record in reference.records]
-    return max(NOISE, max(losses) - min(losses))
+
+    nats: float
+    is_measured: bool
+
+
+def noise(arms: Sequence[Arm], reference: Arm) -> Noise:
+    """Return how far an arm's differences to the reference lie apart between seeds.
+
+    The most of all arms that have several; at least `NOISE`, and that where none has.
+    """
+    found = [difference(arm, reference, final_difference) for arm in arms if arm is not reference]
+    spreads = [
+        max(it.values) - min(it.values) for it in found if it is not None and len(it.values) > 1
+    ]
+    return Noise(max([NOISE, *spreads]), bool(spreads))

@@ -10,6 +10,10 @@ from pathlib import Path
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.study.packages import Package
 
+EVAL_LENGTHS = "--skyladder-eval-lengths"
+LOWEST_PRIORITY = 19  # of nice: whatever else runs goes first
+CUE = 4  # tokens of a second copy that do not count
+
 # [section] -> the keys it knows; None: any, which are names
 _SECTIONS: dict[str, tuple[str, ...] | None] = {
     "study": ("records", "page"),
@@ -36,6 +40,16 @@ class Copying:
     distances: tuple[int, ...] = ()
     span: int = 32
     samples: int = 64
+
+    def check(self, seq_length: int) -> None:
+        """Raise where the copies do not fit into a sequence."""
+        for distance in self.distances:
+            if not self.span <= distance <= seq_length - self.span:
+                raise UsageError(
+                    f"[copying]: a span of {self.span} tokens cannot stand {distance} tokens apart "
+                    f"in a sequence of {seq_length}. Give distances from {self.span} to "
+                    f"{seq_length - self.span}."
+                )
 
 
 @dataclass(frozen=True)
@@ -80,17 +94,33 @@ class Planned:
     @property
     def train_iters(self) -> int:
         """Steps."""
-        return int(self.value("--train-iters"))
+        return self._number("--train-iters")
 
     @property
     def seq_length(self) -> int:
         """Tokens of a sequence."""
-        return int(self.value("--seq-length"))
+        return self._number("--seq-length")
 
     @property
     def step_tokens(self) -> int:
         """Tokens of a step."""
-        return int(self.value("--global-batch-size")) * self.seq_length
+        return self._number("--global-batch-size") * self.seq_length
+
+    @property
+    def context_lengths(self) -> tuple[int, ...]:
+        """Context lengths for which a loss is measured at the end, the whole sequence last."""
+        if EVAL_LENGTHS not in self.flags:
+            return (self.seq_length,)
+        words = self.value(EVAL_LENGTHS).split(",")
+        return (*sorted({self._whole(EVAL_LENGTHS, word) for word in words}), self.seq_length)
+
+    def _number(self, flag: str) -> int:
+        return self._whole(flag, self.value(flag))
+
+    def _whole(self, flag: str, word: str) -> int:
+        if not word.isdecimal() or not int(word):
+            raise UsageError(f"{self.arm} has {flag} {word}. Give a whole number above 0.")
+        return int(word)
 
 
 @dataclass(frozen=True)
@@ -135,6 +165,10 @@ def read(path: Path) -> Study:
     _check_names(parser, path)
     sections = {name: dict(parser[name]) if name in parser else {} for name in _SECTIONS}
     common = tuple(_of(sections, "training", "flags", path).split())
+    _check_words(common, "[training]", path)
+    for section in ("sweep", "timing", "arms"):
+        for name, text in sections[section].items():
+            _check_words(text.split(), f"{name} in [{section}]", path)
     packages = _of(sections, "corpus", "packages", path).strip().splitlines()
     runs = [
         _planned(word, sections, common, path)
@@ -145,7 +179,10 @@ def read(path: Path) -> Study:
     if twice:
         raise UsageError(f"{path} has {twice} in [queue] twice.")
     for run in runs:
-        _ = run.train_iters, run.step_tokens  # said now, not after hours
+        _ = run.train_iters, run.step_tokens, run.context_lengths  # said now, not after hours
+    copying = _copying(sections["copying"], path)
+    for run in runs:
+        copying.check(run.seq_length)
     return Study(
         records=Path(sections["study"].get("records", "docs/experiments")),
         page=Path(sections["study"].get("page", "docs/experiments.md")),
@@ -155,12 +192,25 @@ def read(path: Path) -> Study:
         flags=common,
         runs=tuple(runs),
         arms={name: " ".join(flags.split()) for name, flags in sections["arms"].items()},
-        copying=Copying(
-            tuple(int(word) for word in sections["copying"].get("distances", "").split()),
-            int(_number(sections["copying"], "span", Copying.span, path)),
-            int(_number(sections["copying"], "samples", Copying.samples, path)),
-        ),
+        copying=copying,
     )
+
+
+def _copying(section: dict[str, str], path: Path) -> Copying:
+    words = section.get("distances", "").split()
+    wrong = next((word for word in words if not word.isdecimal()), None)
+    if wrong is not None:
+        raise UsageError(f"{path}: distances has {wrong}. Give tokens, such as 64 256 1024.")
+    numbers = [
+        int(_number(section, key, getattr(Copying, key), path)) for key in ("span", "samples")
+    ]
+    copying = Copying(tuple(map(int, words)), *numbers)
+    if copying.span <= CUE or copying.samples < 1:
+        raise UsageError(
+            f"{path}: span = {copying.span}, samples = {copying.samples} in [copying]. Give a span "
+            f"above {CUE} tokens, as many as are the cue, and at least one sample."
+        )
+    return copying
 
 
 def _check_names(parser: configparser.ConfigParser, path: Path) -> None:
@@ -175,6 +225,14 @@ def _check_names(parser: configparser.ConfigParser, path: Path) -> None:
                 raise UsageError(
                     f"{path} has {key} in [{section}]. Known there are: {', '.join(known)}."
                 )
+
+
+def _check_words(words: Sequence[str], where: str, path: Path) -> None:
+    """Raise for ``--flag=value``, which would not be found where a flag's value is looked up."""
+    joined = next((word for word in words if word.startswith("--") and "=" in word), None)
+    if joined:
+        flag, _, value = joined.partition("=")
+        raise UsageError(f"{path}: {where} has {joined}. Write it as two words: {flag} {value}.")
 
 
 def _of(sections: dict[str, dict[str, str]], section: str, key: str, path: Path) -> str:

@@ -8,10 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from megatron_skyladder.study import results, timing
-from megatron_skyladder.study.copying import CUE
 from megatron_skyladder.study.records import Record
 from megatron_skyladder.study.results import Arm, Figure
-from megatron_skyladder.study.settings import Study
+from megatron_skyladder.study.settings import CUE, Study
 
 NONE = "-"  # a cell that has no run yet
 
@@ -47,7 +46,18 @@ class Given:
     def arms(self) -> list[Arm]:
         """Those that have finished runs, on one clock where there is one."""
         runs = self.found if self.retimed is None else self.retimed
-        return results.arms_of(runs, list(self.study.arms))
+        return results.arms_of([it for it in runs if it.losses], list(self.study.arms))
+
+    def budgets(self, seed: int) -> list[Record]:
+        """Return the reference's run of a seed, and those that differ from it in length alone."""
+        own = [it for arm in self.arms for it in arm.records if it.seed == seed]
+        base = [] if self.reference is None else self.reference.records
+        first = next((it for it in base if it.seed == seed), None)
+        return [] if first is None else [it for it in own if results.is_shorter(it, first)]
+
+    def is_reference(self, arm: Arm) -> bool:
+        """Return whether an arm is the reference, or differs from it in length alone."""
+        return any(arm.records[0] is it for it in self.budgets(arm.records[0].seed))
 
     @property
     def reference(self) -> Arm | None:
@@ -57,16 +67,15 @@ class Given:
 
 
 def losses(given: Given) -> list[list[str]]:
-    """Return the losses by length and their differences to the reference."""
+    """Return the losses by length, and the difference of whole sequences to the reference."""
     lengths = _lengths(given)
     head = ["arm", "tokens (millions)", "seeds", *(f"at {length:,}" for length in lengths)]
-    rows = [[*head, "whole sequences", "difference"]]
+    rows = [[*head, f"difference at {max(lengths, default=0):,}"]]
     for arm in given.arms:
         tokens = f"{arm.records[0].tokens / 1e6:.1f}"
         cells = [f"`{arm.name}`", tokens, str(len(arm.records))]
         for length in lengths:
             cells.append(_cell(arm.figure(_at_length(length)), 3))
-        cells.append(_cell(arm.figure(lambda it: it.last.loss), 3))
         cells.append(_against(arm, given.reference, results.final_difference, 3))
         rows.append(cells)
     return rows
@@ -76,7 +85,7 @@ def times(given: Given) -> list[list[str]]:
     """Return CPU time, and losses at equal time."""
     lengths = _lengths(given)
     head = [f"at {length:,}, equal time" for length in lengths]
-    rows = [["arm", "core hours", "time saved (%)", *head, "whole sequences, equal time"]]
+    rows = [["arm", "core hours", "time saved (%)", *head]]
     for arm in given.arms:
         hours = arm.figure(lambda it: it.seconds)
         rows.append(
@@ -84,10 +93,7 @@ def times(given: Given) -> list[list[str]]:
                 f"`{arm.name}`",
                 NONE if hours is None else hours.text(2, scale=1 / 3600),
                 _against(arm, given.reference, results.time_saved, 1, scale=100),
-                *(
-                    _against(arm, given.reference, _at_equal_time(length), 3)
-                    for length in (*lengths, None)
-                ),
+                *(_at_equal_time(given, arm, length) for length in lengths),
             ]
         )
     return rows
@@ -117,15 +123,25 @@ def copying_part(given: Given) -> str:
 
 
 def _lengths(given: Given) -> list[int]:
-    return sorted({key for arm in given.arms for it in arm.records for key in it.last.by_length})
+    return sorted({key for arm in given.arms for it in arm.records for key in it.losses})
 
 
-def _at_equal_time(length: int | None) -> Callable[[Record, Record], float | None]:
-    return lambda record, other: results.equal_time_difference(record, other, length)
+def at_equal_time(given: Given, arm: Arm, length: int | None = None) -> Figure | None:
+    """Return the difference to the reference at equal time, of a context length or the longest."""
+    return arm.figure(
+        lambda record: results.equal_time_difference(record, given.budgets(record.seed), length)
+    )
+
+
+def _at_equal_time(given: Given, arm: Arm, length: int) -> str:
+    if given.is_reference(arm):
+        return ""
+    found = at_equal_time(given, arm, length)
+    return NONE if found is None else found.text(3, signed=True)
 
 
 def _at_length(length: int) -> Callable[[Record], float | None]:
-    return lambda record: record.last.by_length.get(length)
+    return lambda record: record.losses.get(length)
 
 
 def _copied(distance: int) -> Callable[[Record], float | None]:
@@ -147,12 +163,14 @@ def runs(given: Given) -> list[list[str]]:
         starts = [it["time"] for it in record.events if it["event"] == "started"]
         ends = [it["time"] for it in record.events if it["event"] == "finished"]
         seconds = record.seconds
+        loss = record.loss if record.losses else record.last.loss
         rows.append(
             [
-                *(f"`{record.arm}`", str(record.seed), "finished"),
+                *(f"`{record.arm}`", str(record.seed)),
+                "finished" if record.is_whole else "trained, not measured",
                 *(date(starts[:1]), date(ends[-1:]), str(len(starts))),
                 NONE if seconds is None else f"{seconds / 3600:.2f}",
-                f"{record.last.loss:.4f}",
+                f"{loss:.4f}" if record.is_whole else NONE,
             ]
         )
     return rows

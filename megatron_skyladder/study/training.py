@@ -26,12 +26,11 @@ from typing import Any
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.files import write_text
 from megatron_skyladder.slurm.checkpoints import TRACKER
-from megatron_skyladder.study.settings import Planned
+from megatron_skyladder.study.settings import LOWEST_PRIORITY, Planned
 
 TRAIN_DATA, VALIDATION_DATA = "corpus/train_text_document", "corpus/validation_text_document"
 TOKENIZER = "corpus/tokenizer"
 PRETRAIN = ("-m", "megatron_skyladder.pretrain_gpt")
-LOWEST_PRIORITY = 19  # of nice: whatever else runs goes first
 
 _STEP = re.compile(r" iteration +(\d+)/ +(\d+) \|.*?lm loss: (\S+)")
 _OTHER_WORK = re.compile(r"validation loss at|saving checkpoint|saved checkpoint|loaded checkpoint")
@@ -116,7 +115,7 @@ class Training:
     def is_complete(self) -> bool:
         """Return whether training is over."""
         events = read_rows(self.folder / "events.jsonl")
-        return bool(events) and events[-1]["event"] == Outcome.FINISHED.value
+        return any(event["event"] == Outcome.FINISHED.value for event in events)
 
     def train(self, on_step: Callable[[int, float], None]) -> Outcome:
         """Train to the end, or until `stop`.

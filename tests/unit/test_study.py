@@ -19,12 +19,15 @@ from megatron_skyladder.errors import UsageError
 from megatron_skyladder.study import (
     copying,
     corpus,
+    held_out,
     page,
+    preparation,
     queue,
     records,
     results,
     settings,
     timing,
+    training,
 )
 from megatron_skyladder.study.extract import plain_text
 from megatron_skyladder.study.packages import Package
@@ -37,17 +40,25 @@ LONG = "All work and no play makes a long document that is taken. " * 10
 
 
 def _record(arm: str, seed: int, losses: tuple[float, ...], seconds: tuple[float, ...]) -> Record:
-    """A run of 10 steps a validation."""
+    """A run of 10 steps a validation, whose held-out loss is the last of the losses."""
     checked = [
-        Checked(10 * place, loss, {64: loss + 1, 128: loss}, spent)
+        Checked(10 * place, loss + 7, {16: loss + 8}, spent)
         for place, (loss, spent) in enumerate(zip(losses, seconds, strict=True), start=1)
     ]
+    command = ["-m", "x", "--train-iters", "60", "--seed", str(seed)]
     return Record(
-        *(arm, seed, False, ["-m", "x"], "constant 128", 10 * len(losses), 1000, [(10, 5.0, 128)]),
+        *(arm, seed, False, command, "constant 128", 10 * len(losses), 1000, [(10, 5.0, 128)]),
         checked,
-        {64: Copied(0.25 * seed, 3.0)},
+        {16: Copied(0.25 * seed, 3.0)},
+        {16: losses[-1] + 1, 64: losses[-1]},
         [{"time": "2026-11-29T05:00:00+00:00", "event": "started", "iteration": 0, "what": ""}],
     )
+
+
+def _of_study(config: Path, record: Record) -> Record:
+    """The same with the command that the study gives the run."""
+    run = next(it for it in settings.read(config).runs if it.name == record.name)
+    return replace(record, command=training.Training(run, config.parent / "study", "").command())
 
 
 CONSTANT = Arm(
@@ -193,6 +204,21 @@ def test_the_study_of_the_repository() -> None:
         ("vocab-size = 300", "vocab-size = many", "vocab-size = many is not a number"),
         ("pypi words 1.0 *.txt", "", r"gives no packages in \[corpus\]"),
         ("[copying]", "[copying", "cannot be read"),
+        ("--lr 3e-3", "--lr=3e-3", r"\[training\] has --lr=3e-3. Write it as two words: --lr 3e-3"),
+        (
+            "fraction 0.5 --train-iters 20",
+            "fraction 0.5 --train-iters=20",
+            r"time in \[timing\] has",
+        ),
+        ("--train-iters 60", "--train-iters 6e1", "ladder has --train-iters 6e1. Give a whole"),
+        ("eval-lengths 16", "eval-lengths 16,x", "ladder has --skyladder-eval-lengths x. Give"),
+        ("distances = 16 32", "distances = 16 x32", "distances has x32. Give tokens"),
+        (
+            "distances = 16 32",
+            "distances = 16 57",
+            "cannot stand 57 tokens apart in a sequence of 64",
+        ),
+        ("span = 8", "span = 4", "Give a span above 4 tokens"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -236,22 +262,92 @@ def test_differences_are_of_pairs() -> None:
     assert results.difference(QUICK, Arm("x", CONSTANT.records[1:]), results.time_saved) is None
     saved = results.time_saved(QUICK.records[0], CONSTANT.records[0])
     assert saved == pytest.approx(1 - 250 / 300)
-    assert results.noise(CONSTANT) == pytest.approx(0.3)
-    assert results.noise(Arm("x", CONSTANT.records[:1])) == 0.01
+
+
+def test_noise_is_how_far_pairs_lie_apart() -> None:
+    """Not how far seeds do: two seeds 0.3 apart in both arms differ by the same."""
+    assert results.noise([CONSTANT], CONSTANT) == results.Noise(0.01, False)
+    assert results.noise([CONSTANT, QUICK], CONSTANT) == results.Noise(0.01, False)  # one pair
+    pairs = [(3.9, 4.2), (3.9, 4.1), (3.9, 4.205)]  # -0.1 twice; -0.1 and -0.2; -0.1 and -0.095
+    arms = [
+        Arm("x", tuple(_record("x", seed, (loss,), (1.0,)) for seed, loss in enumerate(pair, 1)))
+        for pair in pairs
+    ]
+    found = [results.noise([CONSTANT, *arms[:count]], CONSTANT) for count in (1, 2, 3)]
+    assert [it.is_measured for it in found] == [True] * 3
+    assert [it.nats for it in found] == pytest.approx([0.01, 0.1, 0.1])
+    assert results.noise([CONSTANT, arms[2]], CONSTANT).nats == 0.01  # the paper's at least
 
 
 def test_losses_at_equal_time() -> None:
-    """After 250 s the constant run is half way from 5 to 4; the quick one has ended at 3.8."""
-    constant, quick = CONSTANT.records[0], QUICK.records[0]
-    after = [results.loss_after(constant, seconds) for seconds in (10, 100, 150, 250, 300, 999)]
-    assert after == pytest.approx([6.0, 6.0, 5.5, 4.5, 4.0, 4.0])
-    assert results.equal_time_difference(quick, constant) == pytest.approx(3.8 - 4.5)
-    assert results.equal_time_difference(constant, quick) == pytest.approx(4.5 - 3.8)
-    # one nat more at 64, in both
-    assert results.loss_after(constant, 250, 64) == pytest.approx(5.5)
-    assert results.equal_time_difference(quick, constant, 64) == pytest.approx(3.8 - 4.5)
+    """Runs of the reference that end after 100, 200 and 400 s at 5, 4 and 3."""
+    points = [(100.0, 5.0), (200.0, 4.0), (400.0, 3.0)]
+    after = [results.loss_after(points, seconds) for seconds in (100, 150, 300, 400, 475, 25)]
+    assert after == pytest.approx([5.0, 4.5, 3.5, 3.0, 2.625, 5.75])  # a quarter of 300 s beyond
+    assert results.loss_after(points, 476) is None and results.loss_after(points, 24) is None
+    assert results.loss_after(points[:1], 100) is None
+    assert results.loss_after([(100.0, None), (200.0, 4.0)], 150) is None
+
+    long = _record("ladder", 1, (6.0, 4.0), (100.0, 300.0))
+    short = _record("short", 1, (4.4,), (200.0,))
+    quick = QUICK.records[0]  # 3.8 after 250 s; one nat more at 16, in all
+    assert results.equal_time_difference(quick, [long, short]) == pytest.approx(3.8 - 4.2)
+    assert results.equal_time_difference(quick, [long, short], 16) == pytest.approx(3.8 - 4.2)
+    assert results.equal_time_difference(quick, [long, short], 32) is None
+    assert results.equal_time_difference(quick, [long]) is None
     untimed = replace(quick, validations=[replace(quick.last, seconds=None)])
-    assert results.equal_time_difference(untimed, constant) is None
+    assert results.equal_time_difference(untimed, [long, short]) is None
+
+
+def test_a_shorter_run_of_the_reference_is_known_by_its_flags() -> None:
+    flags = ["-m", "x", "--train-iters", "60", "--seed", "1"]
+    folder = ["--save", "runs/a", "--load", "runs/a", "--save-retain-interval", "600"]
+    other = ["--save", "runs/b", "--load", "runs/b", "--save-retain-interval", "400"]
+    long = replace(CONSTANT.records[0], command=[*flags, *folder])
+    for words, expected in (
+        ([*flags, "--train-iters", "40", *other], True),
+        ([*flags, "--lr", "1", *other], False),
+        ([*flags[:-1], "2", *other], False),
+    ):
+        assert results.is_shorter(replace(long, command=words), long) == expected
+
+
+def test_held_out_losses_by_hand() -> None:
+    """Two sequences of 6; a model whose loss is how many tokens it has not seen of its last 4."""
+    tokens = np.arange(15)
+    seen: list[tuple[int, ...]] = []
+
+    def loss_sum(given: np.ndarray, wanted: np.ndarray) -> float:
+        assert (wanted == given + 1).all()
+        seen.extend(tuple(row) for row in given)
+        return float(sum(max(0, 3 - place) for row in given for place in range(len(row))))
+
+    found = held_out.measure(loss_sum, tokens, (2, 4, 6), seq_length=6)
+    # a block of 6: 3 + 2 + 1 + 0 + 0 + 0; of 4: 6, and the 2 left over: 5; of 2: 5, three times
+    assert found == {2: 2 * 15 / 12, 4: 2 * 11 / 12, 6: 2 * 6 / 12}
+    assert seen[:6] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11)]
+    assert seen[6:10] == [(0, 1, 2, 3), (6, 7, 8, 9), (4, 5), (10, 11)]
+    assert seen[10:] == [tuple(range(6)), tuple(range(6, 12))]
+    with pytest.raises(ValueError, match="too few for a sequence of 15"):
+        held_out.measure(loss_sum, tokens, (2,), seq_length=15)
+
+
+def test_records_of_another_study_are_refused(tmp_path: Path) -> None:
+    config = write_study(tmp_path, "ladder:1 twin:1")
+    runs = settings.read(config).runs
+    one, two = (
+        replace(_of_study(config, it), corpus="text")
+        for it in (CONSTANT.records[0], QUICK.records[0])
+    )
+    records.check([one, two], runs, tmp_path)
+    command = list(one.command)
+    command[command.index("--lr") + 1] = "7"
+    with pytest.raises(UsageError, match=r"ladder-seed1.json is of .* other flags \(--lr\)"):
+        records.check([replace(one, command=command), two], runs, tmp_path)
+    with pytest.raises(UsageError, match=r"twin-seed1.json is of a run with other text"):
+        records.check([one, replace(two, corpus="other")], runs, tmp_path)
+    with pytest.raises(UsageError, match=r"ladder-seed1.json is of a run with other text"):
+        records.check([one, two], runs, tmp_path, "mine")
 
 
 def _ramp(seconds: list[float], *flags: str) -> Record:
@@ -302,7 +398,7 @@ def test_copying_is_exact() -> None:
     assert filled[0, :24].tolist() == text[0, :24].tolist()
     for distance in (5, 35):
         with pytest.raises(UsageError, match="Give distances from 6 to 34"):
-            copying.sequences(text, spans, seq_length=40, distance=distance)
+            settings.Copying((10, distance), span=6).check(40)
 
     def predict(sequences: np.ndarray, count: int) -> np.ndarray:
         """Look 16 tokens back for the token before, and say what followed it there."""
@@ -360,21 +456,23 @@ def test_the_page_of_some_runs(tmp_path: Path) -> None:
     """Its figures by hand; what failed and what is missing are there."""
     pytest.importorskip("matplotlib")
     config = write_study(tmp_path, "ladder:1 ladder:2 twin:1 broken:1")
+    config.write_text(config.read_text().replace("twin = ", "twin = --lr 1e-3 "))
     output = tmp_path / "study"
     for record in (*CONSTANT.records, QUICK.records[0]):
-        records.write(record, output / queue.RECORDS)
+        records.write(_of_study(config, record), output / queue.RECORDS)
     failure = {"time": "2026-11-29T06:00:00+00:00", "run": "broken-seed1", "what": "exit code 2"}
     append_row(output / queue.RECORDS / records.FAILURES, failure)
     assert main(["study", str(config), "--write", "--output", str(output)]) == 0
     text = (tmp_path / "docs/experiments.md").read_text()
-    assert "3 of 4 runs have finished. Differences below 0.300 are noise here" in text
+    assert "3 of 4 runs have finished. Differences below 0.010 are noise here: the paper's" in text
     verdict = text[text.index("- `twin` against") :].partition("\n\n")[0]
     assert " ".join(verdict.split()) == (
-        "- `twin` against `ladder`, one seed: no difference that exceeds noise at equal tokens "
-        "(-0.200 nats); 16.7 % less time."
+        "- `twin` against `ladder`, one seed: better at equal tokens (-0.200 nats); 16.7 % less "
+        "time."
     )
     assert "| `ladder` | 0.0 | 2 | 5.150 (5.000 to 5.300) | 4.150 (4.000 to 4.300) |" in text
-    assert "| `twin` | 0.07 | +16.7 | -0.700 | -0.700 | -0.700 |" in text
+    assert "| `twin` | 0.07 | +16.7 | - | - |" in text
+    assert "*Equal time* needs constant runs of two lengths" in text
     assert "| `ladder` | 37.5 (25.0 to 50.0) |" in text  # copying
     assert "- 2026-11-29 06:00, `broken-seed1`: exit code 2" in text
     assert "| `broken` | 1 | not finished |" in text
@@ -394,6 +492,7 @@ def test_status_without_and_with_runs(tmp_path: Path, capsys: pytest.CaptureFixt
     for iteration, spent in ((1, None), (2, 60.0), (3, 120.0)):
         append_row(folder / "steps.jsonl", {"iteration": iteration, "cpu": spent})
     records.write(replace(CONSTANT.records[0], arm="twin"), output / queue.RECORDS)
+    before = sorted(output.rglob("*"))
     failed = output / "runs/broken-seed1"
     failed.mkdir()
     append_row(failed / "events.jsonl", {"event": "failed", "what": "exit code 2", "iteration": 0})
@@ -406,6 +505,13 @@ def test_status_without_and_with_runs(tmp_path: Path, capsys: pytest.CaptureFixt
     # 57 steps of the first and 60 of the failed one, 20 of the timing run, at 90 s each
     assert f"About {(57 + 60 + 20) * 90 / 3600:.1f} core hours are left" in shown
     assert "1 of 4 runs are finished." in shown
+    assert sorted(output.rglob("*")) == sorted([*before, failed, failed / "events.jsonl"])
+    records.write(replace(CONSTANT.records[0], arm="twin", losses={}), output / queue.RECORDS)
+    append_row(folder / "events.jsonl", {"event": "finished"})
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    words = {line.split()[0]: line.split()[1] for line in shown.splitlines() if "seed1" in line}
+    assert words["ladder-seed1"] == "trained" and words["twin-seed1"] == "waiting"
 
 
 def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -414,3 +520,44 @@ def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
     config = write_study(tmp_path)
     assert main(["study", str(config), "--run", "--workers", "0"]) == 1
     assert "--workers=0: give 1 or more" in capsys.readouterr().err
+    assert main(["study", str(config), "--run", "--nice", "20"]) == 1
+    assert "--nice=20: give 0 (as others) to 19" in capsys.readouterr().err
+
+
+def test_equal_time_on_the_page(tmp_path: Path) -> None:
+    """The reference at 60 and at 40 steps: 4.0 after 300 s, 4.4 after 200; the twin 3.8 at 250."""
+    config = write_study(tmp_path, "ladder:1 twin:1 short:1")
+    text = config.read_text().replace("twin = ", "short = --train-iters 40\ntwin = --lr 1e-3 ")
+    flags = "--skyladder-start-window 8 --skyladder-expand-fraction 0.5"
+    config.write_text(text.replace("short = ", f"short = {flags} "))
+    for record in (
+        CONSTANT.records[0],
+        _record("short", 1, (4.4,), (200.0,)),
+        QUICK.records[0],
+    ):
+        records.write(_of_study(config, record), tmp_path / "study" / queue.RECORDS)
+    pytest.importorskip("matplotlib")
+    assert main(["study", str(config), "--write", "--output", str(tmp_path / "study")]) == 0
+    shown = (tmp_path / "docs/experiments.md").read_text()
+    words = " ".join(shown.split())
+    assert "linear between `ladder` and `short`, runs of 30 and 10 steps." in words
+    assert "16.7 % less time; better at equal time (-0.400)." in words
+    assert "| `twin` | 0.07 | +16.7 | -0.400 | -0.400 |" in shown
+    assert "| `short` | 0.06 | +33.3 |  |  |" in shown
+
+
+def test_the_page_of_a_queue_without_arms(tmp_path: Path) -> None:
+    config = write_study(tmp_path, "time:1")
+    assert main(["study", str(config), "--write", "--output", str(tmp_path / "study")]) == 0
+    assert "0 of 0 runs have finished." in (tmp_path / "docs/experiments.md").read_text()
+
+
+def test_text_of_other_settings_is_refused(tmp_path: Path) -> None:
+    config = write_study(tmp_path)
+    output = tmp_path / "study"
+    made = preparation.make(settings.read(config), output, lambda text: None)
+    assert preparation.make(settings.read(config), output, lambda text: None) == made
+    text = config.read_text()
+    config.write_text(text.replace("= 300", "= 320").replace("share = 0.3", "share = 0.2"))
+    with pytest.raises(UsageError, match="made with other validation-share and vocab-size in"):
+        preparation.make(settings.read(config), output, lambda text: None)
