@@ -76,6 +76,7 @@ class SkyLadderAttention(MegatronModule):
         super().__init__(config=config)
         _check_model(config, attn_mask_type, attention_type, attention_dropout)
         key_size = backend_arguments.get("k_channels") or config.kv_channels
+        self.head_sizes = key_size, backend_arguments.get("v_channels") or key_size
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(key_size)
         self.layer_number = layer_number
         self.own_window = own_window(*layer_settings(config), layer_number)

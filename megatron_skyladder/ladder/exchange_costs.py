@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_skyladder.ladder.fragments import fragment_cu_seqlens
 from megatron_skyladder.ladder.key_exchange import exchange_plan, needed_tails
-from megatron_skyladder.ladder.sequence_layout import Layout
+from megatron_skyladder.ladder.sequence_layout import Layout, LayoutRule
 
 # How often keys and values, or their gradients (of the same size), travel in a forward and a
 # backward pass, in units of what a forward pass receives.
@@ -106,21 +107,27 @@ def _pairs_of_first(num_queries: np.ndarray, sliding_window: int | None) -> np.n
     return pairs
 
 
-def kept_tokens(
-    cu_seqlens: np.ndarray, layouts: Sequence[Layout], *, sliding_window: int | None = None
-) -> int:
+def kept_tokens(rule: LayoutRule, own_window: int | None = None) -> int:
     """Return for how many tokens a layer keeps joined keys and values until the backward pass.
 
-    Those of the rank that keeps most; what a rank's own part of the sequences takes comes on top.
+    For one sequence without document ends, which only shorten what is joined, on the rank that
+    keeps most. What the rank's own part of the sequence takes comes on top.
 
     Args:
-        cu_seqlens: see `rank_costs`.
-        layouts: of each sequence.
-        sliding_window: see `rank_costs`.
+        rule: with the window.
+        own_window: tokens that a query of the layer sees at most, by its model; None: any number.
     """
+    cut = rule.seq_length if rule.sliding else rule.window_len
+    cu_seqlens = fragment_cu_seqlens(
+        np.empty(0, np.int32), seq_length=rule.seq_length, window_len=cut
+    )
+    layouts = rule.layouts(1, cu_seqlens)
+    limits = [rule.window_len] if rule.sliding else []
+    limits += [] if own_window is None else [own_window]
+    at_most = min(limits, default=None)
     calls = (
-        exchange_plan(cu_seqlens, layouts, rank=rank, sliding_window=sliding_window).joined
-        for rank in range(layouts[0].cp_size)
+        exchange_plan(cu_seqlens, layouts, rank=rank, sliding_window=at_most).joined
+        for rank in range(rule.cp_size)
     )
     return max(0 if call is None else int(call.cu_seqlens_k[-1]) for call in calls)
 

@@ -33,7 +33,7 @@ from megatron_skyladder.megatron_lm import (
 )
 from megatron_skyladder.megatron_lm.adapter import MegatronLM
 from megatron_skyladder.megatron_lm.training_log import counting_windows, logging_metrics
-from megatron_skyladder.runtime import trainer
+from megatron_skyladder.runtime import kept_keys, trainer
 from megatron_skyladder.runtime.weights import draw_as_reference
 
 logger = logging.getLogger(__name__)
@@ -227,6 +227,7 @@ def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
         given = signature.bind(*args, **kwargs)
         train_with = given.arguments
         layout_choice.choose(compat.args(), train_with["model"], train_with["forward_step_func"])
+        kept_keys.announce(train_with["model"], active)
         if not active.config.probe:
             return original(*args, **kwargs)
         from megatron_skyladder.runtime.probe import probe_mask

@@ -136,16 +136,13 @@ def kept_bytes(plan: PlannedRun) -> float | None:
     """
     if plan.shape is None:
         return None
-    length, sliding = plan.config.seq_length, plan.config.mask == "sliding"
-    window, local = plan.longest_window, plan.config.local_layers
-    cut = length if sliding else window
-    cu_seqlens = fragment_cu_seqlens(np.empty(0, np.int32), seq_length=length, window_len=cut)
+    config, local = plan.config, plan.config.local_layers
+    window, sliding = plan.longest_window, config.mask == "sliding"
     kind = Kind.ZIGZAG if layout_kind(plan) is Kind.ZIGZAG else Kind.WINDOW
-    rule = LayoutRule(kind, length, plan.context_parallel_size, window, sliding)
-    layouts = rule.layouts(1, cu_seqlens)
-    tokens = kept_tokens(cu_seqlens, layouts, sliding_window=window if sliding else None)
+    rule = LayoutRule(kind, config.seq_length, plan.context_parallel_size, window, sliding)
+    tokens: float = kept_tokens(rule)
     if local is not None and local.window < window:
-        tokens = local.mean(tokens, kept_tokens(cu_seqlens, layouts, sliding_window=local.window))
+        tokens = local.mean(tokens, kept_tokens(rule, local.window))
     return plan.shape.attention_layers * _key_value_bytes(plan, tokens)
 
 

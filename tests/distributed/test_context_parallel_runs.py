@@ -137,6 +137,8 @@ def test_equals_one_process_with_a_dense_mask(
     assert tuple(run.windows.values()) == MASKS[case.mask].windows
     assert "mask probe passed" in run.log()
     assert ("shares out tokens by the" in run.log()) == (held == "balanced")
+    keeps = case.recompute in ("none", "block")  # which recomputes one layer
+    assert ("values of other ranks take up to" in run.log()) == keeps
     assert_parity(run, reference(case.mask, case.architecture))
 
 
@@ -151,6 +153,9 @@ def test_bf16_is_as_exact_as_stock_megatron_in_one_process(
     flags += f" --context-parallel-size 2 {MASKS[mask].flags}"
     run = trainer.train(flags, num_processes=2, gradients=True)
     assert "shares out tokens by the window and each sequence's documents" in run.log()
+    # at the full window rank 0's last chunk sees all 64 keys: 2 groups of 8 numbers, K and V, 2
+    # bytes, in 4 layers
+    assert "values of other ranks take up to 0.0164 MB on a rank for each sequence" in run.log()
     assert_as_exact(run, stock, reference(mask, "llama"))
 
 
