@@ -32,6 +32,7 @@ from megatron_skyladder.ladder.schedules import (
 from megatron_skyladder.ladder.settings import Naming, SettingError, rename, shown
 
 DEFAULT_SCHEDULE = "linear"
+MEASURES = {"eval_lengths", "attention_stats_interval"}  # what only measures
 MASKS = ("local", "sliding")
 BACKENDS = (AUTO, *KERNELS)
 ROUND_TO_AUTO = "auto"
@@ -222,6 +223,7 @@ def make_config(
     """
     given = {name: value for name, value in settings.items() if value is not None}
     _check_names(given)
+    _warn_of_default(given.keys(), naming)
     name = given.pop("preset", None)
     preset = _preset(name)
     kind = kind_of(given.pop("schedule", None) or preset.settings.get("schedule", DEFAULT_SCHEDULE))
@@ -275,6 +277,17 @@ def _check_names(given: Iterable[str]) -> None:
     for name in given:
         if name not in known:
             raise SettingError(f"{shown(name)} is no setting. There are: {', '.join(known)}.")
+
+
+def _warn_of_default(given: Iterable[str], naming: Naming) -> None:
+    """Say that windows grow, where whoever starts a baseline may have wanted figures alone."""
+    names = sorted(given)
+    if names and not set(names) - MEASURES:
+        text = (
+            f"{' and '.join(f'${name}' for name in names)} alone: the window grows by the default "
+            "schedule. For the whole context throughout, add $schedule=constant."
+        )
+        logger.warning("%s", rename(text, naming))
 
 
 def _preset(name: str | None) -> Preset:

@@ -447,6 +447,29 @@ def test_flags_without_effect_are_named(
     assert all("has no effect with --skyladder-schedule=" in r.message for r in caplog.records)
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--skyladder-eval-lengths 512", "--skyladder-eval-lengths alone"),
+        (
+            "--skyladder-eval-lengths 512 --skyladder-attention-stats-interval 10",
+            "--skyladder-attention-stats-interval and --skyladder-eval-lengths alone",
+        ),
+        ("--skyladder-eval-lengths 512 --skyladder-schedule constant", ""),
+        ("--skyladder-eval-lengths 512 --skyladder-start-window 8", ""),
+        ("--skyladder-intra-document", ""),
+    ],
+)
+def test_figures_alone_warn_of_the_ladder(
+    flags: str, named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        configure(flags)
+    said = [record.getMessage() for record in caplog.records if "default" in record.getMessage()]
+    assert [text.partition(":")[0] for text in said] == ([named] if named else [])
+    assert all("add --skyladder-schedule=constant" in text for text in said)
+
+
 def test_help_names_the_choices() -> None:
     text = " ".join(add_arguments(argparse.ArgumentParser()).format_help().split())
     for name in (*MASKS, *BACKENDS, "linear", "staged", "cyclic-jump", "recommended", "1b-32k"):
