@@ -105,7 +105,7 @@ $(VENV)/.docs: $(READY) pyproject.toml constraints.txt
 	  --constraint constraints.txt --editable ".[docs]"
 	@touch $@
 
-docs: $(VENV)/.docs  ## the documentation as a site, docs/_build/index.html; a lost link is an error
+docs: $(VENV)/.docs  ## the documentation as a site, docs/_build/index.html; a dead link is an error
 	$(BIN)/python tools/write_tables.py
 	$(BIN)/sphinx-build --quiet --nitpicky --fail-on-warning --keep-going docs docs/_build
 

@@ -12,5 +12,6 @@ html_show_sphinx = False
 exclude_patterns = ["_build", "measured"]
 myst_heading_anchors = 3
 myst_enable_extensions = ["smartquotes"]
+smartquotes = False  # Sphinx's own, which would make a dash of the -- of a flag
 nitpicky = True
 suppress_warnings = ["misc.highlighting_failure"]  # <Megatron's flags> is no shell

@@ -3,10 +3,10 @@
 #
 #   examples/pretrain.sh 1b-8k skyladder --data-path data/cc_text_document \
 #       --tokenizer-model tokenizer.model --save runs/1b --load runs/1b
-#   examples/pretrain.sh 1b-8k skyladder --shrink      # a few steps on the CPU, made-up data
+#   examples/pretrain.sh 1b-8k skyladder --shrink      # eight steps on the CPU (a GPU: SKYLADDER_DEVICE=)
 #
 # `skyladder example` lists the runs and variants, and prints each flag with where it comes from.
-# What stands after RUN and VARIANT goes to Megatron and overrides. For several nodes: docs/reproduce.md.
+# What stands after RUN and VARIANT goes to Megatron and overrides. For several nodes: docs/slurm.md.
 #
 #   GPU             the layout: a100-40g (default) or h100
 #   GPUS_PER_NODE   processes (default 8; with --shrink what the layout needs)

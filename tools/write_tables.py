@@ -29,6 +29,7 @@ from megatron_skyladder.ladder.kernels import (
 )
 from megatron_skyladder.ladder.presets import SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import SCHEDULES, all_settings, schedules_with
+from megatron_skyladder.ladder.settings import SettingError, rename
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -57,12 +58,13 @@ MESSAGE_FOLDERS = {
     "hugging_face": "`export-hf`, `import-hf`",
     "evaluation": "`evaluate`",
     "gpu_check": "`check-gpu`",
-    "demo": "`demo`",
     "study": "`study`",
     "cli": "Commands",
 }
 _NOT_FOR_USERS = {"NotImplementedError", "AssertionError", "AttributeError", "TypeError"}
-_SHORTEST = 40  # characters; below it is a message for programmers
+_HOLE = "..."  # what a run fills in
+_SHORTEST = 40  # characters beside holes; below it is a message for programmers
+_LONGEST_WORDING = 25  # characters without a hole that an entry has at least somewhere
 
 
 def schedule_table() -> str:
@@ -195,7 +197,7 @@ def message_list() -> str:
         for path in sorted((REPOSITORY / "megatron_skyladder" / folder).rglob("*.py")):
             found += [text for text in _messages(path) if text not in found]
         if found:
-            parts.append("\n".join([f"### {title}\n", *(f"- {text}" for text in found)]))
+            parts.append("\n".join([f"## {title}\n", *(f"- {text}" for text in found)]))
     return "\n\n".join(parts)
 
 
@@ -205,9 +207,22 @@ def _messages(path: Path) -> Iterator[str]:
             continue
         name = node.exc.func
         if isinstance(name, ast.Name) and name.id not in _NOT_FOR_USERS and node.exc.args:
-            text = re.sub(r"\s+", " ", _text(node.exc.args[0])).strip()
-            if len(text) >= _SHORTEST and not text.startswith("..."):
+            text = _text(node.exc.args[0])
+            if name.id == SettingError.__name__:  # a template, see there
+                text = rename(text, flag_of).replace(f"${_HOLE}", f"--skyladder-{_HOLE}")
+            text = re.sub(r"\s+", " ", re.sub(r"(\.{3}){2,}", _HOLE, text)).strip()
+            if _can_be_found(text):
                 yield re.sub(r"([*_<>|`\[\]])", r"\\\1", text)
+
+
+def _can_be_found(text: str) -> bool:
+    """Return whether enough of a message is wording, by which somebody can search for it."""
+    wording = [part.strip() for part in re.split(r"\.{3,}", text)]
+    return (
+        not re.match(r"\.\.\.|[a-z]+_[a-z]", text)  # a hole, or a name in the code
+        and sum(map(len, wording)) >= _SHORTEST
+        and max(map(len, wording)) >= _LONGEST_WORDING
+    )
 
 
 def _text(node: ast.expr) -> str:
@@ -217,7 +232,7 @@ def _text(node: ast.expr) -> str:
         return "".join(_text(part) for part in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _text(node.left) + _text(node.right)
-    return "..."
+    return _HOLE
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

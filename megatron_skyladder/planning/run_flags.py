@@ -19,7 +19,7 @@ from megatron_skyladder.planning import model_flags, training_data
 from megatron_skyladder.planning.time_model import add_time_flags
 
 INTEGERS = {
-    "--seq-length": "tokens in a row",
+    "--seq-length": "tokens in a sequence",
     "--tensor-model-parallel-size": "TP",
     "--pipeline-model-parallel-size": "PP",
     "--context-parallel-size": "CP",

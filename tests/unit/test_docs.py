@@ -73,5 +73,6 @@ def test_every_page_is_in_the_site() -> None:
 def test_messages_are_found_and_readable() -> None:
     """Of each part some; what a run fills in is dots."""
     text = write_tables.message_list()
-    assert all(f"### {title}\n" in text for title in write_tables.MESSAGE_FOLDERS.values())
-    assert "- $alpha=... and $expand\\_fraction=... both set the rate." in text
+    assert all(f"## {title}\n" in text for title in write_tables.MESSAGE_FOLDERS.values())
+    assert "- --skyladder-alpha=... and --skyladder-expand-fraction=... both set the rate." in text
+    assert "$start" not in text and "\n- $" not in text  # names as people type them

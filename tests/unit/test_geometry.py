@@ -145,7 +145,7 @@ def test_no_window_costs_more_than_the_full_one(
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("name", "capability"), KERNELS_ON)
 def test_what_tiles_waste(name: str, capability: tuple[int, int], model: str) -> None:
-    """The pairs in tiles relative to the visible ones, forward: docs/planning.md has the figures.
+    """Pairs in tiles relative to the visible ones, forward: figures in docs/architecture.md.
 
     From 2,048 tokens on within a tenth where the window is whole tiles; at 512 at most a third.
     """
