@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.evaluation import scoring, significance
-from megatron_skyladder.evaluation.tasks import GENERATIVE, RACE, STANDARD, TITLES
+from megatron_skyladder.evaluation.tasks import GENERATIVE, RACE, RULER, STANDARD, TITLES
 from megatron_skyladder.files import write_text
 
 FOLDER = "results"
@@ -25,7 +25,8 @@ class Result:
     Args:
         model: its name in tables.
         task: a name in `tasks`.
-        length: tokens of RULER's rows; None elsewhere.
+        length: tokens of the model's input at most, and of RULER's rows; None for standard tasks,
+            whose limit is ``STANDARD_TOKENS``.
         asked: sampled, full, or how many questions.
         scores: by formulation (or "generated"), one number for each question.
         ids: of the questions.
@@ -52,7 +53,9 @@ class Result:
     def title(self) -> str:
         """The task's name in tables."""
         title = TITLES[self.task]
-        return f"{title} {self.length:,}" if self.length else title
+        if self.length is None:
+            return title
+        return f"{title} {self.length:,}" if self.task in RULER else f"{title} at {self.length:,}"
 
     def score(self, formulation: str) -> float:
         """Return the score in one formulation, 0 to 1."""
@@ -99,7 +102,11 @@ def read(folder: Path) -> list[Result]:
     found = []
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
-            found.append(Result(**json.loads(path.read_text(encoding="utf-8"))))
+            result = Result(**json.loads(path.read_text(encoding="utf-8")))
+            # until November 2026 RULER's alone had one: a score may be of prompts cut anywhere
+            if result.length is None and result.task not in STANDARD:
+                raise ValueError("it does not say at how many tokens prompts were cut")
+            found.append(result)
         except (ValueError, TypeError) as error:
             raise UsageError(
                 f"{path} is no result of this version ({error}). Remove it; skyladder evaluate "

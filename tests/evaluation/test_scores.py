@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_skyladder.errors import UsageError
 from megatron_skyladder.evaluation import picture, results, scoring, significance, table
 from megatron_skyladder.evaluation.results import Result
 from megatron_skyladder.evaluation.tasks import PAPER, STANDARD, Metric, Normalization
@@ -132,9 +133,55 @@ def test_rulers_mean_is_that_of_one_length() -> None:
     ]
     means = [(row.title, row.scores) for row in table.rows([found]) if row.name == "ruler"]
     assert means == [
-        ("RULER 4,096, mean of 2", (100.0,)),
-        ("RULER 8,192, mean of 2", (0.0,)),
+        ("RULER 4,096, mean of 2 of 3", (100.0,)),
+        ("RULER 8,192, mean of 2 of 3", (0.0,)),
     ]
+
+
+def test_a_score_is_of_one_length_of_input() -> None:
+    """What two models read of the same long prompts, cut at different lengths, is not the same."""
+    short, long = (
+        [result("a", name, [score], [0.0], length=length) for name in ("squad", "nq", "mdqa")]
+        for length, score in ((2048, 0.0), (8192, 1.0))
+    )
+    rows = table.rows([[*short, *long]])
+    assert [(row.title, row.scores) for row in rows] == [
+        ("SQuAD at 2,048", (0.0,)),
+        ("NQ, documents at 2,048", (0.0,)),
+        ("reading 2,048, mean of 2 of 5", (0.0,)),
+        ("SQuAD at 8,192", (100.0,)),
+        ("NQ, documents at 8,192", (100.0,)),
+        ("reading 8,192, mean of 2 of 5", (100.0,)),
+        ("MDQA, 30 documents at 2,048", (0.0,)),
+        ("MDQA, 30 documents at 8,192", (100.0,)),
+    ]
+    assert table.rows([short, long]) == []
+    assert table.asked_differently([short, long]) == [
+        "SQuAD",
+        "NQ, documents",
+        "MDQA, 30 documents",
+    ]
+    assert table.asked_differently([short, [*short, *long]]) == []
+    assert len({each.file_name for each in (*short, *long)}) == 6
+
+
+def test_the_picture_has_places_of_one_length() -> None:
+    short, long = (
+        result("a", "mdqa", [score, 0.0], [0.0, 0.0], length=length, groups=["0", "4"])
+        for length, score in ((2048, 0.0), (8192, 1.0))
+    )
+    assert picture.by_place([[short, long], [long]]) == (8192, [{0: 100.0, 4: 0.0}] * 2)
+    assert picture.by_place([[short, long], [short]]) == (2048, [{0: 0.0, 4: 0.0}] * 2)
+    assert picture.by_place([[short], [long]]) == (0, [])
+
+
+def test_a_result_that_does_not_say_where_its_prompts_were_cut_is_refused(tmp_path: Path) -> None:
+    for task in ("piqa", "mdqa"):  # as earlier versions kept both
+        results.write(tmp_path, result("a", task, [1.0], [0.0], length=None))
+    with pytest.raises(UsageError, match=r"mdqa.sampled.json .* prompts were cut\). Remove it"):
+        results.read(tmp_path)
+    (tmp_path / "results/mdqa.sampled.json").unlink()
+    assert [each.task for each in results.read(tmp_path)] == ["piqa"]
 
 
 def test_the_picture_has_ruler_by_length(tmp_path: Path) -> None:
