@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.evaluation import scoring, significance
-from megatron_skyladder.evaluation.tasks import GENERATIVE, RACE, RULER, STANDARD, TITLES
+from megatron_skyladder.evaluation import mdqa, scoring, significance
+from megatron_skyladder.evaluation.tasks import GENERATIVE, MDQA, RACE, RULER, STANDARD, TITLES
 from megatron_skyladder.files import write_text
 
 FOLDER = "results"
@@ -76,7 +76,12 @@ class Result:
     @property
     def error(self) -> float:
         """The standard error of that, over questions, in percent."""
-        return 100 * significance.grouped_error(self.scores[self.best], self.groups)
+        return 100 * significance.grouped_error(self.scores[self.best], self.groups, self.questions)
+
+    @property
+    def questions(self) -> list[str] | None:
+        """What each answer is to, where a question is asked several times; None: once each."""
+        return [mdqa.question_of(each) for each in self.ids] if self.task == MDQA else None
 
     @property
     def file_name(self) -> str:

@@ -8,13 +8,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_skyladder import terminal
-from megatron_skyladder.evaluation import scoring, significance
+from megatron_skyladder.evaluation import mdqa, scoring, significance
 from megatron_skyladder.evaluation.results import Result
-from megatron_skyladder.evaluation.tasks import PAPER, READING, RULER, STANDARD, TITLES
+from megatron_skyladder.evaluation.tasks import MDQA, PAPER, READING, RULER, STANDARD, TITLES
 
 CAVEAT = (
     "Errors and p are over questions: how sure these two models differ on such questions. They say "
     "nothing about another training run of the same recipe."
+)
+NO_P = (
+    "MDQA has no p: McNemar's test takes answers as independent, and each question stands at "
+    f"{len(mdqa.PLACES)} places. Its errors are over questions, averaged over their places."
 )
 
 
@@ -30,7 +34,8 @@ class Row:
         errors: their standard errors over questions.
         difference: of the second to the first; None for a single model.
         difference_error: its standard error, questions paired.
-        p: of McNemar's test; None where scores are no yes or no, or for means.
+        p: of McNemar's test; None where scores are no yes or no, where a question is asked several
+            times, or for means.
         paper: the paper's two figures, where there are some.
     """
 
@@ -124,8 +129,8 @@ def _row(pair: Sequence[Result], paper: tuple[float, float] | None, suffix: str)
         second = pair[1]
         one, other = first.scores[first.best], second.scores[second.best]
         difference = second.percent - first.percent
-        error = 100 * significance.paired_error(one, other, first.groups)
-        if {*one, *other} <= {0.0, 1.0}:
+        error = 100 * significance.paired_error(one, other, first.groups, first.questions)
+        if first.questions is None and {*one, *other} <= {0.0, 1.0}:
             p = significance.mcnemar(one, other)
     return Row(
         name=first.task,
@@ -162,7 +167,13 @@ def _mean(name: str, title: str, parts: Sequence[Row], paper: tuple[float, float
 
 def text(table: Sequence[Row], names: Sequence[str]) -> str:
     """Return the table for people."""
-    return f"{terminal.table(cells(table, names), left=1)}\n\n{CAVEAT}"
+    return f"{terminal.table(cells(table, names), left=1)}\n\n{note(table)}"
+
+
+def note(table: Sequence[Row]) -> str:
+    """Return what the errors and p of a table say, and why a p is not there."""
+    pairs = any(row.name == MDQA and row.difference is not None for row in table)
+    return f"{CAVEAT} {NO_P}" if pairs else CAVEAT
 
 
 def cells(table: Sequence[Row], names: Sequence[str]) -> list[list[str]]:
@@ -197,5 +208,5 @@ def as_json(table: Sequence[Row], names: Sequence[str], asked: Sequence[str]) ->
         "asked": sorted({*asked}),
         "rows": [asdict(row) for row in table],
         "cells": cells(table, names),
-        "note": CAVEAT,
+        "note": note(table),
     }

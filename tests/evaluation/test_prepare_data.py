@@ -91,6 +91,12 @@ def test_mdqa_from_its_own_files(tmp_path: Path) -> None:
     assert text.startswith("Write a high-quality answer for the given question using only the")
     assert "\n\nDocument [1](Title: T0) text 0\nDocument [2](Title: T1) text 1\n" in text
     assert text.endswith("\nDocument [30](Title: T29) text 29\n\nQuestion: what 0\nAnswer:")
+    with gzip.open(source / mdqa.file_of(14), "rt", encoding="utf-8") as file:
+        one, two = file.readlines()
+    with gzip.open(source / mdqa.file_of(14), "wt", encoding="utf-8") as file:
+        file.writelines([two, one])
+    with pytest.raises(UsageError, match=r"gold_at_14.* asks other questions than .*gold_at_0"):
+        mdqa.prompts(source)
     (source / mdqa.file_of(9)).unlink()
     with pytest.raises(UsageError, match=r"gold_at_9.*nelson-liu/lost-in-the-middle"):
         mdqa.prompts(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_skyladder.errors import UsageError
@@ -66,6 +67,56 @@ def test_errors_by_hand() -> None:
     # two groups of equal weight: sqrt(e1^2 + e2^2) / 2
     grouped = significance.grouped_error([1, 0, 1, 1, 1, 1], ["a"] * 4 + ["b"] * 2)
     assert grouped == pytest.approx(0.125)
+
+
+def test_a_question_that_several_groups_ask_counts_once() -> None:
+    """Questions q and r each at places a and b: two independent figures, not four."""
+    values, groups, questions = [1, 0, 1, 1], ["a", "a", "b", "b"], ["q", "r", "q", "r"]
+    # means over places: q 1, r 1/2; variance 2 * 1/16 = 1/8, error sqrt(1/8 / 2) = 1/4
+    assert significance.grouped_error(values, groups, questions) == pytest.approx(0.25)
+    # a thousand copies of a place bring no information: the error is that of one place
+    once = significance.standard_error([1, 0, 1, 1])
+    places = [str(place) for place in range(1000) for _ in range(4)]
+    copies = significance.grouped_error([1, 0, 1, 1] * 1000, places, list("qrst") * 1000)
+    assert copies == pytest.approx(once) == 0.25
+    assert significance.grouped_error([1, 0, 1, 1] * 1000, places) < 0.01  # taken as independent
+    # differences b - a: q 0, -1; r 1, 1: means -1/2 and 1, variance 9/8, error sqrt(9/16)
+    paired = significance.paired_error([1, 0, 1, 0], [1, 1, 0, 1], groups, questions)
+    assert paired == pytest.approx(0.75)
+    assert significance.grouped_error([1, 0], ["a", "b"], ["q", "q"]) == 0.0  # one question
+
+
+def test_the_error_over_questions_is_what_drawing_questions_anew_gives() -> None:
+    """Also where only some questions stand at both places, as with --limit."""
+    random = np.random.default_rng(1)
+    easy = random.normal(size=400)
+    values = (easy[:, None] + random.normal(size=(400, 2)) > 0).astype(float)
+    places = [0] * 400 + [1] * 250
+    questions = [*range(400), *range(250)]
+    scores = [*values[:, 0], *values[:250, 1]]
+    found = significance.grouped_error(scores, [*map(str, places)], [*map(str, questions)])
+    drawn = []
+    for _ in range(2000):
+        chosen = random.integers(400, size=400)
+        first, second = values[chosen, 0], values[chosen[chosen < 250], 1]
+        drawn.append((first.mean() + second.mean()) / 2)
+    assert found == pytest.approx(np.std(drawn), rel=0.06)
+    as_independent = significance.grouped_error(scores, [*map(str, places)])
+    assert as_independent < 0.92 * found
+
+
+def test_mdqa_has_errors_over_questions_and_no_p() -> None:
+    ids = [f"{place}/{number}" for place in (0, 4) for number in (0, 1)]
+    own = {"ids": ids, "groups": ["0", "0", "4", "4"], "length": 8192}
+    first = result("a", "mdqa", [1, 0, 1, 0], [0] * 4, **own)
+    second = result("b", "mdqa", [1, 1, 0, 1], [0] * 4, **own)
+    (row,) = table.rows([[first], [second]])
+    # questions' means: first 1, 0; second 1/2, 1; differences -1/2, 1: as above
+    assert row.errors == pytest.approx((50.0, 25.0)) and row.difference == 25.0
+    assert row.difference_error == pytest.approx(75.0) and row.p is None
+    assert "MDQA has no p: McNemar's test takes" in table.text([row], ("a", "b"))
+    assert table.as_json([row], ("a", "b"), ["sampled"])["note"].endswith("their places.")
+    assert "MDQA" not in table.note(table.rows([[first]]))
 
 
 def test_mcnemar_by_hand() -> None:
