@@ -55,10 +55,20 @@ class Calibration:
     covariance: tuple[float, float, float]
     num_gpus: int | None
 
-    def saved_error(self, fraction: float) -> float:
-        """Return the standard error of the share of time saved at this mean attention work."""
+    def saved_error(self, fraction: float, baseline: float) -> float:
+        """Return the standard error of the share of time saved, by the delta method.
+
+        With F and A of a step's time F + A * work, saved = 1 - (F + A fraction) / (F + A baseline);
+        its derivatives are (fraction - baseline) A / seconds(baseline)**2 by F, and
+        (baseline - fraction) F / seconds(baseline)**2 by A.
+
+        Args:
+            fraction: mean attention work of the run, relative to full causal.
+            baseline: the same without the ladder: less than 1 where documents are masked or layers
+                are local.
+        """
         fixed, attention = self.step_time.fixed, self.step_time.attention
-        scale = (1 - fraction) / (fixed + attention) ** 2
+        scale = (baseline - fraction) / self.step_time.seconds(baseline) ** 2
         by_fixed, by_attention = -scale * attention, scale * fixed
         var_fixed, var_attention, covariance = self.covariance
         variance = (

@@ -310,7 +310,7 @@ def test_pictures_have_the_hours_of_the_table(
     line, reference = cost.get_lines()
     assert line.get_label().endswith(label) and line.get_ydata()[-1] == pytest.approx(ladder)
     assert reference.get_ydata()[-1] == pytest.approx(constant)
-    # and between two windows that divide the sequence, a step's cost is that of the busiest rank's work there
+    # and between windows that divide the sequence a step costs what the busiest rank's work does
     parser = argparse.ArgumentParser()
     run_flags.add_run_flags(parser)
     plan = estimate.make_plan(parser.parse_args(flags.split()[:-2]), name="run")
