@@ -43,7 +43,7 @@ class Calibration:
         num_windows: different windows among them.
         spread: standard deviation of a line around the fit, in seconds.
         covariance: of (fixed, attention): their variances and the covariance, in seconds squared.
-        num_gpus: the log's world size; None where it does not say.
+        num_gpus: the log's last world size; None where it does not say.
     """
 
     step_time: StepTime
@@ -116,7 +116,7 @@ def calibrate(path: str | Path) -> Calibration:
 
 
 def _points(run: RunLog) -> tuple[list[Point], int]:
-    """Return the lines of the last batch size, without the first one, and that batch size."""
+    """Return the lines of the last batch size and GPUs, without the first; and that size."""
     lines = [line for line in run.iterations if _is_usable(line)]
     if not lines:
         raise ValueError(
@@ -124,7 +124,8 @@ def _points(run: RunLog) -> tuple[list[Point], int]:
             "console output of a run with --skyladder-* flags; its last rank prints it."
         )
     batch = _batch(lines[-1])
-    lines = [line for line in lines if _batch(line) == batch]
+    gpus = lines[-1].num_gpus
+    lines = [line for line in lines if (_batch(line), line.num_gpus) == (batch, gpus)]
     points = []
     for before, line in itertools.pairwise(lines):
         assert line.attention_fraction is not None and before.attention_fraction is not None

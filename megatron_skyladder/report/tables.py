@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -61,7 +62,7 @@ def summary(runs: Sequence[Run]) -> list[Row]:
         Row("Training tokens", [tokens_text(run) for run in runs]),
         Row("Training time", [duration(run.seconds[-1]) for run in runs], _TIME_NOTE),
         Row("Compute", [_flops(run) for run in runs], "by Megatron's count, attention as windowed"),
-        Row("GPUs", [str(run.log.num_gpus or "?") for run in runs]),
+        Row("GPUs", [_gpus(run) for run in runs]),
         Row("Started", [_times(run.log.num_attempts) for run in runs]),
         Row("Final training loss", [_loss(_final_training(run)) for run in runs]),
         Row("Final validation loss", [_loss(final_loss(run, "validation")) for run in runs]),
@@ -262,6 +263,12 @@ def _figure(value: float) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None or not math.isfinite(share) else f"{100 * share:+.1f} %"
+
+
+def _gpus(run: Run) -> str:
+    """Return the numbers of GPUs of a run, one after the other."""
+    found = (record.num_gpus for record in run.log.iterations)
+    return ", then ".join(str(count or "?") for count, _ in itertools.groupby(found))
 
 
 def _times(count: int) -> str:

@@ -85,6 +85,18 @@ def test_slow_first_lines_and_outliers_are_left_out(tmp_path: Path) -> None:
     assert found.num_dropped == 3
 
 
+def test_attempts_on_other_gpus_are_left_out(tmp_path: Path) -> None:
+    """Steps on half of the GPUs took twice the time; the fit is of the last attempt's."""
+    slow = [(i, 2 * (600 + 40 * i), i / 10) for i in range(1, 11)]
+    fast = [(i, 600 + 40 * (i - 10), (i - 10) / 10) for i in range(11, 21)]
+    size = "using world size: {}, data-parallel size: 1"
+    lines = [size.format(4), *started(slow), size.format(8), *started(fast)]
+    found = calibrate(write(tmp_path / "log", lines))
+    assert found.num_gpus == 8 and found.num_lines < 10
+    assert found.step_time.fixed == pytest.approx(0.6, abs=1e-3)
+    assert found.step_time.attention == pytest.approx(0.4, abs=1e-3)
+
+
 def test_other_batch_sizes_are_left_out(tmp_path: Path) -> None:
     lines = [log_line(step, 300 + 10 * step, step / 40, batch=4) for step in range(1, 20)]
     lines += [log_line(step, 600 + 10 * step, step / 40) for step in range(20, 40)]

@@ -16,7 +16,7 @@ from megatron_skyladder.report.curves import Run, axes_of, load_runs
 from megatron_skyladder.report.groups import Group, group_runs
 from megatron_skyladder.report.page import write_report
 from megatron_skyladder.report.panels import smoothed, spread, thinned
-from megatron_skyladder.report.pictures import PICTURES, Picture
+from megatron_skyladder.report.pictures import PICTURES, Picture, throughput
 from megatron_skyladder.report.runlog import parse
 from megatron_skyladder.report.sentences import sentences
 from megatron_skyladder.report.stability import Stability, loss_ratios, stability
@@ -75,6 +75,31 @@ def test_compute_is_left_out_where_a_run_has_no_rate(runs: list[Run]) -> None:
     assert without.flops is None
     assert set(axes_of([runs[1], without])) == {"tokens", "time"}
     assert set(axes_of(runs)) == {"tokens", "time", "flops"}
+
+
+def resized(runs: list[Run]) -> Run:
+    """Return a run whose second half went on with a quarter of the GPUs."""
+    text = _text_of(runs[0])
+    head, first = text.split(" [2026", 1)[0], text.index("iteration    52500/")
+    start = text.rindex(" [2026", 0, first)
+    fewer = head.replace(f"world size: {GPUS}", f"world size: {GPUS // 4}")
+    return Run("resized", parse(text[:start] + fewer + text[start:]))
+
+
+def test_each_attempts_own_gpus_count(runs: list[Run]) -> None:
+    run, same = resized(runs), runs[0]
+    assert run.flops is not None and same.flops is not None
+    # half of the run's work, and a quarter of the other half's
+    assert run.flops[-1] == pytest.approx(same.flops[-1] * 5 / 8, rel=0.03)
+    assert [row.cells for row in summary([run]) if row.label == "GPUs"] == [["8, then 2"]]
+    (rate, *_) = throughput([Group("resized", (run,))])
+    _, tokens = rate.lines[0].logged or rate.lines[0].curve
+    assert rate.y_label == "tokens per second and GPU"
+    assert tokens[-1] == pytest.approx(4 * tokens[5], rel=0.05)
+    unknown = Run("unknown", parse(_text_of(runs[0]).split("\n", 1)[1]))
+    assert unknown.flops is None
+    (rate, *_) = throughput([Group("unknown", (unknown,))])
+    assert rate.y_label == "tokens per second"
 
 
 def test_units_fit_the_longest_run(runs: list[Run]) -> None:
