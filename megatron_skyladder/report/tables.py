@@ -59,7 +59,7 @@ def summary(runs: Sequence[Run]) -> list[Row]:
     rows = [
         Row("Schedule", [run.log.schedule or "SkyLadder off" for run in runs]),
         Row("Iterations", [f"{run.last.iteration:,}" for run in runs]),
-        Row("Training tokens", [tokens_text(run) for run in runs]),
+        Row("Training tokens", [_amount(run, run.tokens[-1]) for run in runs]),
         Row("Training time", [duration(run.seconds[-1]) for run in runs], _TIME_NOTE),
         Row("Compute", [_flops(run) for run in runs], "by Megatron's count, attention as windowed"),
         Row("GPUs", [_gpus(run) for run in runs]),
@@ -275,10 +275,14 @@ def _times(count: int) -> str:
     return {0: "?", 1: "once"}.get(count, f"{count} times")
 
 
-def tokens_text(run: Run) -> str:
+def tokens_text(run: Run, tokens: float) -> str:
+    """Return tokens of a run with their unit; samples where the log does not tell tokens."""
+    return f"{_amount(run, tokens)}{' tokens' if run.log.seq_length else ''}"
+
+
+def _amount(run: Run, tokens: float) -> str:
     if not run.log.seq_length:
-        return f"{run.last.consumed_samples:,} samples"
-    tokens = float(run.tokens[-1])
+        return f"{tokens:,.0f} samples"
     for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if tokens >= size:
             return f"{tokens / size:.4g} {name}"
