@@ -236,6 +236,43 @@ def test_a_wrong_kernel_is_not_in_the_table() -> None:
     assert phases.table(report, 8) is None
 
 
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_training_that_takes_too_long_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Neither itself nor what it started, which would be timed along with the next run."""
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    parent = (
+        "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', sys.argv[1]]); "
+        "print(child.pid, flush=True); child.wait()"
+    )
+    words, log = [sys.executable, "-c", parent, child], tmp_path / "log"
+    assert training.call(words, dict(os.environ), log, seconds=2) == 124
+    pid = int(log.read_text())
+    assert not _is_alive(pid)
+    # one that ends by itself, and leaves its child
+    words[2] = parent.removesuffix("child.wait()") + "sys.exit(3)"
+    assert training.call(words, dict(os.environ), log, seconds=60) == 3
+    assert int(log.read_text()) != pid and not _is_alive(int(log.read_text()))
+
+
+def test_the_trainer_is_in_the_session_that_is_ended(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun would start it in a session of its own, out of reach of a signal to the group."""
+    given: list[Any] = []
+    monkeypatch.setattr(training, "call", lambda *words: given.extend(words) or 0)
+    assert training._train(bench, ["--seed", "1"], tmp_path / "a" / "log") == 0
+    trainer, environment, log, _ = given
+    assert trainer == [sys.executable, "-m", "megatron_skyladder.pretrain_gpt", "--seed", "1"]
+    assert (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
+    assert log.parent.is_dir()
+
+
 def test_training_that_fails_is_reported(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
