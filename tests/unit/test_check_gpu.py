@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
 from megatron_skyladder.attention import sdpa  # noqa: E402
+from megatron_skyladder.attention.backends import facts  # noqa: E402
 from megatron_skyladder.attention.backends.sdpa import SdpaBackend  # noqa: E402
 from megatron_skyladder.errors import UsageError  # noqa: E402
 from megatron_skyladder.gpu_check import bench as benches  # noqa: E402
@@ -197,6 +198,31 @@ def test_a_phase_that_breaks_is_reported_and_tried_again(
     (tmp_path / "check.json").write_text("{")  # cut off while it was written
     phases.run(bench, tmp_path, ["facts"])
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("upgraded", ["flash-attn", "transformer-engine", "cudnn"])
+def test_upgraded_kernels_are_checked_anew(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upgraded: str
+) -> None:
+    """The device, torch and our version stay; only a kernel's package is another."""
+    calls = []
+
+    def timed(bench: Bench, folder: Path) -> Result:
+        calls.append(folder)
+        return Result({"ms": 1})
+
+    monkeypatch.setitem(phases.PHASES, "facts", phases.Phase("facts", "", timed, 1))
+    lines: list[str] = []
+    for _ in range(2):
+        phases.run(bench, tmp_path, ["facts"], tell=lines.append)
+    assert len(calls) == 1 and lines[-1].endswith("done before")
+    version, cudnn = facts.version, "9.99.0"
+    monkeypatch.setattr(facts, "version", lambda x: "9.9.9" if x == upgraded else version(x))
+    if upgraded == "cudnn":
+        monkeypatch.setattr(facts, "cudnn_version", lambda: cudnn)
+    report = phases.run(bench, tmp_path, ["facts"], tell=lines.append)
+    assert len(calls) == 2 and report["kernels"][upgraded] in ("9.9.9", cudnn)
+    assert f"with another kernels: {tmp_path / 'check.json'}" in lines[-3]
 
 
 def test_a_wrong_kernel_is_not_in_the_table() -> None:
