@@ -18,7 +18,7 @@ pytest.importorskip("megatron.core")
 from megatron_skyladder.attention import sdpa  # noqa: E402
 from megatron_skyladder.attention.backends import facts  # noqa: E402
 from megatron_skyladder.attention.backends.sdpa import SdpaBackend  # noqa: E402
-from megatron_skyladder.errors import UsageError  # noqa: E402
+from megatron_skyladder.cli import check_gpu, main  # noqa: E402
 from megatron_skyladder.gpu_check import bench as benches  # noqa: E402
 from megatron_skyladder.gpu_check import costs, kernels, page, phases, training  # noqa: E402
 from megatron_skyladder.gpu_check.bench import Bench  # noqa: E402
@@ -72,13 +72,21 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     assert "torch sees no CUDA device" in done.stderr and "--toy" in done.stderr
 
 
-def test_wrong_words(tmp_path: Path) -> None:
-    done = command(tmp_path, "--toy", "--phase", "timing")
-    assert done.returncode == 1 and "--phase timing is unknown. Phases are facts," in done.stderr
-    with pytest.raises(UsageError, match="--backends fa3 needs FlashAttention 3"):
-        Bench(toy=True, backends=["fa3"])
-    with pytest.raises(UsageError, match="--backends fa9 is unknown"):
-        Bench(toy=True, backends=["fa9"])
+def test_wrong_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong usage ends with 2, as the help says and as other commands do; a lack with 1."""
+    for words, message in (
+        (["--phase", "timing"], "argument --phase: invalid choice: 'timing' (choose from"),
+        (["--backends", "sdpa,fa9"], "argument --backends: 'fa9' is none of te, "),
+        (["--backends", ""], "argument --backends: '' is none of te, "),
+        (["--tou"], "unrecognized arguments: --tou. Did you mean --toy?"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["check-gpu", "--output", str(tmp_path), *words])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert tuple(phases.PHASES) == check_gpu.PHASES
+    done = command(tmp_path, "--toy", "--backends", "fa3")
+    assert done.returncode == 1 and "--backends fa3 needs FlashAttention 3" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_run_would_not_take_is_left_out(
