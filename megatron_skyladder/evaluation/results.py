@@ -108,15 +108,18 @@ def read(folder: Path) -> list[Result]:
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
             result = Result(**json.loads(path.read_text(encoding="utf-8")))
-            # until November 2026 RULER's alone had one: a score may be of prompts cut anywhere
-            if result.length is None and result.task not in STANDARD:
-                raise ValueError("it does not say at how many tokens prompts were cut")
-            found.append(result)
         except (ValueError, TypeError) as error:
             raise UsageError(
                 f"{path} is no result of this version ({error}). Remove it; skyladder evaluate "
                 "asks its task again."
             ) from None
+        # until November 2026 RULER's alone had one: a score may be of prompts cut anywhere
+        if result.length is None and result.task not in STANDARD:
+            raise UsageError(
+                f"{path} does not say at how many tokens its prompts were cut. Remove it; "
+                "skyladder evaluate asks its task again."
+            )
+        found.append(result)
     return sorted(found, key=lambda each: (order.index(each.task), each.length or 0, each.asked))
 
 

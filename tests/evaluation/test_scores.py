@@ -229,7 +229,7 @@ def test_the_picture_has_places_of_one_length() -> None:
 def test_a_result_that_does_not_say_where_its_prompts_were_cut_is_refused(tmp_path: Path) -> None:
     for task in ("piqa", "mdqa"):  # as earlier versions kept both
         results.write(tmp_path, result("a", task, [1.0], [0.0], length=None))
-    with pytest.raises(UsageError, match=r"mdqa.sampled.json .* prompts were cut\). Remove it"):
+    with pytest.raises(UsageError, match=r"mdqa.sampled.json does not say .* were cut. Remove it"):
         results.read(tmp_path)
     (tmp_path / "results/mdqa.sampled.json").unlink()
     assert [each.task for each in results.read(tmp_path)] == ["piqa"]
