@@ -299,7 +299,12 @@ def test_the_trainer_is_in_the_session_that_is_ended(
 ) -> None:
     """torchrun would start it in a session of its own, out of reach of a signal to the group."""
     given: list[Any] = []
-    monkeypatch.setattr(training, "call", lambda *words: given.extend(words) or 0)
+
+    def call(*words: Any) -> int:
+        given.extend(words)
+        return 0
+
+    monkeypatch.setattr(training, "call", call)
     assert training._train(bench, ["--seed", "1"], tmp_path / "a" / "log") == 0
     trainer, environment, log, _ = given
     assert trainer == [sys.executable, "-m", "megatron_skyladder.pretrain_gpt", "--seed", "1"]
