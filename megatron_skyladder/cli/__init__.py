@@ -28,7 +28,7 @@ COMMANDS = {
     "doctor": "what is installed, how SkyLadder would enter, what does not fit and what to do",
     "check-gpu": "check the kernels on the GPU here, and find the fastest; --toy without a GPU",
     "patch": "put SkyLadder into a Megatron-LM checkout, by lines that are only inserted",
-    "report": "what runs did, from their logs: one HTML page and pictures",
+    "report": "what runs did, from their logs: one HTML page",
     "study": "a queue of small runs without a GPU that compares schedules; stopped at will",
     "completion": "tab completion for bash, zsh and fish",
 }

@@ -7,6 +7,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from megatron_skyladder.ladder.kernels import KERNELS
+
+# of gpu_check.phases, which loads torch
+PHASES = (
+    *("facts", "numerics", "timings", "churn", "memory"),
+    *("no-sync", "determinism", "exchange", "megatron", "smokes"),
+)
+
 
 def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     """Add this command to the ``skyladder`` parser."""
@@ -20,24 +28,35 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "check.json and check.html, and the table from which --skyladder-attention-backend auto "
         "then takes the fastest kernel. About half an hour on one H100, in phases of less than ten "
         "minutes; what is done is kept, so the same command goes on where it ended.",
-        epilog="Exit code: 0 passed, 1 something failed or there is no GPU, 2 wrong usage.",
+        epilog="Exit code: 0 passed, 1 something failed or is not there, 2 wrong usage.",
     )
     parser.add_argument("--output", metavar="DIR", default="gpu-check", help="default: gpu-check")
     parser.add_argument(
         "--phase",
         action="append",
+        choices=PHASES,
         metavar="NAME",
-        help="run this one only (may be given again): facts, numerics, timings, churn, memory, "
-        "no-sync, determinism, exchange, megatron, smokes",
+        help=f"run this one only (may be given again): {', '.join(PHASES)}",
     )
     parser.add_argument(
-        "--backends", metavar="NAMES", help="kernels to try, such as te,fa4; default: all there are"
+        "--backends",
+        type=_backends,
+        metavar="NAMES",
+        help="kernels to try, such as te,fa4; default: all there are",
     )
     parser.add_argument("--fresh", action="store_true", help="do again what was done before")
     parser.add_argument(
         "--toy", action="store_true", help="the same phases at toy size on the CPU, in minutes"
     )
     return parser
+
+
+def _backends(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in KERNELS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(KERNELS)}")
+    return names
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,11 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_skyladder.gpu_check.bench import Bench
 
     names = arguments.phase or list(phases.PHASES)
-    unknown = [name for name in names if name not in phases.PHASES]
-    if unknown:
-        raise ValueError(f"--phase {unknown[0]} is unknown. Phases are {', '.join(phases.PHASES)}.")
-    backends = arguments.backends.split(",") if arguments.backends else None
-    bench = Bench(toy=arguments.toy, backends=backends)
+    bench = Bench(toy=arguments.toy, backends=arguments.backends)
     folder = Path(arguments.output)
     print(f"skyladder check-gpu on {bench.name}: {', '.join(bench.backends)}")
 

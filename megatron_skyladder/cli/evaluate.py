@@ -70,7 +70,8 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         type=int,
         default=8192,
         metavar="TOKENS",
-        help="of RULER's rows, and of the input in the long tasks. Default: 8192.",
+        help="of RULER's rows, and of the input in the long and reading tasks; a score is of one "
+        "length. Default: 8192.",
     )
     parser.add_argument(
         "--full",
@@ -236,7 +237,10 @@ def _show(
     from megatron_skyladder.files import write_text
 
     for title in table.asked_differently(models):
-        print(f"{title}: not compared, as the two models were asked different questions")
+        print(
+            f"{title}: not compared, as the two models were asked different questions, or read "
+            "other lengths of input"
+        )
     rows = table.rows(models, args.paper)
     if not rows:
         raise UsageError("the two models have no task in common, asked in the same way.")

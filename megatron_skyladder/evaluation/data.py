@@ -8,9 +8,11 @@ DATA/long/TASK.jsonl          generated answers; RULER's carry length and tokeni
 from __future__ import annotations
 
 import datetime
+import fcntl
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from megatron_skyladder.errors import UsageError
 from megatron_skyladder.files import write_text
 
 MANIFEST = "MANIFEST.json"
+LOCK = ".manifest.lock"
 FORMAT = 1
 
 
@@ -99,19 +102,7 @@ class DataFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries: dict[str, Entry] = {}
-        manifest = path / MANIFEST
-        if manifest.exists():
-            try:
-                content = json.loads(manifest.read_text(encoding="utf-8"))
-                if content["format"] != FORMAT:
-                    raise ValueError(f"its format is {content['format']}, not {FORMAT}")
-                self.entries = {each["path"]: Entry(**each) for each in content["files"]}
-            except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(
-                    f"{manifest} is no manifest of prepared data: {error}. Prepare into another "
-                    "folder."
-                ) from None
+        self.entries = _read_manifest(path / MANIFEST)
 
     def is_whole(self, name: str) -> bool:
         """Return whether a file is there as it was prepared."""
@@ -127,26 +118,36 @@ class DataFolder:
         source: str,
         details: dict[str, str] | None = None,
     ) -> Entry:
-        """Write one file and note it; what is there under its name stays until it is whole."""
+        """Write one file and note it; what is there under its name stays until it is whole.
+
+        Several processes may prepare one folder: what they have noted meanwhile is kept.
+        """
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
-        write_text(path, "".join(lines))
-        entry = Entry(
-            path=name,
-            task=task,
-            rows=len(lines),
-            sha256=_sha256(path),
-            source=source,
-            details=details or {},
-            date=datetime.date.today().isoformat(),
-        )
-        self.entries[name] = entry
-        files = [asdict(self.entries[each]) for each in sorted(self.entries)]
-        write_text(
-            self.path / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n"
-        )
+        with self._locked():
+            write_text(path, "".join(lines))
+            entry = Entry(
+                path=name,
+                task=task,
+                rows=len(lines),
+                sha256=_sha256(path),
+                source=source,
+                details=details or {},
+                date=datetime.date.today().isoformat(),
+            )
+            self.entries = {**_read_manifest(self.path / MANIFEST), name: entry}
+            files = [asdict(self.entries[each]) for each in sorted(self.entries)]
+            text = json.dumps({"format": FORMAT, "files": files}, indent=1)
+            write_text(self.path / MANIFEST, f"{text}\n")
         return entry
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Wait until no other process writes here."""
+        with (self.path / LOCK).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def questions(self, name: str) -> list[Question]:
         """Return the rows of a file of a standard task; errors as for `check`."""
@@ -185,6 +186,21 @@ class DataFolder:
         if not self.is_whole(name):
             what = "is not what was prepared (its hash differs)" if path.exists() else "is gone"
             raise UsageError(f"{path} {what}. Prepare it anew: {again}.")
+
+
+def _read_manifest(path: Path) -> dict[str, Entry]:
+    """Return what a manifest lists, by path; nothing where it is not there."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']}, not {FORMAT}")
+        return {each["path"]: Entry(**each) for each in content["files"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path} is no manifest of prepared data: {error}. Prepare into another folder."
+        ) from None
 
 
 def _sha256(path: Path) -> str:

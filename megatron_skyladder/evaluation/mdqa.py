@@ -35,7 +35,7 @@ def prompts(folder: Path) -> list[Prompt]:
         folder: with the seven files.
 
     Raises:
-        UsageError: one of them is not there, or is another file.
+        UsageError: one of them is not there, is another file, or asks other questions.
     """
     missing = [file_of(place) for place in PLACES if not (folder / file_of(place)).is_file()]
     if missing:
@@ -43,11 +43,25 @@ def prompts(folder: Path) -> list[Prompt]:
             f"MDQA needs {', '.join(missing)} in {folder}. They lie in {FOLDER} of github.com/"
             f"{REPOSITORY}; fetch them and name their folder with --mdqa-from."
         )
-    return [
-        _prompt(json.loads(line), place, number)
-        for place in PLACES
-        for number, line in enumerate(_lines(folder / file_of(place)))
-    ]
+    found: list[Prompt] = []
+    asked: list[list[object]] = []  # the questions of each place
+    for place in PLACES:
+        asked.append([])
+        for number, line in enumerate(_lines(folder / file_of(place))):
+            row = json.loads(line)
+            found.append(_prompt(row, place, number))
+            asked[-1].append(row["question"])
+        if asked[-1] != asked[0]:  # errors and pairs go by the question's number
+            raise UsageError(
+                f"{file_of(place)} in {folder} asks other questions than {file_of(PLACES[0])}, or "
+                f"the same in another order. Fetch all seven files of {REPOSITORY} anew."
+            )
+    return found
+
+
+def question_of(prompt_id: str) -> str:
+    """Return what tells a question from others at any place, out of the id of a prompt."""
+    return prompt_id.partition("/")[2]
 
 
 def _lines(path: Path) -> list[str]:

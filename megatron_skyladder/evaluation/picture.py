@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_skyladder.evaluation.results import Result
 from megatron_skyladder.evaluation.table import CAVEAT, Row
-from megatron_skyladder.evaluation.tasks import RULER
+from megatron_skyladder.evaluation.tasks import MDQA, RULER
 from megatron_skyladder.report import images
 
 _WIDTH = 0.38  # of a bar, where a task has two
@@ -25,7 +25,7 @@ def draw(
         names: of the models.
         models: their results, for RULER by length and the places of the answer in MDQA.
     """
-    lengths, places = by_length(models), _by_place(models)
+    lengths, (length, places) = by_length(models), by_place(models)
     rows = 1 + bool(lengths) + bool(places)
     figure, panels = images.make_panels(rows, 1, (10.5, 4.2 * rows))
     axes = iter(panels.reshape(-1))
@@ -33,7 +33,7 @@ def draw(
     if lengths:
         _lengths(next(axes), lengths, names)
     if places:
-        _places(next(axes), places, names)
+        _places(next(axes), places, names, length)
     figure.supxlabel(CAVEAT.split(":")[0] + ".", fontsize=8, color="#555555")
     images.save(figure, path)
 
@@ -96,24 +96,33 @@ def _lengths(axis: Any, lengths: Sequence[dict[int, float]], names: Sequence[str
     images.label(axis, "RULER, mean of the tasks", "tokens of the prompt", "score, %")
 
 
-def _by_place(models: Sequence[Sequence[Result]]) -> list[dict[int, float]]:
-    """Return place of the answer -> score in percent, for each model that has MDQA."""
+def by_place(models: Sequence[Sequence[Result]]) -> tuple[int, list[dict[int, float]]]:
+    """Return MDQA's scores by place, at the greatest length of input that all models have.
+
+    Returns:
+        The length in tokens, and place of the answer -> score in percent for each model; 0 and
+        nothing where there is no such length.
+    """
+    own = [{each.length or 0: each for each in model if each.task == MDQA} for model in models]
+    length = max(set.intersection(*map(set, own)) if own else (), default=0)
     found = []
-    for model in models:
-        for result in model:
-            if result.task != "mdqa":
-                continue
-            scores: dict[int, list[float]] = {}
-            for group, score in zip(result.groups, result.scores[result.best], strict=True):
-                scores.setdefault(int(group or 0), []).append(score)
-            found.append({place: 100 * sum(each) / len(each) for place, each in scores.items()})
-    return found if len(found) == len(models) else []
+    for model in own if length else []:
+        scores: dict[int, list[float]] = {}
+        result = model[length]
+        for group, score in zip(result.groups, result.scores[result.best], strict=True):
+            scores.setdefault(int(group or 0), []).append(score)
+        found.append({place: 100 * sum(each) / len(each) for place, each in scores.items()})
+    return length, found
 
 
-def _places(axis: Any, places: Sequence[dict[int, float]], names: Sequence[str]) -> None:
+def _places(
+    axis: Any, places: Sequence[dict[int, float]], names: Sequence[str], length: int
+) -> None:
     for number, (name, found) in enumerate(zip(names, places, strict=True)):
         axis.plot(
             sorted(found), [found[place] for place in sorted(found)], "o-",
             color=images.colour_of(number), label=name,
         )  # fmt: skip
-    images.label(axis, "MDQA", "place of the document with the answer, of 30", "score, %")
+    images.label(
+        axis, f"MDQA at {length:,}", "place of the document with the answer, of 30", "score, %"
+    )

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.evaluation import scoring, significance
-from megatron_skyladder.evaluation.tasks import GENERATIVE, RACE, STANDARD, TITLES
+from megatron_skyladder.evaluation import mdqa, scoring, significance
+from megatron_skyladder.evaluation.tasks import GENERATIVE, MDQA, RACE, RULER, STANDARD, TITLES
 from megatron_skyladder.files import write_text
 
 FOLDER = "results"
@@ -25,7 +25,8 @@ class Result:
     Args:
         model: its name in tables.
         task: a name in `tasks`.
-        length: tokens of RULER's rows; None elsewhere.
+        length: tokens of the model's input at most, and of RULER's rows; None for standard tasks,
+            whose limit is ``STANDARD_TOKENS``.
         asked: sampled, full, or how many questions.
         scores: by formulation (or "generated"), one number for each question.
         ids: of the questions.
@@ -52,7 +53,9 @@ class Result:
     def title(self) -> str:
         """The task's name in tables."""
         title = TITLES[self.task]
-        return f"{title} {self.length:,}" if self.length else title
+        if self.length is None:
+            return title
+        return f"{title} {self.length:,}" if self.task in RULER else f"{title} at {self.length:,}"
 
     def score(self, formulation: str) -> float:
         """Return the score in one formulation, 0 to 1."""
@@ -73,7 +76,12 @@ class Result:
     @property
     def error(self) -> float:
         """The standard error of that, over questions, in percent."""
-        return 100 * significance.grouped_error(self.scores[self.best], self.groups)
+        return 100 * significance.grouped_error(self.scores[self.best], self.groups, self.questions)
+
+    @property
+    def questions(self) -> list[str] | None:
+        """What each answer is to, where a question is asked several times; None: once each."""
+        return [mdqa.question_of(each) for each in self.ids] if self.task == MDQA else None
 
     @property
     def file_name(self) -> str:
@@ -99,12 +107,19 @@ def read(folder: Path) -> list[Result]:
     found = []
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
-            found.append(Result(**json.loads(path.read_text(encoding="utf-8"))))
+            result = Result(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise UsageError(
                 f"{path} is no result of this version ({error}). Remove it; skyladder evaluate "
                 "asks its task again."
             ) from None
+        # until November 2026 RULER's alone had one: a score may be of prompts cut anywhere
+        if result.length is None and result.task not in STANDARD:
+            raise UsageError(
+                f"{path} does not say at how many tokens its prompts were cut. Remove it; "
+                "skyladder evaluate asks its task again."
+            )
+        found.append(result)
     return sorted(found, key=lambda each: (order.index(each.task), each.length or 0, each.asked))
 
 

@@ -86,15 +86,18 @@ class Job:
 
     Args:
         task: a name in `tasks`.
-        length: tokens, for RULER.
+        length: of `Settings`, where it decides what the model reads; None for standard tasks.
         files: of the data folder, by formulation.
-        max_length: tokens of input at most.
     """
 
     task: str
     length: int | None
     files: dict[str, str]
-    max_length: int
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of input at most; what is longer loses its beginning."""
+        return self.length or STANDARD_TOKENS
 
 
 def go_offline() -> None:
@@ -164,15 +167,16 @@ def jobs(
     for name in STANDARD:
         if "standard" in settings.tasks or name in settings.tasks:
             files = {each: f"standard/{name}.{each}.jsonl" for each in FORMULATIONS}
-            found.append(Job(name, None, files, STANDARD_TOKENS))
+            found.append(Job(name, None, files))
     for name, task in GENERATIVE.items():
         if not (name in settings.tasks or task.suite in settings.tasks):
             continue
-        length = settings.length if name in RULER else None
-        file = ruler.file_name(name, length, tokenizer) if length else f"{task.suite}/{name}.jsonl"
-        optional.append(Job(name, length, {GENERATED: file}, settings.length))
+        file = f"{task.suite}/{name}.jsonl"
+        if name in RULER:
+            file = ruler.file_name(name, settings.length, tokenizer)
+        optional.append(Job(name, settings.length, {GENERATED: file}))
     if RACE.name in settings.tasks or "reading" in settings.tasks:
-        optional.append(Job(RACE.name, None, {CLOZE: reading.RACE_PATH}, settings.length))
+        optional.append(Job(RACE.name, settings.length, {CLOZE: reading.RACE_PATH}))
     for job in optional:
         (file,) = job.files.values()
         if job.task in settings.tasks or file in data.entries:

@@ -8,13 +8,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_skyladder import terminal
-from megatron_skyladder.evaluation import scoring, significance
+from megatron_skyladder.evaluation import mdqa, scoring, significance
 from megatron_skyladder.evaluation.results import Result
-from megatron_skyladder.evaluation.tasks import PAPER, READING, RULER, STANDARD
+from megatron_skyladder.evaluation.tasks import MDQA, PAPER, READING, RULER, STANDARD, TITLES
 
 CAVEAT = (
     "Errors and p are over questions: how sure these two models differ on such questions. They say "
     "nothing about another training run of the same recipe."
+)
+NO_P = (
+    "MDQA has no p: McNemar's test takes answers as independent, and each question stands at "
+    f"{len(mdqa.PLACES)} places. Its errors are over questions, averaged over their places."
 )
 
 
@@ -25,12 +29,13 @@ class Row:
     Args:
         name: of the task, or standard, reading, ruler.
         title: in the table.
-        length: tokens of RULER's rows; None elsewhere.
+        length: tokens of the input at most; None for standard tasks.
         scores: percent, one for each model.
         errors: their standard errors over questions.
         difference: of the second to the first; None for a single model.
         difference_error: its standard error, questions paired.
-        p: of McNemar's test; None where scores are no yes or no, or for means.
+        p: of McNemar's test; None where scores are no yes or no, where a question is asked several
+            times, or for means.
         paper: the paper's two figures, where there are some.
     """
 
@@ -67,8 +72,20 @@ def rows(models: Sequence[Sequence[Result]], paper: str | None = None) -> list[R
 
 
 def asked_differently(models: Sequence[Sequence[Result]]) -> list[str]:
-    """Return the titles of tasks that both models have, with other questions or other prompts."""
-    return [pair[0].title for pair in _shared(models) if not _asked_alike(pair)]
+    """Return the titles of tasks that all models have, but no two alike.
+
+    Other questions, other prompts, or another length of input.
+    """
+    shared = _shared(models)
+    found = [pair[0].title for pair in shared if not _asked_alike(pair)]
+    matched = {pair[0].task for pair in shared}
+    tasks = dict.fromkeys(each.task for each in models[0])
+    everywhere = [task for task in tasks if all(_has(model, task) for model in models)]
+    return found + [TITLES[task] for task in everywhere if task not in matched]
+
+
+def _has(model: Sequence[Result], task: str) -> bool:
+    return any(each.task == task for each in model)
 
 
 def _shared(models: Sequence[Sequence[Result]]) -> list[list[Result]]:
@@ -82,26 +99,23 @@ def _asked_alike(pair: Sequence[Result]) -> bool:
 
 
 def _with_means(made: list[Row], figures: dict[str, tuple[float, float]], suffix: str) -> list[Row]:
-    """Return the rows with the means of the suites, and of RULER's at each length."""
-    standard = [row for row in made if row.name in STANDARD]
-    needles = [row for row in made if row.name in RULER]
-    reading = [row for row in made if row.name in READING]
-    others = [row for row in made if row not in (*standard, *needles, *reading)]
-    for name, title, own, tasks in (
-        ("standard", "mean of", standard, len(STANDARD)),
-        ("reading", "reading, mean of", reading, len(READING)),
+    """Return the rows with the mean of each suite, at each length of input."""
+    found: list[Row] = []
+    for name, title, tasks in (
+        ("standard", "", STANDARD),
+        ("reading", "reading", READING),
+        ("ruler", "RULER", RULER),
     ):
-        if len(own) > 1:
-            whole = len(own) == tasks
-            text = f"{title} {len(own)}{'' if whole else f' of {tasks}'}{suffix}"
-            own.append(_mean(name, text, own, figures.get(name) if whole else None))
-    for length in dict.fromkeys(row.length for row in needles):
-        own = [row for row in needles if row.length == length]
-        if len(own) > 1:
-            figure = figures.get("ruler") if len(own) == len(RULER) else None
-            title = f"RULER {length:,}, mean of {len(own)}{suffix}"
-            needles.insert(needles.index(own[-1]) + 1, _mean("ruler", title, own, figure))
-    return [*standard, *reading, *needles, *others]
+        of_suite = [row for row in made if row.name in tasks]
+        for length in dict.fromkeys(row.length for row in of_suite):
+            own = [row for row in of_suite if row.length == length]
+            found += own
+            if len(own) > 1:
+                whole = len(own) == len(tasks)
+                at = f"{title} {length:,}, " if length else ""
+                text = f"{at}mean of {len(own)}{'' if whole else f' of {len(tasks)}'}{suffix}"
+                found.append(_mean(name, text, own, figures.get(name) if whole else None))
+    return [*found, *(row for row in made if row not in found)]
 
 
 def _key(result: Result) -> tuple[str, int | None, str]:
@@ -115,8 +129,8 @@ def _row(pair: Sequence[Result], paper: tuple[float, float] | None, suffix: str)
         second = pair[1]
         one, other = first.scores[first.best], second.scores[second.best]
         difference = second.percent - first.percent
-        error = 100 * significance.paired_error(one, other, first.groups)
-        if {*one, *other} <= {0.0, 1.0}:
+        error = 100 * significance.paired_error(one, other, first.groups, first.questions)
+        if first.questions is None and {*one, *other} <= {0.0, 1.0}:
             p = significance.mcnemar(one, other)
     return Row(
         name=first.task,
@@ -153,7 +167,13 @@ def _mean(name: str, title: str, parts: Sequence[Row], paper: tuple[float, float
 
 def text(table: Sequence[Row], names: Sequence[str]) -> str:
     """Return the table for people."""
-    return f"{terminal.table(cells(table, names), left=1)}\n\n{CAVEAT}"
+    return f"{terminal.table(cells(table, names), left=1)}\n\n{note(table)}"
+
+
+def note(table: Sequence[Row]) -> str:
+    """Return what the errors and p of a table say, and why a p is not there."""
+    pairs = any(row.name == MDQA and row.difference is not None for row in table)
+    return f"{CAVEAT} {NO_P}" if pairs else CAVEAT
 
 
 def cells(table: Sequence[Row], names: Sequence[str]) -> list[list[str]]:
@@ -188,5 +208,5 @@ def as_json(table: Sequence[Row], names: Sequence[str], asked: Sequence[str]) ->
         "asked": sorted({*asked}),
         "rows": [asdict(row) for row in table],
         "cells": cells(table, names),
-        "note": CAVEAT,
+        "note": note(table),
     }

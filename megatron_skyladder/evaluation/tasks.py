@@ -13,6 +13,7 @@ from enum import Enum
 CLOZE, CHOICE = "cf", "mcf"
 FORMULATIONS = (CLOZE, CHOICE)
 UNCONDITIONAL_CONTEXT = "Answer:"  # what a choice's own likelihood is measured after
+MDQA = "mdqa"  # the one task that asks a question several times
 STANDARD_TOKENS = 2048  # of input at most, cut on the left
 
 
@@ -92,7 +93,7 @@ GENERATIVE = {
         GenerativeTask("niah_multikey_2", "RULER MK-2", "long", Metric.RECALL, 50),
         GenerativeTask("niah_multikey_3", "RULER MK-3", "long", Metric.RECALL, 100),
         GenerativeTask("niah_multivalue", "RULER MV", "long", Metric.RECALL, 50),
-        GenerativeTask("mdqa", "MDQA, 30 documents", "long", Metric.BEST_SUBSPAN, 100, ("\n",)),
+        GenerativeTask(MDQA, "MDQA, 30 documents", "long", Metric.BEST_SUBSPAN, 100, ("\n",)),
         GenerativeTask("hotpotqa", "HotpotQA", "reading", Metric.EXACT, 20, ("\n",)),
         GenerativeTask("squad", "SQuAD", "reading", Metric.EXACT, 16, ("\n",)),
         GenerativeTask("nq", "NQ, documents", "reading", Metric.EXACT, 16, ("\n",)),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_skyladder import __version__, files
+from megatron_skyladder.attention.backends import facts
 from megatron_skyladder.gpu_check import costs, kernels, training
 from megatron_skyladder.gpu_check.bench import Bench
 from megatron_skyladder.gpu_check.kernels import Result
@@ -76,12 +77,12 @@ def run(
     Args:
         bench: where they run.
         folder: for results and logs.
-        names: of phases; those that were done on this device and torch are kept.
+        names: of phases; those that were done on this device, with the same versions, are kept.
         fresh: do them again.
         tell: is called with a line of progress.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    report = _resume(bench, folder / FILE, fresh=fresh)
+    report = _resume(bench, folder / FILE, fresh=fresh, tell=tell)
     for number, name in enumerate(names, 1):
         phase = PHASES[name]
         head = f"[{number}/{len(names)}] {name}: {phase.what}"
@@ -106,18 +107,25 @@ def run(
     return report
 
 
-def _resume(bench: Bench, file: Path, *, fresh: bool) -> dict[str, Any]:
+def _resume(
+    bench: Bench, file: Path, *, fresh: bool, tell: Callable[[str], None]
+) -> dict[str, Any]:
     identity = {
         "device": bench.name,
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
         "version": __version__,
+        "megatron-core": facts.version("megatron-core"),
         "backends": bench.backends,
+        "kernels": facts.gpu_facts(),
     }
     if file.exists() and not fresh:
         try:
             before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            if all(before.get(key) == value for key, value in identity.items()):
+            changed = [key for key, value in identity.items() if before.get(key) != value]
+            if not changed:
                 return before
+            tell(f"not kept, as it was found with another {', '.join(changed)}: {file}")
         except ValueError:
             pass  # of a run that was cut off while it wrote: nothing to keep
     return {**identity, "date": date.today().isoformat(), "phases": {}}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,13 @@ _LEFT_OUT = 3  # first steps, which compile and allocate
 _SLOWER_THAN_STOCK = 1.03
 _TOY_MODEL = ModelShape(2, 32, 64, 4, 2, vocab_size=128)
 _LIMIT_SECONDS = 540
+_TOOK_TOO_LONG = 124  # exit code, as timeout has it
+_ENDING_SECONDS = 10
+# Without torchrun, whose workers are in sessions of their own: killing it leaves them on the GPU.
+_ALONE = {
+    **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
+    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},  # of one process: any free port
+}
 
 
 def flags(bench: Bench) -> list[str]:
@@ -123,7 +133,7 @@ def _train_all(bench: Bench, folder: Path, runs: dict[str, str]) -> Result:
 
 def _train(bench: Bench, words: list[str], log: Path) -> int:
     """Train in a process of its own and return its exit code; 124 where it took too long."""
-    environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    environment = {**os.environ, **_ALONE, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     if "--deterministic-mode" in words:
         environment |= {
             "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
@@ -132,20 +142,37 @@ def _train(bench: Bench, words: list[str], log: Path) -> int:
         }
     if bench.toy:
         environment |= {cpu_engine.DEVICE_VARIABLE: "cpu", "OMP_NUM_THREADS": "1"}
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
-        *("-m", "megatron_skyladder.pretrain_gpt", *words),
-    ]
     log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "megatron_skyladder.pretrain_gpt", *words]
+    return call(command, environment, log, _LIMIT_SECONDS)
+
+
+def call(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> int:
+    """Run a command into a log and return its exit code; 124 where it took too long.
+
+    Nothing that it started is left when this returns, or raises.
+    """
     with log.open("w", encoding="utf-8") as sink:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                timeout=_LIMIT_SECONDS,
-            )
+            return process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            return 124
-    return done.returncode
+            return _TOOK_TOO_LONG
+        finally:  # on Ctrl-C too, which does not reach another session
+            _end_group(process)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it started, and wait until they have left the GPU to the next run."""
+    deadline = time.monotonic() + _ENDING_SECONDS
+    with contextlib.suppress(ProcessLookupError):  # nobody is left
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.poll()
+            time.sleep(0.05)

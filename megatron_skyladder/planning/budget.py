@@ -5,6 +5,7 @@ The window grows linearly here, from the plan's start window to its final one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple
@@ -37,13 +38,8 @@ class Fit(NamedTuple):
 def fit_share(plan: Plan, share: Fraction, steps: int | None = None) -> Fit:
     """Return the run of so many steps (default: the plan's) that grows over this share of it."""
     steps = steps or plan.total_steps
-    return Fit(
-        share=share,
-        alpha=alpha_for_share(plan.config, steps, share),
-        steps=steps,
-        tokens=steps * plan.batch_tokens,
-        hours=_hours(plan, steps, _mean_fraction(plan, share)) if plan.time else None,
-    )
+    hours = _hours(plan, steps, _timed_work(plan)(share)) if plan.time else None
+    return _fit(plan, share, steps, hours)
 
 
 def fit_hours(plan: Plan, share: Fraction, hours: float) -> Fit:
@@ -52,13 +48,13 @@ def fit_hours(plan: Plan, share: Fraction, hours: float) -> Fit:
     Raises:
         ValueError: there is no time model, or not even a step fits.
     """
-    one_step = _hours(plan, 1, _mean_fraction(plan, share))
+    one_step = _hours(plan, 1, _timed_work(plan)(share))
     steps = int(hours / one_step)
     if steps < 1:
         raise ValueError(
             f"--budget-hours={hours:g}: a step takes {one_step:.3g} hours. Give more hours or GPUs."
         )
-    return fit_share(plan, share, steps)
+    return _fit(plan, share, steps, steps * one_step)
 
 
 def fit_tokens_and_hours(plan: Plan, hours: float) -> Fit | None:
@@ -66,15 +62,26 @@ def fit_tokens_and_hours(plan: Plan, hours: float) -> Fit | None:
 
     A longer growth saves more time: None where not even growth over the whole run is enough.
     """
-    low, high = 1, 101  # percent; the time falls with the share
+    work = _timed_work(plan)
+
+    def needed(percent: int) -> float:
+        return _hours(plan, plan.total_steps, work(Fraction(percent, 100)))
+
+    low, high = 1, 100  # percent; the time falls with the share
+    if needed(high) > hours:
+        return None
     while low < high:
         middle = (low + high) // 2
-        fraction = _mean_fraction(plan, min(Fraction(middle, 100), Fraction(1)))
-        if _hours(plan, plan.total_steps, fraction) <= hours:
+        if needed(middle) <= hours:
             high = middle
         else:
             low = middle + 1
-    return fit_share(plan, Fraction(low, 100)) if low <= 100 else None
+    return _fit(plan, Fraction(low, 100), plan.total_steps, needed(low))
+
+
+def _fit(plan: Plan, share: Fraction, steps: int, hours: float | None) -> Fit:
+    alpha = alpha_for_share(plan.config, steps, share)
+    return Fit(share, alpha, steps, steps * plan.batch_tokens, hours)
 
 
 def _hours(plan: Plan, steps: int, fraction: float) -> float:
@@ -85,8 +92,31 @@ def _hours(plan: Plan, steps: int, fraction: float) -> float:
     return plan.time.gpu_hours(steps, fraction) / (plan.time.gpus or 1)
 
 
-def _mean_fraction(plan: Plan, share: Fraction) -> float:
-    """Return the mean attention work of growth over this share."""
+def _timed_work(plan: Plan) -> Callable[[Fraction], float]:
+    """Return share -> the attention work that time goes by (`Plan.timed_fractions`).
+
+    How much more the busiest context-parallel rank has is counted for growth over the whole run and
+    for the final window. Growth over a share spends that share of its steps in the one, the rest in
+    the other: counting takes seconds where documents are masked, and is asked for many shares.
+    """
+    if plan.context_parallel_size == 1:
+        return lambda share: _growing(plan, share).mean_fraction
+    parts = (_growing(plan, Fraction(1)), _at_the_end(plan))
+    means = [part.mean_fraction for part in parts]
+    busiest = [part.timed_fractions[1] for part in parts]
+
+    def work(share: Fraction) -> float:
+        of_busiest, of_mean = (
+            float(share) * growing + (1 - float(share)) * final
+            for growing, final in (busiest, means)
+        )
+        return _growing(plan, share).mean_fraction * of_busiest / of_mean
+
+    return work
+
+
+def _growing(plan: Plan, share: Fraction) -> Plan:
+    """Return a short run whose window grows over this share."""
     schedule = plan.config.schedule
     linear = WindowSchedule(
         start_window=schedule.start_window,
@@ -98,4 +128,12 @@ def _mean_fraction(plan: Plan, share: Fraction) -> float:
     if local is not None:
         local = replace(local, total_steps=_MINIATURE_STEPS)
     config = replace(plan.config, schedule=linear, local_schedule=local, begin_samples=0)
-    return replace(plan, config=config, total_steps=_MINIATURE_STEPS).mean_fraction
+    return replace(plan, config=config, total_steps=_MINIATURE_STEPS)
+
+
+def _at_the_end(plan: Plan) -> Plan:
+    """Return a run at the final window."""
+    final = plan.config.schedule.final_window
+    schedule = WindowSchedule("constant", final, final)
+    config = replace(plan.config, schedule=schedule, local_schedule=None, begin_samples=0)
+    return replace(plan, config=config, total_steps=1)

@@ -43,7 +43,7 @@ class Calibration:
         num_windows: different windows among them.
         spread: standard deviation of a line around the fit, in seconds.
         covariance: of (fixed, attention): their variances and the covariance, in seconds squared.
-        num_gpus: the log's world size; None where it does not say.
+        num_gpus: the log's last world size; None where it does not say.
     """
 
     step_time: StepTime
@@ -55,10 +55,20 @@ class Calibration:
     covariance: tuple[float, float, float]
     num_gpus: int | None
 
-    def saved_error(self, fraction: float) -> float:
-        """Return the standard error of the share of time saved at this mean attention work."""
+    def saved_error(self, fraction: float, baseline: float) -> float:
+        """Return the standard error of the share of time saved, by the delta method.
+
+        With F and A of a step's time F + A * work, saved = 1 - (F + A fraction) / (F + A baseline);
+        its derivatives are (fraction - baseline) A / seconds(baseline)**2 by F, and
+        (baseline - fraction) F / seconds(baseline)**2 by A.
+
+        Args:
+            fraction: mean attention work of the run, relative to full causal.
+            baseline: the same without the ladder: less than 1 where documents are masked or layers
+                are local.
+        """
         fixed, attention = self.step_time.fixed, self.step_time.attention
-        scale = (1 - fraction) / (fixed + attention) ** 2
+        scale = (baseline - fraction) / self.step_time.seconds(baseline) ** 2
         by_fixed, by_attention = -scale * attention, scale * fixed
         var_fixed, var_attention, covariance = self.covariance
         variance = (
@@ -106,7 +116,7 @@ def calibrate(path: str | Path) -> Calibration:
 
 
 def _points(run: RunLog) -> tuple[list[Point], int]:
-    """Return the lines of the last batch size, without the first one, and that batch size."""
+    """Return the lines of the last batch size and GPUs, without the first; and that size."""
     lines = [line for line in run.iterations if _is_usable(line)]
     if not lines:
         raise ValueError(
@@ -114,7 +124,8 @@ def _points(run: RunLog) -> tuple[list[Point], int]:
             "console output of a run with --skyladder-* flags; its last rank prints it."
         )
     batch = _batch(lines[-1])
-    lines = [line for line in lines if _batch(line) == batch]
+    gpus = lines[-1].num_gpus
+    lines = [line for line in lines if (_batch(line), line.num_gpus) == (batch, gpus)]
     points = []
     for before, line in itertools.pairwise(lines):
         assert line.attention_fraction is not None and before.attention_fraction is not None

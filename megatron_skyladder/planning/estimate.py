@@ -18,7 +18,7 @@ from megatron_skyladder.ladder.fragments import window_pairs
 from megatron_skyladder.ladder.presets import PAPER_RUNS, SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import WindowSchedule
 from megatron_skyladder.planning import model_flags, run_flags, stage_plan
-from megatron_skyladder.planning.parallel import mean_max_over_mean, parallel_costs
+from megatron_skyladder.planning.parallel import BusiestRank, busiest_rank, parallel_costs
 from megatron_skyladder.planning.pasted import Pasted
 from megatron_skyladder.planning.time_model import TimeModel, time_model
 from megatron_skyladder.planning.training_data import TrainingData, training_data
@@ -167,11 +167,19 @@ class Plan:
         return costs.mean_pairs(self.layer_runs, self.pairs)
 
     @cached_property
+    def _busiest_rank(self) -> BusiestRank:
+        return busiest_rank(self)
+
+    @property
     def busiest_over_mean(self) -> float:
         """Attention work of the busiest context-parallel rank over the mean one's, of the run."""
+        return 1.0 if self.context_parallel_size == 1 else self._busiest_rank.over_mean
+
+    def timed_fraction_at(self, step: int) -> float:
+        """Return the attention work at a step that time goes by: the busiest rank's."""
         if self.context_parallel_size == 1:
-            return 1.0
-        return mean_max_over_mean(self)
+            return self.fraction_at(step)
+        return self.fraction_at(step) * self._busiest_rank.over_mean_at(step)
 
     @cached_property
     def timed_fractions(self) -> tuple[float, float]:

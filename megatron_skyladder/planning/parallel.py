@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,7 +52,7 @@ class PlannedRun(Protocol):
 
 
 SAMPLE_TOKENS = 1 << 19  # of measured documents; counting looks at every token
-SAMPLE_STEPS = 48  # for the mean over a run
+SAMPLE_STEPS = 48  # of a run, for its mean
 NUM_BYTES = 2  # bf16
 
 
@@ -154,14 +153,38 @@ def _key_value_bytes(plan: PlannedRun, tokens: float) -> float:
     )
 
 
-def mean_max_over_mean(plan: PlannedRun) -> float:
-    """Return the busiest rank's attention work over the mean rank's, of the whole run."""
-    steps = np.unique(np.linspace(0, plan.total_steps - 1, SAMPLE_STEPS).round().astype(int))
-    counts = Counter((plan.window(step), plan.local_window(step)) for step in steps.tolist())
-    works = {windows: parallel_costs(plan, *windows).work for windows in counts}
-    busiest = sum(count * max(works[windows]) for windows, count in counts.items())
-    mean = sum(count * np.mean(works[windows]) for windows, count in counts.items())
-    return float(busiest / mean)
+@dataclass(frozen=True)
+class BusiestRank:
+    """Attention work of the busiest rank and of the mean one, at steps along a run.
+
+    Args:
+        steps: int, [num_samples], ascending.
+        busiest: pairs of a sequence, [num_samples].
+        mean: the same of the mean rank.
+    """
+
+    steps: np.ndarray
+    busiest: np.ndarray
+    mean: np.ndarray
+
+    @property
+    def over_mean(self) -> float:
+        """The busiest rank's work over the mean one's, of the whole run."""
+        return float(self.busiest.sum() / self.mean.sum())
+
+    def over_mean_at(self, step: int) -> float:
+        """Return the same at a step, interpolated."""
+        return float(np.interp(step, self.steps, self.busiest / self.mean))
+
+
+def busiest_rank(plan: PlannedRun) -> BusiestRank:
+    """Return how unequal the ranks' work is over the run."""
+    parts = np.arange(SAMPLE_STEPS) + 0.5  # the middles of equal parts of the run
+    steps = np.unique((parts * plan.total_steps / SAMPLE_STEPS).astype(int))
+    windows = [(plan.window(step), plan.local_window(step)) for step in steps.tolist()]
+    works = {each: parallel_costs(plan, *each).work for each in set(windows)}
+    busiest = np.array([max(works[each]) for each in windows])
+    return BusiestRank(steps, busiest, np.array([np.mean(works[each]) for each in windows]))
 
 
 def _offsets(plan: PlannedRun, window: int) -> np.ndarray:

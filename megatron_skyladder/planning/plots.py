@@ -18,87 +18,94 @@ LINES = ("-", "-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))  # lines may l
 def draw_plans(path: str, plans: Sequence[Plan]) -> None:
     """Draw window, attention work and cost against tokens, one line for each plan.
 
+    There is no cost where the model of a plan cannot be counted.
+
     Raises:
         ValueError: the file's ending is no picture's, or matplotlib is missing.
     """
-    figure, ((window, work, cost),) = _figure(path)
-    cost_unit = "GPU-hours" if plans[0].time else "FLOPs x 1e20"
+    unit_of_cost = _unit_of_cost(plans)
+    figure, panels = _figure(path, 3 if unit_of_cost else 2)
+    window, work = panels[:2]
     scale, unit = _token_unit(max(plan.tokens for plan in plans))
     for index, plan in enumerate(plans):
         steps = _steps(plan)
         tokens = [step * plan.batch_tokens / scale for step in [*steps, plan.total_steps]]
         windows = [plan.window(step) for step in steps]
         fractions = [100 * plan.fraction_at(step) for step in steps]
-        costs = _cumulated(plan, steps)
-        style = {
-            "color": images.colour_of(index),
-            "linestyle": LINES[index % len(LINES)],
-            "label": f"{plan.name}: {_total(plan, costs[-1])}",
-        }
+        style = _style(plan, index, unit_of_cost)
         window.plot(tokens, [*windows, windows[-1]], drawstyle="steps-post", **style)
         work.plot(tokens, [*fractions, fractions[-1]], drawstyle="steps-post", **style)
-        cost.plot(tokens, costs, **style)
+        if unit_of_cost:
+            panels[2].plot(tokens, _cumulated(plan, steps), **style)
     if len(plans) == 1:
         figure.suptitle(plans[0].config.fingerprint, fontsize=9, x=0.01, ha="left")
-        _references(work, cost, plans[0], scale)
+        _references(panels, plans[0], scale)
     titles = ("Window", "Attention work", "Cost so far")
-    units = ("tokens", "% of full causal", cost_unit)
-    for axes, title, label in zip((window, work, cost), titles, units, strict=True):
+    units = ("tokens", "% of full causal", unit_of_cost)
+    for axes, title, label in zip(panels, titles, units, strict=False):
         _label(axes, title, label, f"training tokens ({unit})")
     longest = max(plan.config.seq_length for plan in plans)
     window.set_yticks([longest * part // 4 for part in range(5)])
-    _legend(figure, (window, work, cost))
+    _legend(figure, panels)
     images.save(figure, path)
 
 
 def draw_comparison(path: str, plans: Sequence[Plan]) -> None:
     """Draw window, mean visible context and what is saved so far against tokens.
 
+    There is nothing saved where the model of a plan cannot be counted.
+
     Raises:
         ValueError: the file's ending is no picture's, or matplotlib is missing.
     """
-    figure, ((window, context, saved),) = _figure(path)
-    timed = plans[0].time is not None
+    unit_of_cost = _unit_of_cost(plans)
+    figure, panels = _figure(path, 3 if unit_of_cost else 2)
+    window, context = panels[:2]
     scale, unit = _token_unit(max(plan.tokens for plan in plans))
     for index, plan in enumerate(plans):
         steps = _steps(plan)
         tokens = [step * plan.batch_tokens / scale for step in [*steps, plan.total_steps]]
         windows = [plan.window(step) for step in steps]
         contexts = [plan.context_at(step) for step in steps]
-        full = _step_cost(plan, plan.pairs(plan.config.seq_length))
-        costs = _cumulated(plan, steps)
-        gained = [
-            step * full - cost for step, cost in zip([*steps, plan.total_steps], costs, strict=True)
-        ]
-        style = {
-            "color": images.colour_of(index),
-            "linestyle": LINES[index % len(LINES)],
-            "label": f"{plan.name}: {_total(plan, costs[-1])}",
-        }
+        style = _style(plan, index, unit_of_cost)
         window.plot(tokens, [*windows, windows[-1]], drawstyle="steps-post", **style)
         context.plot(tokens, [*contexts, contexts[-1]], drawstyle="steps-post", **style)
-        saved.plot(tokens, gained, **style)
+        if unit_of_cost:
+            full = _costs(plan)[0] / plan.total_steps
+            ends = zip([*steps, plan.total_steps], _cumulated(plan, steps), strict=True)
+            panels[2].plot(tokens, [step * full - cost for step, cost in ends], **style)
     titles = ("Window", "Mean visible context", "Saved so far")
-    units = ("tokens", "tokens, of a token", "GPU-hours" if timed else "FLOPs x 1e20")
-    for axes, title, label in zip((window, context, saved), titles, units, strict=True):
+    units = ("tokens", "tokens, of a token", unit_of_cost)
+    for axes, title, label in zip(panels, titles, units, strict=False):
         _label(axes, title, label, f"training tokens ({unit})")
-    _legend(figure, (window, context, saved))
+    _legend(figure, panels)
     images.save(figure, path)
 
 
-def _total(plan: Plan, cost: float) -> str:
+def _style(plan: Plan, index: int, unit_of_cost: str) -> dict[str, Any]:
+    total = f": {_total(plan)}" if unit_of_cost else ""
+    return {
+        "color": images.colour_of(index),
+        "linestyle": LINES[index % len(LINES)],
+        "label": f"{plan.name}{total}",
+    }
+
+
+def _total(plan: Plan) -> str:
     """Return what the run costs, and what it saves against a constant window."""
-    constant = plan.total_steps * _step_cost(plan, plan.pairs(plan.config.seq_length))
-    change = round(100 * (cost / constant - 1), 1)
-    total = f"{cost:,.4g} GPU-hours" if plan.time else f"{scientific(cost * 1e20)} FLOPs"
+    constant, ladder = _costs(plan)
+    change = round(100 * (ladder / constant - 1), 1)
+    total = f"{ladder:,.4g} GPU-hours" if plan.time else f"{scientific(ladder * 1e20)} FLOPs"
     return f"{total}, {change:+.1f} %" if change else total
 
 
-def _references(work: Any, cost: Any, plan: Plan, scale: float) -> None:
+def _references(panels: Sequence[Any], plan: Plan, scale: float) -> None:
     """Draw what the run would be without the ladder, and what documents alone would leave."""
     style = {"color": "#888888", "linewidth": 1}
-    end = plan.total_steps * _step_cost(plan, plan.pairs(plan.config.seq_length))
-    cost.plot([0, plan.tokens / scale], [0, end], label="constant window", linestyle="--", **style)
+    work, *cost = panels[1:]
+    for axes in cost:
+        ends = [0, plan.tokens / scale], [0, _costs(plan)[0]]
+        axes.plot(*ends, label="constant window", linestyle="--", **style)
     if plan.documents:
         left = plan.pairs_under(ladder=False, documents=True) / plan.causal_pairs
         name = "documents masked, full window"
@@ -109,20 +116,43 @@ def _token_unit(tokens: int) -> tuple[float, str]:
     return next((u for u in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if tokens >= u[0]), (1.0, ""))
 
 
+def _unit_of_cost(plans: Sequence[Plan]) -> str:
+    """Return the unit that all plans have; an empty string where one cannot be counted."""
+    if all(plan.time for plan in plans):
+        return "GPU-hours"
+    # some with a time and some without: no unit for one axis
+    counted = all(plan.shape and not plan.time for plan in plans)
+    return "FLOPs x 1e20" if counted else ""
+
+
+def _costs(plan: Plan) -> tuple[float, float]:
+    """Return what the run costs without the ladder and with it, as the tables have it.
+
+    In GPU-hours; in FLOPs, 1e20, where no time is known.
+    """
+    if plan.time:
+        constant, ladder = plan.timed_fractions
+        hours = plan.time.gpu_hours
+        return hours(plan.total_steps, constant), hours(plan.total_steps, ladder)
+    return plan.constant_flops / 1e20, plan.ladder_flops / 1e20
+
+
 def _cumulated(plan: Plan, steps: list[int]) -> list[float]:
     """Return the cost from the start to each of the steps and to the end."""
     ends = [*steps[1:], plan.total_steps]
     so_far = [0.0]
     for first, end in zip(steps, ends, strict=True):
-        so_far.append(so_far[-1] + (end - first) * _step_cost(plan, plan.pairs_at(first)))
-    return so_far
+        so_far.append(so_far[-1] + (end - first) * _step_cost(plan, first))
+    # windows between the steps are not looked at, so the sum is close to the run's cost; the end is
+    # that cost
+    return [cost * _costs(plan)[1] / so_far[-1] for cost in so_far]
 
 
-def _step_cost(plan: Plan, pairs: float) -> float:
-    """Return GPU-hours of a step with so many pairs, or FLOPs in 1e20 where no time is known."""
+def _step_cost(plan: Plan, step: int) -> float:
+    """Return the cost of a step, relative to that of others."""
     if plan.time:
-        return plan.time.gpu_hours(1, pairs / plan.causal_pairs)
-    return plan.flops(pairs) / plan.total_steps / 1e20
+        return plan.time.step.seconds(plan.timed_fraction_at(step))
+    return plan.flops(plan.pairs_at(step))
 
 
 def _steps(plan: Plan) -> list[int]:
@@ -153,13 +183,14 @@ def _legend(figure: Any, panels: Sequence[Any]) -> None:
     )
 
 
-def _figure(path: str) -> tuple[Any, Any]:
+def _figure(path: str, num_panels: int) -> tuple[Any, Sequence[Any]]:
     if Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"--plot {path}: give a file that ends in {' or '.join(FORMATS)}.")
     if not Path(path).parent.is_dir():
         raise ValueError(f"--plot {path}: there is no folder {Path(path).parent}. Make it first.")
     try:
-        return images.make_panels(1, 3, (12, 4))
+        figure, panels = images.make_panels(1, num_panels, (4 * num_panels, 4))
+        return figure, list(panels.reshape(-1))
     except ImportError:
         raise ValueError(
             "--plot needs matplotlib, which is not installed here. "

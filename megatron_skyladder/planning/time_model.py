@@ -47,7 +47,7 @@ class TimeModel:
         """Return the lowest and highest plausible share of time saved."""
         if self.calibration:
             middle = self.step.saved(fraction, baseline)
-            error = 2 * self.calibration.saved_error(fraction)
+            error = 2 * self.calibration.saved_error(fraction, baseline)
             return middle - error, middle + error
         saved = [step.saved(fraction, baseline) for step in self.variants]
         return min(saved), max(saved)

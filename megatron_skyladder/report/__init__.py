@@ -1,1 +1,1 @@
-"""``skyladder report``: what one or more runs did, as one HTML page and pictures."""
+"""``skyladder report``: what one or more runs did, as one HTML page."""

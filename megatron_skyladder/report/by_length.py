@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from megatron_skyladder.report.curves import Run, finite
 from megatron_skyladder.report.groups import Group
 from megatron_skyladder.report.panels import (
+    SAME,
     Curve,
     Panel,
     Range,
@@ -29,21 +31,42 @@ KINDS = (  # of losses, what a title calls them, their axis
 
 
 def loss_by_length(groups: list[Group]) -> list[Panel]:
-    """Show the last validation's losses by context length and by position."""
-    finals = {run.name: _last_by_length(run) for run in runs_of(groups)}
+    """Show the last validation's losses by context length and by position.
+
+    Seeds are taken at tokens that all of a group have seen, differences at those that both groups
+    have: losses of runs that have come less far say nothing about the runs.
+    """
+    first = groups[0]
+    # up to which tokens a run is looked at: as far as its seeds have come, and the first group too
+    own_end: dict[str, float] = {}
+    both_end: dict[str, float] = {}
+    for group in groups:
+        own_end |= dict.fromkeys(_names(group), _common_end(group.runs))
+        both_end |= dict.fromkeys(_names(group), _common_end([*group.runs, *first.runs]))
+    final = all(_have_come_as_far(group.runs) for group in groups)
+    equal = all(_have_come_as_far([*group.runs, *first.runs]) for group in groups)
     panels, differences = [], []
     for kind, name, axis in KINDS:
-        losses = {run: getattr(final, kind) if final else {} for run, final in finals.items()}
-        keys = sorted({key for found in losses.values() for key in found})
+        records = [_last_until(run, own_end[run.name]) for run in runs_of(groups)]
+        keys = sorted({key for record in records if record for key in getattr(record, kind)})
         if not keys:
             continue
 
-        def curve(run: Run, losses: dict[str, Any] = losses, keys: list[Any] = keys) -> Curve:
-            values = finite(losses[run.name].get(key) for key in keys)
-            return np.arange(len(keys), dtype=float), values
+        def curve(run: Run, kind: str = kind, keys: list[Any] = keys) -> Curve:
+            record = _last_until(run, own_end[run.name])
+            return _by_key(getattr(record, kind) if record else {}, keys)
+
+        def difference(run: Run, kind: str = kind, keys: list[Any] = keys) -> Curve:
+            record = _last_until(run, both_end[run.name])
+            losses = getattr(record, kind) if record else {}
+            x, y = _by_key(losses, keys)
+            if record is None:
+                return x, y
+            (tokens,) = run.at(run.tokens, [record])
+            return x, y - np.array([_mean_at(first.runs, kind, key, tokens) for key in keys])
 
         own = Panel(
-            f"Final loss by {name}",
+            f"{'Final loss' if final else 'Loss where all seeds have been,'} by {name}",
             axis,
             LOSS,
             lines_of(groups, curve),
@@ -52,9 +75,8 @@ def loss_by_length(groups: list[Group]) -> list[Panel]:
             marked=True,
         )
         panels.append(own)
-        difference = _minus_first(groups, curve)
-        if difference is not None:
-            title = f"Difference to {groups[0].name}, by {name}"
+        if len(groups) > 1 and _has_values(first, curve):
+            title = f"Difference to {first.name}{'' if equal else ' at equal tokens'}, by {name}"
             differences.append(
                 replace(
                     own,
@@ -128,9 +150,57 @@ def _key_text(key: Any) -> str:
     return f"{key[0]:,} to {key[1]:,}" if isinstance(key, tuple) else f"{key:,}"
 
 
-def _last_by_length(run: Run) -> Any:
-    records = [record for record in run.validations() if record.by_length]
-    return records[-1] if records else None
+def _names(group: Group) -> list[str]:
+    return [run.name for run in group.runs]
+
+
+def _by_key(losses: dict[Any, float], keys: list[Any]) -> Curve:
+    return np.arange(len(keys), dtype=float), finite(losses.get(key) for key in keys)
+
+
+def _records(run: Run) -> list[Validation]:
+    return [record for record in run.validations() if record.by_length]
+
+
+def _ends(runs: Iterable[Run]) -> list[float]:
+    """Return the tokens of each run's last validation by length, of those that have one."""
+    found = ((run, _records(run)) for run in runs)
+    return [float(run.at(run.tokens, records[-1:])[0]) for run, records in found if records]
+
+
+def _common_end(runs: Iterable[Run]) -> float:
+    """Return the last tokens at which all runs that are validated by length have been."""
+    return min(_ends(runs), default=math.inf) * (1 + SAME)
+
+
+def _have_come_as_far(runs: Iterable[Run]) -> bool:
+    ends = _ends(runs)
+    return max(ends, default=0.0) <= min(ends, default=0.0) * (1 + SAME)
+
+
+def _last_until(run: Run, tokens: float) -> Validation | None:
+    """Return a run's last validation by length up to so many tokens."""
+    records = _records(run)
+    places = run.at(run.tokens, records) if records else np.empty(0)
+    within = [record for record, at in zip(records, places, strict=True) if at <= tokens]
+    return within[-1] if within else None
+
+
+def _mean_at(runs: Iterable[Run], kind: str, key: Any, tokens: float) -> float:
+    """Return the mean of runs' losses at so many tokens, interpolated; NaN before the first."""
+    found = []
+    for run in runs:
+        records = _records(run)
+        values = finite(getattr(record, kind).get(key) for record in records)
+        known = np.isfinite(values)
+        if known.any():
+            x = run.at(run.tokens, records)[known]
+            found.append(np.interp(tokens, x, values[known], left=np.nan))
+    return float(np.mean(found)) if found else math.nan
+
+
+def _has_values(group: Group, curve: Callable[[Run], Curve]) -> bool:
+    return any(np.isfinite(curve(run)[1]).any() for run in group.runs)
 
 
 def _length_losses(run: Run) -> dict[int, list[Validation]]:

@@ -72,18 +72,25 @@ class Run:
 
     @cached_property
     def flops(self) -> np.ndarray | None:
-        """FLOPs spent at each record, by Megatron's count; None where a record has no rate.
+        """FLOPs spent at each record, by Megatron's count; None where a record has no rate or GPUs.
 
         A rate that is not finite is taken from the records around it.
         """
         logged = [record.tflops_per_gpu for record in self.log.iterations]
         rates = finite(logged)
         known = np.flatnonzero(~np.isnan(rates))
-        if None in logged or not known.size or self.log.num_gpus is None:
+        gpus = self.gpus
+        if None in logged or not known.size or gpus is None:
             return None
         rates = np.interp(np.arange(rates.size), known, rates[known])
         seconds = np.diff(self.seconds, prepend=0.0)
-        return np.cumsum(rates * 1e12 * self.log.num_gpus * seconds)
+        return np.cumsum(rates * 1e12 * gpus * seconds)
+
+    @cached_property
+    def gpus(self) -> np.ndarray | None:
+        """GPUs at each record: a run may go on with another number; None where one is unknown."""
+        found = [record.num_gpus for record in self.log.iterations]
+        return None if None in found else np.array(found)
 
     @cached_property
     def losses(self) -> np.ndarray:

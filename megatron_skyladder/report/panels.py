@@ -14,6 +14,7 @@ from megatron_skyladder.report.curves import Axis, Run, axes_of
 from megatron_skyladder.report.groups import Group
 
 SIGNIFICANT = 0.01  # the paper counts smaller differences in loss as noise
+SAME = 0.002  # runs whose tokens differ by less have come as far
 EARLY = 0.05  # share of the run whose losses may lie above the frame
 SMOOTHED = 40  # a smoothed curve has about this many independent points
 

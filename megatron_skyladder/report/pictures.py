@@ -102,8 +102,13 @@ def throughput(groups: list[Group]) -> list[Panel]:
     runs = runs_of(groups)
     tokens = axes_by_kind(groups)["tokens"]
     shown: list[tuple[str, str, Callable[[Run], np.ndarray]]] = []
-    per_gpu = " and GPU" if all(run.log.num_gpus for run in runs) else ""
-    shown.append(("Throughput", f"tokens per second{per_gpu}", _tokens_per_second))
+    per_gpu = " and GPU" if all(run.gpus is not None for run in runs) else ""
+
+    def tokens_per_second(run: Run) -> np.ndarray:
+        rate = _tokens_per_second(run)
+        return rate / run.gpus if per_gpu and run.gpus is not None else rate
+
+    shown.append(("Throughput", f"tokens per second{per_gpu}", tokens_per_second))
     if all(run.flops is not None for run in runs):
 
         def rate(run: Run) -> np.ndarray:
@@ -128,7 +133,7 @@ def _tokens_per_second(run: Run) -> np.ndarray:
     tokens[0] = np.nan  # what the first record covers is unknown where a log begins later
     seconds = np.diff(run.seconds, prepend=0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        rate = tokens / seconds / (run.log.num_gpus or 1)
+        rate = tokens / seconds
     return np.where(np.isfinite(rate), rate, np.nan)
 
 

@@ -50,6 +50,7 @@ class Iteration:
         values: every number of the line by its name, such as ``lm loss``, ``learning rate``,
             ``grad norm``, ``skyladder/window``.
         time: when the line was printed, if it says.
+        num_gpus: the world size of its attempt, if the log says.
     """
 
     iteration: int
@@ -58,6 +59,7 @@ class Iteration:
     elapsed_ms: float
     values: dict[str, float]
     time: datetime | None = None
+    num_gpus: int | None = None
 
     @property
     def loss(self) -> float | None:
@@ -201,7 +203,7 @@ def parse(text: str) -> RunLog:
         elif match := _OURS.search(line):
             _add_ours(run, ours, int(match[1]), _numbers(match[3]))
         elif match := _ITERATION.search(line):
-            record = _iteration(match)
+            record = _iteration(match, run.num_gpus)
             if record is None:  # damaged: there is no place for it
                 continue
             run.total_iterations = int(match[3])
@@ -245,8 +247,13 @@ def _log_interval(run: RunLog) -> int:
     return int(text) if text.isdigit() and int(text) else 1
 
 
-def _iteration(match: re.Match[str]) -> Iteration | None:
-    """Return the record of a line; None where it does not say how far training is."""
+def _iteration(match: re.Match[str], num_gpus: int | None) -> Iteration | None:
+    """Return the record of a line; None where it does not say how far training is.
+
+    Args:
+        match: of the line.
+        num_gpus: of its attempt.
+    """
     values = _numbers(match[4])
     samples = values.pop("consumed samples", 0.0)
     elapsed_ms = values.pop("elapsed time per iteration (ms)", 0.0)
@@ -259,6 +266,7 @@ def _iteration(match: re.Match[str]) -> Iteration | None:
         elapsed_ms=elapsed_ms if math.isfinite(elapsed_ms) else 0.0,
         values=values,
         time=datetime.fromisoformat(match[1].strip()) if match[1] else None,
+        num_gpus=num_gpus,
     )
 
 

@@ -12,12 +12,17 @@ import numpy as np
 
 from megatron_skyladder.report.curves import Run
 from megatron_skyladder.report.groups import Group
-from megatron_skyladder.report.panels import SIGNIFICANT
+from megatron_skyladder.report.panels import SAME, SIGNIFICANT, Curve
 from megatron_skyladder.report.stability import loss_ratios
-from megatron_skyladder.report.tables import beyond, duration, final_loss, saving_at_equal_loss
+from megatron_skyladder.report.tables import (
+    beyond,
+    duration,
+    final_loss,
+    saving_at_equal_loss,
+    tokens_text,
+)
 
 STEP_BACK = 1.2  # a smoothed loss this far above its lowest is a spike worth a look
-SAME = 0.002  # runs whose tokens differ by less were trained for as long
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,14 @@ def _baseline(run: Run, first: Group) -> str:
 
 
 def _saved(run: Run, first: Group) -> str:
-    """Return the time of a run beside the mean of the first group, for as many tokens or not."""
-    seconds = float(np.mean([other.seconds[-1] for other in first.runs]))
-    tokens = float(np.mean([other.tokens[-1] for other in first.runs]))
+    """Return the time of a run beside the mean of the first group, for as many tokens or not.
+
+    Of seeds, those count that have come as far as the furthest one.
+    """
+    furthest = max(other.tokens[-1] for other in first.runs)
+    others = [other for other in first.runs if other.tokens[-1] >= furthest * (1 - SAME)]
+    seconds = float(np.mean([other.seconds[-1] for other in others]))
+    tokens = float(np.mean([other.tokens[-1] for other in others]))
     longer = beyond(run.tokens[-1], tokens)
     if longer is not None and abs(longer) > SAME:
         rate = beyond(run.seconds[-1] / run.tokens[-1], seconds / tokens) if seconds else None
@@ -142,25 +152,70 @@ def _validation(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_seeds(place: int, group: Group, first: Group, pictures: Collection[str]) -> Sentence:
-    """Return what several seeds came to: the mean, its spread, and whether that is a difference."""
-    losses = _final_losses(group)
-    if len(losses) < 2:
+    """Return what several seeds came to: the mean, its spread, and whether that is a difference.
+
+    Seeds may still be going on: losses are taken where all of them were validated.
+    """
+    curves = _validations_of(group)
+    found = _at_equal_tokens(curves) if len(curves) > 1 else None
+    if found is None:
         return Sentence(place, group.name, "no validation to tell their spread.", ())
-    mean, spread = losses.mean(), losses.std(ddof=1)
-    text = f"final validation loss {mean:.4f} ± {spread:.4f} (standard deviation of the seeds)"
-    others = _final_losses(first)
-    if group is not first and others.size:
-        difference = mean - others.mean()
-        margin = max(spread, others.std(ddof=1) if others.size > 1 else 0.0, SIGNIFICANT)
-        word = "better" if difference < 0 else "worse"
-        told = "no more than seeds or noise make" if abs(difference) <= margin else word
-        text += f"; {difference:+.4f} against {first.name}: {told}"
-    return Sentence(place, group.name, text + ".", _known(["validation-loss"], pictures))
+    tokens, losses = found
+    what, where = "final validation loss", ""
+    if not _at_the_end(curves, tokens):
+        what, where = (
+            "validation loss",
+            f" at {tokens_text(group.runs[0], tokens)}, as far as all have come",
+        )
+    text = f"{what} {losses.mean():.4f} ± {losses.std(ddof=1):.4f}"
+    parts = [f"{text} (standard deviation of the seeds){where}"]
+    if group is not first:
+        parts += _against(first, group, curves)
+    left_out = len(group.runs) - len(curves)
+    if left_out:
+        parts.append(
+            f"{left_out} of {len(group.runs)} seeds left out: no finite validation loss to end with"
+        )
+    return Sentence(
+        place, group.name, "; ".join(parts) + ".", _known(["validation-loss"], pictures)
+    )
 
 
-def _final_losses(group: Group) -> np.ndarray:
-    found = [final_loss(run, "validation") for run in group.runs]
-    return np.array([loss for loss in found if loss is not None and np.isfinite(loss)])
+def _against(first: Group, group: Group, curves: list[Curve]) -> list[str]:
+    """Return how seeds stand against the first group, at tokens that all of both have seen."""
+    others = _validations_of(first)
+    found = _at_equal_tokens([*curves, *others]) if others else None
+    if found is None:
+        return []
+    tokens, losses = found
+    own, theirs = losses[: len(curves)], losses[len(curves) :]
+    difference = own.mean() - theirs.mean()
+    spreads = [values.std(ddof=1) for values in (own, theirs) if values.size > 1]
+    word = "better" if difference < 0 else "worse"
+    verdict = (
+        word if abs(difference) > max(*spreads, SIGNIFICANT) else "no more than seeds or noise make"
+    )
+    ended = _at_the_end([*curves, *others], tokens)
+    where = "" if ended else f" at {tokens_text(group.runs[0], tokens)}"
+    return [f"{difference:+.4f} against {first.name}{where}: {verdict}"]
+
+
+def _validations_of(group: Group) -> list[Curve]:
+    """Return `_validation` of the runs whose last validation is finite."""
+    found = [(run, final_loss(run, "validation")) for run in group.runs]
+    return [_validation(run) for run, loss in found if loss is not None and np.isfinite(loss)]
+
+
+def _at_equal_tokens(curves: Sequence[Curve]) -> tuple[float, np.ndarray] | None:
+    """Return the last tokens that all curves reach and each one's loss there, interpolated."""
+    tokens = min(x[-1] for x, _ in curves)
+    if tokens < max(x[0] for x, _ in curves):
+        return None
+    return float(tokens), np.array([np.interp(tokens, x, y) for x, y in curves])
+
+
+def _at_the_end(curves: Sequence[Curve], tokens: float) -> bool:
+    return all(tokens >= x[-1] * (1 - SAME) for x, _ in curves)
 
 
 def _less(share: float) -> str:

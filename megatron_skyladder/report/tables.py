@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -58,10 +59,10 @@ def summary(runs: Sequence[Run]) -> list[Row]:
     rows = [
         Row("Schedule", [run.log.schedule or "SkyLadder off" for run in runs]),
         Row("Iterations", [f"{run.last.iteration:,}" for run in runs]),
-        Row("Training tokens", [tokens_text(run) for run in runs]),
+        Row("Training tokens", [_amount(run, run.tokens[-1]) for run in runs]),
         Row("Training time", [duration(run.seconds[-1]) for run in runs], _TIME_NOTE),
         Row("Compute", [_flops(run) for run in runs], "by Megatron's count, attention as windowed"),
-        Row("GPUs", [str(run.log.num_gpus or "?") for run in runs]),
+        Row("GPUs", [_gpus(run) for run in runs]),
         Row("Started", [_times(run.log.num_attempts) for run in runs]),
         Row("Final training loss", [_loss(_final_training(run)) for run in runs]),
         Row("Final validation loss", [_loss(final_loss(run, "validation")) for run in runs]),
@@ -264,14 +265,24 @@ def _percent(share: float | None) -> str:
     return "" if share is None or not math.isfinite(share) else f"{100 * share:+.1f} %"
 
 
+def _gpus(run: Run) -> str:
+    """Return the numbers of GPUs of a run, one after the other."""
+    found = (record.num_gpus for record in run.log.iterations)
+    return ", then ".join(str(count or "?") for count, _ in itertools.groupby(found))
+
+
 def _times(count: int) -> str:
     return {0: "?", 1: "once"}.get(count, f"{count} times")
 
 
-def tokens_text(run: Run) -> str:
+def tokens_text(run: Run, tokens: float) -> str:
+    """Return tokens of a run with their unit; samples where the log does not tell tokens."""
+    return f"{_amount(run, tokens)}{' tokens' if run.log.seq_length else ''}"
+
+
+def _amount(run: Run, tokens: float) -> str:
     if not run.log.seq_length:
-        return f"{run.last.consumed_samples:,} samples"
-    tokens = float(run.tokens[-1])
+        return f"{tokens:,.0f} samples"
     for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if tokens >= size:
             return f"{tokens / size:.4g} {name}"

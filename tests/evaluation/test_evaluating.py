@@ -171,6 +171,22 @@ def test_an_evaluation_goes_on_where_it_was(
     assert len(last[0].ids) == 6 and "(done before)" not in lines[3]
 
 
+def test_another_length_of_input_is_asked_anew(
+    tmp_path: Path, folder: Path, data: DataFolder
+) -> None:
+    """Prompts of 1,000 tokens and more, cut on the left to 300 or 600."""
+    text = "\n\n".join(f"Document [{i}](Title: {i}) of {i}" for i in range(30))
+    rows = [Prompt(f"0/{i}", f"{text}\n\nQuestion: {i}\nAnswer:", ("x",), "0") for i in range(2)]
+    data.write("long/mdqa.jsonl", "mdqa", rows, "made up")
+    lines: list[str] = []
+    for length in (300, 600, 300):
+        settings = replace(CPU, tasks=("mdqa",), length=length)
+        found = run.evaluate("random", folder, tmp_path / "out", data, settings, lines.append)
+    assert ["(done before)" in line for line in lines] == [False, False, True]
+    assert [each.length for each in found] == [300, 600]
+    assert ["at 300:" in line for line in lines] == [True, False, True]
+
+
 def test_another_model_under_the_same_name_is_asked_anew(
     tmp_path: Path, folder: Path, data: DataFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,43 @@ def test_texts_may_hold_other_line_ends(tmp_path: Path) -> None:
     assert DataFolder(tmp_path).questions("standard/piqa.cf.jsonl") == rows
 
 
+def test_two_preparations_of_one_folder_keep_each_others_files(tmp_path: Path) -> None:
+    """Each began before the other had written anything."""
+    rows = [Question("0", ("q",), (" a", " b"), 1)]
+    one, other = DataFolder(tmp_path), DataFolder(tmp_path)
+    one.write("standard/piqa.cf.jsonl", "piqa", rows, "made up")
+    other.write("standard/csqa.cf.jsonl", "csqa", rows, "made up")
+    assert other.is_whole("standard/piqa.cf.jsonl")
+    one.write("standard/piqa.mcf.jsonl", "piqa", rows, "made up")
+    names = [f"standard/{each}.jsonl" for each in ("csqa.cf", "piqa.cf", "piqa.mcf")]
+    assert sorted(DataFolder(tmp_path).entries) == names
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from megatron_skyladder.evaluation.data import DataFolder, Question
+
+folder, name = Path(sys.argv[1]), sys.argv[2]
+data, rows = DataFolder(folder), [Question("0", ("q",), (" a", " b"), 1)]
+(folder / name).touch()
+while len(list(folder.glob("here.*"))) < 3:
+    time.sleep(0.01)
+for number in range(20):
+    data.write(f"standard/{name}.{number}.jsonl", "piqa", rows, "made up")
+"""
+
+
+def test_processes_that_write_at_once(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), f"here.{number}"])
+        for number in range(3)
+    ]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    data = DataFolder(tmp_path)
+    assert len(data.entries) == 60 and all(map(data.is_whole, data.entries))
+
+
 def test_names_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--prepare", str(tmp_path), "--tasks", "arc"]) == 1
     assert "--tasks arc is unknown. Choose of: standard, long" in capsys.readouterr().err
@@ -91,6 +130,12 @@ def test_mdqa_from_its_own_files(tmp_path: Path) -> None:
     assert text.startswith("Write a high-quality answer for the given question using only the")
     assert "\n\nDocument [1](Title: T0) text 0\nDocument [2](Title: T1) text 1\n" in text
     assert text.endswith("\nDocument [30](Title: T29) text 29\n\nQuestion: what 0\nAnswer:")
+    with gzip.open(source / mdqa.file_of(14), "rt", encoding="utf-8") as file:
+        one, two = file.readlines()
+    with gzip.open(source / mdqa.file_of(14), "wt", encoding="utf-8") as file:
+        file.writelines([two, one])
+    with pytest.raises(UsageError, match=r"gold_at_14.* asks other questions than .*gold_at_0"):
+        mdqa.prompts(source)
     (source / mdqa.file_of(9)).unlink()
     with pytest.raises(UsageError, match=r"gold_at_9.*nelson-liu/lost-in-the-middle"):
         mdqa.prompts(source)

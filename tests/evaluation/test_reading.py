@@ -143,7 +143,7 @@ def test_from_the_archive_to_the_table(
     }
     rows = table.rows([found, found], "1b-8k-cc-intradoc")
     assert [row.name for row in rows[-6:]] == [*found_names(found), "reading"]
-    assert rows[-1].title == "reading, mean of 5" and rows[-1].paper == (28.7, 29.1)
+    assert rows[-1].title == "reading 512, mean of 5" and rows[-1].paper == (28.7, 29.1)
 
 
 def found_names(found: list[Any]) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_skyladder.errors import UsageError
 from megatron_skyladder.evaluation import picture, results, scoring, significance, table
 from megatron_skyladder.evaluation.results import Result
 from megatron_skyladder.evaluation.tasks import PAPER, STANDARD, Metric, Normalization
@@ -65,6 +67,56 @@ def test_errors_by_hand() -> None:
     # two groups of equal weight: sqrt(e1^2 + e2^2) / 2
     grouped = significance.grouped_error([1, 0, 1, 1, 1, 1], ["a"] * 4 + ["b"] * 2)
     assert grouped == pytest.approx(0.125)
+
+
+def test_a_question_that_several_groups_ask_counts_once() -> None:
+    """Questions q and r each at places a and b: two independent figures, not four."""
+    values, groups, questions = [1, 0, 1, 1], ["a", "a", "b", "b"], ["q", "r", "q", "r"]
+    # means over places: q 1, r 1/2; variance 2 * 1/16 = 1/8, error sqrt(1/8 / 2) = 1/4
+    assert significance.grouped_error(values, groups, questions) == pytest.approx(0.25)
+    # a thousand copies of a place bring no information: the error is that of one place
+    once = significance.standard_error([1, 0, 1, 1])
+    places = [str(place) for place in range(1000) for _ in range(4)]
+    copies = significance.grouped_error([1, 0, 1, 1] * 1000, places, list("qrst") * 1000)
+    assert copies == pytest.approx(once) == 0.25
+    assert significance.grouped_error([1, 0, 1, 1] * 1000, places) < 0.01  # taken as independent
+    # differences b - a: q 0, -1; r 1, 1: means -1/2 and 1, variance 9/8, error sqrt(9/16)
+    paired = significance.paired_error([1, 0, 1, 0], [1, 1, 0, 1], groups, questions)
+    assert paired == pytest.approx(0.75)
+    assert significance.grouped_error([1, 0], ["a", "b"], ["q", "q"]) == 0.0  # one question
+
+
+def test_the_error_over_questions_is_what_drawing_questions_anew_gives() -> None:
+    """Also where only some questions stand at both places, as with --limit."""
+    random = np.random.default_rng(1)
+    easy = random.normal(size=400)
+    values = (easy[:, None] + random.normal(size=(400, 2)) > 0).astype(float)
+    places = [0] * 400 + [1] * 250
+    questions = [*range(400), *range(250)]
+    scores = [*values[:, 0], *values[:250, 1]]
+    found = significance.grouped_error(scores, [*map(str, places)], [*map(str, questions)])
+    drawn = []
+    for _ in range(2000):
+        chosen = random.integers(400, size=400)
+        first, second = values[chosen, 0], values[chosen[chosen < 250], 1]
+        drawn.append((first.mean() + second.mean()) / 2)
+    assert found == pytest.approx(np.std(drawn), rel=0.06)
+    as_independent = significance.grouped_error(scores, [*map(str, places)])
+    assert as_independent < 0.92 * found
+
+
+def test_mdqa_has_errors_over_questions_and_no_p() -> None:
+    ids = [f"{place}/{number}" for place in (0, 4) for number in (0, 1)]
+    own = {"ids": ids, "groups": ["0", "0", "4", "4"], "length": 8192}
+    first = result("a", "mdqa", [1, 0, 1, 0], [0] * 4, **own)
+    second = result("b", "mdqa", [1, 1, 0, 1], [0] * 4, **own)
+    (row,) = table.rows([[first], [second]])
+    # questions' means: first 1, 0; second 1/2, 1; differences -1/2, 1: as above
+    assert row.errors == pytest.approx((50.0, 25.0)) and row.difference == 25.0
+    assert row.difference_error == pytest.approx(75.0) and row.p is None
+    assert "MDQA has no p: McNemar's test takes" in table.text([row], ("a", "b"))
+    assert table.as_json([row], ("a", "b"), ["sampled"])["note"].endswith("their places.")
+    assert "MDQA" not in table.note(table.rows([[first]]))
 
 
 def test_mcnemar_by_hand() -> None:
@@ -132,9 +184,55 @@ def test_rulers_mean_is_that_of_one_length() -> None:
     ]
     means = [(row.title, row.scores) for row in table.rows([found]) if row.name == "ruler"]
     assert means == [
-        ("RULER 4,096, mean of 2", (100.0,)),
-        ("RULER 8,192, mean of 2", (0.0,)),
+        ("RULER 4,096, mean of 2 of 3", (100.0,)),
+        ("RULER 8,192, mean of 2 of 3", (0.0,)),
     ]
+
+
+def test_a_score_is_of_one_length_of_input() -> None:
+    """What two models read of the same long prompts, cut at different lengths, is not the same."""
+    short, long = (
+        [result("a", name, [score], [0.0], length=length) for name in ("squad", "nq", "mdqa")]
+        for length, score in ((2048, 0.0), (8192, 1.0))
+    )
+    rows = table.rows([[*short, *long]])
+    assert [(row.title, row.scores) for row in rows] == [
+        ("SQuAD at 2,048", (0.0,)),
+        ("NQ, documents at 2,048", (0.0,)),
+        ("reading 2,048, mean of 2 of 5", (0.0,)),
+        ("SQuAD at 8,192", (100.0,)),
+        ("NQ, documents at 8,192", (100.0,)),
+        ("reading 8,192, mean of 2 of 5", (100.0,)),
+        ("MDQA, 30 documents at 2,048", (0.0,)),
+        ("MDQA, 30 documents at 8,192", (100.0,)),
+    ]
+    assert table.rows([short, long]) == []
+    assert table.asked_differently([short, long]) == [
+        "SQuAD",
+        "NQ, documents",
+        "MDQA, 30 documents",
+    ]
+    assert table.asked_differently([short, [*short, *long]]) == []
+    assert len({each.file_name for each in (*short, *long)}) == 6
+
+
+def test_the_picture_has_places_of_one_length() -> None:
+    short, long = (
+        result("a", "mdqa", [score, 0.0], [0.0, 0.0], length=length, groups=["0", "4"])
+        for length, score in ((2048, 0.0), (8192, 1.0))
+    )
+    assert picture.by_place([[short, long], [long]]) == (8192, [{0: 100.0, 4: 0.0}] * 2)
+    assert picture.by_place([[short, long], [short]]) == (2048, [{0: 0.0, 4: 0.0}] * 2)
+    assert picture.by_place([[short], [long]]) == (0, [])
+
+
+def test_a_result_that_does_not_say_where_its_prompts_were_cut_is_refused(tmp_path: Path) -> None:
+    for task in ("piqa", "mdqa"):  # as earlier versions kept both
+        results.write(tmp_path, result("a", task, [1.0], [0.0], length=None))
+    with pytest.raises(UsageError, match=r"mdqa.sampled.json does not say .* were cut. Remove it"):
+        results.read(tmp_path)
+    (tmp_path / "results/mdqa.sampled.json").unlink()
+    assert [each.task for each in results.read(tmp_path)] == ["piqa"]
 
 
 def test_the_picture_has_ruler_by_length(tmp_path: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_skyladder.planning.calibration import calibrate
+from megatron_skyladder.planning.time_model import TimeModel
 
 
 def log_line(iteration: int, milliseconds: float, fraction: float, *, batch: int = 8) -> str:
@@ -84,6 +85,18 @@ def test_slow_first_lines_and_outliers_are_left_out(tmp_path: Path) -> None:
     assert found.num_dropped == 3
 
 
+def test_attempts_on_other_gpus_are_left_out(tmp_path: Path) -> None:
+    """Steps on half of the GPUs took twice the time; the fit is of the last attempt's."""
+    slow = [(i, 2 * (600 + 40 * i), i / 10) for i in range(1, 11)]
+    fast = [(i, 600 + 40 * (i - 10), (i - 10) / 10) for i in range(11, 21)]
+    size = "using world size: {}, data-parallel size: 1"
+    lines = [size.format(4), *started(slow), size.format(8), *started(fast)]
+    found = calibrate(write(tmp_path / "log", lines))
+    assert found.num_gpus == 8 and found.num_lines < 10
+    assert found.step_time.fixed == pytest.approx(0.6, abs=1e-3)
+    assert found.step_time.attention == pytest.approx(0.4, abs=1e-3)
+
+
 def test_other_batch_sizes_are_left_out(tmp_path: Path) -> None:
     lines = [log_line(step, 300 + 10 * step, step / 40, batch=4) for step in range(1, 20)]
     lines += [log_line(step, 600 + 10 * step, step / 40) for step in range(20, 40)]
@@ -103,30 +116,42 @@ def test_the_stated_spread_covers_the_truth(tmp_path: Path) -> None:
             for step in range(1, 51)
         ]
         found = calibrate(write(tmp_path / "log", lines))
-        error = found.saved_error(0.64)
+        error = found.saved_error(0.64, 1.0)
         assert 0 < error < 0.01
         assert 0.010 < found.spread < 0.030
         covered += abs(found.step_time.saved(0.64) - truth) <= 2 * error
     assert covered >= 34
 
 
-def test_error_of_the_saving_by_hand(tmp_path: Path) -> None:
-    """saved = (1 - f) b / (a + b): its derivatives, against small changes of a and b."""
+@pytest.mark.parametrize(("fraction", "baseline"), [(0.5, 1.0), (0.3, 0.4), (0.4, 0.4)])
+def test_error_of_the_saving_by_hand(tmp_path: Path, fraction: float, baseline: float) -> None:
+    """Against fits drawn by their covariance: how far apart are the savings they give?"""
     noise = random.Random(1)
     lines = [log_line(i, 600 + 20 * i + noise.gauss(0, 10), i / 20) for i in range(1, 21)]
     found = calibrate(write(tmp_path / "log", lines))
-    fixed, attention = found.step_time.fixed, found.step_time.attention
-    step = 1e-6
-
-    def saved(a: float, b: float) -> float:
-        return 0.5 * b / (a + b)
-
-    by_fixed = (saved(fixed + step, attention) - saved(fixed, attention)) / step
-    by_attention = (saved(fixed, attention + step) - saved(fixed, attention)) / step
+    mean = (found.step_time.fixed, found.step_time.attention)
     var_fixed, var_attention, both = found.covariance
-    variance = by_fixed**2 * var_fixed + by_attention**2 * var_attention
-    variance += 2 * by_fixed * by_attention * both
-    assert found.saved_error(0.5) == pytest.approx(math.sqrt(variance), rel=1e-3)
+    matrix = [[var_fixed, both], [both, var_attention]]
+    fits = np.random.default_rng(2).multivariate_normal(mean, matrix, size=20_000)
+    savings = [
+        1 - (fixed + attention * fraction) / (fixed + attention * baseline)
+        for fixed, attention in fits
+    ]
+    spread = float(np.std(savings))
+    assert (spread > 0) == (fraction != baseline)
+    assert found.saved_error(fraction, baseline) == pytest.approx(spread, rel=0.03)
+
+
+def test_the_range_is_that_of_the_runs_own_baseline(tmp_path: Path) -> None:
+    """Documents leave 40 % of the work, the ladder 30 %: the range is around what that saves."""
+    noise = random.Random(1)
+    lines = [log_line(i, 600 + 20 * i + noise.gauss(0, 10), i / 20) for i in range(1, 21)]
+    found = calibrate(write(tmp_path / "log", lines))
+    time = TimeModel(found.step_time, (found.step_time,), found, None, None, "log")
+    low, high = time.saved_range(0.3, 0.4)
+    assert (low + high) / 2 == pytest.approx(found.step_time.saved(0.3, 0.4))
+    assert high - low == pytest.approx(4 * found.saved_error(0.3, 0.4))
+    assert high - low < 0.3 * 4 * found.saved_error(0.3, 1.0)
 
 
 @pytest.mark.parametrize(

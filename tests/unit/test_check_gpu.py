@@ -16,8 +16,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
 from megatron_skyladder.attention import sdpa  # noqa: E402
+from megatron_skyladder.attention.backends import facts  # noqa: E402
 from megatron_skyladder.attention.backends.sdpa import SdpaBackend  # noqa: E402
-from megatron_skyladder.errors import UsageError  # noqa: E402
+from megatron_skyladder.cli import check_gpu, main  # noqa: E402
 from megatron_skyladder.gpu_check import bench as benches  # noqa: E402
 from megatron_skyladder.gpu_check import costs, kernels, page, phases, training  # noqa: E402
 from megatron_skyladder.gpu_check.bench import Bench  # noqa: E402
@@ -71,13 +72,21 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     assert "torch sees no CUDA device" in done.stderr and "--toy" in done.stderr
 
 
-def test_wrong_words(tmp_path: Path) -> None:
-    done = command(tmp_path, "--toy", "--phase", "timing")
-    assert done.returncode == 1 and "--phase timing is unknown. Phases are facts," in done.stderr
-    with pytest.raises(UsageError, match="--backends fa3 needs FlashAttention 3"):
-        Bench(toy=True, backends=["fa3"])
-    with pytest.raises(UsageError, match="--backends fa9 is unknown"):
-        Bench(toy=True, backends=["fa9"])
+def test_wrong_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong usage ends with 2, as the help says and as other commands do; a lack with 1."""
+    for words, message in (
+        (["--phase", "timing"], "argument --phase: invalid choice: 'timing' (choose from"),
+        (["--backends", "sdpa,fa9"], "argument --backends: 'fa9' is none of te, "),
+        (["--backends", ""], "argument --backends: '' is none of te, "),
+        (["--tou"], "unrecognized arguments: --tou. Did you mean --toy?"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["check-gpu", "--output", str(tmp_path), *words])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert tuple(phases.PHASES) == check_gpu.PHASES
+    done = command(tmp_path, "--toy", "--backends", "fa3")
+    assert done.returncode == 1 and "--backends fa3 needs FlashAttention 3" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_run_would_not_take_is_left_out(
@@ -199,6 +208,31 @@ def test_a_phase_that_breaks_is_reported_and_tried_again(
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize("upgraded", ["flash-attn", "transformer-engine", "cudnn"])
+def test_upgraded_kernels_are_checked_anew(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upgraded: str
+) -> None:
+    """The device, torch and our version stay; only a kernel's package is another."""
+    calls = []
+
+    def timed(bench: Bench, folder: Path) -> Result:
+        calls.append(folder)
+        return Result({"ms": 1})
+
+    monkeypatch.setitem(phases.PHASES, "facts", phases.Phase("facts", "", timed, 1))
+    lines: list[str] = []
+    for _ in range(2):
+        phases.run(bench, tmp_path, ["facts"], tell=lines.append)
+    assert len(calls) == 1 and lines[-1].endswith("done before")
+    version, cudnn = facts.version, "9.99.0"
+    monkeypatch.setattr(facts, "version", lambda x: "9.9.9" if x == upgraded else version(x))
+    if upgraded == "cudnn":
+        monkeypatch.setattr(facts, "cudnn_version", lambda: cudnn)
+    report = phases.run(bench, tmp_path, ["facts"], tell=lines.append)
+    assert len(calls) == 2 and report["kernels"][upgraded] in ("9.9.9", cudnn)
+    assert f"with another kernels: {tmp_path / 'check.json'}" in lines[-3]
+
+
 def test_a_wrong_kernel_is_not_in_the_table() -> None:
     def row(backend: str, kind: str, ms: float, **more: Any) -> dict[str, Any]:
         return {
@@ -234,6 +268,48 @@ def test_a_wrong_kernel_is_not_in_the_table() -> None:
     assert found is not None and found.order(Call.WINDOWS) == ("fa4",)
     del report["phases"]["numerics"]
     assert phases.table(report, 8) is None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_training_that_takes_too_long_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Neither itself nor what it started, which would be timed along with the next run."""
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    parent = (
+        "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', sys.argv[1]]); "
+        "print(child.pid, flush=True); child.wait()"
+    )
+    words, log = [sys.executable, "-c", parent, child], tmp_path / "log"
+    assert training.call(words, dict(os.environ), log, seconds=2) == 124
+    pid = int(log.read_text())
+    assert not _is_alive(pid)
+    # one that ends by itself, and leaves its child
+    words[2] = parent.removesuffix("child.wait()") + "sys.exit(3)"
+    assert training.call(words, dict(os.environ), log, seconds=60) == 3
+    assert int(log.read_text()) != pid and not _is_alive(int(log.read_text()))
+
+
+def test_the_trainer_is_in_the_session_that_is_ended(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun would start it in a session of its own, out of reach of a signal to the group."""
+    given: list[Any] = []
+
+    def call(*words: Any) -> int:
+        given.extend(words)
+        return 0
+
+    monkeypatch.setattr(training, "call", call)
+    assert training._train(bench, ["--seed", "1"], tmp_path / "a" / "log") == 0
+    trainer, environment, log, _ = given
+    assert trainer == [sys.executable, "-m", "megatron_skyladder.pretrain_gpt", "--seed", "1"]
+    assert (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
+    assert log.parent.is_dir()
 
 
 def test_training_that_fails_is_reported(

@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 
 from megatron_skyladder.cli import main
-from megatron_skyladder.planning import budget, estimate, run_flags
+from megatron_skyladder.planning import budget, estimate, parallel, plots, run_flags
 from megatron_skyladder.planning.evidence import MEASURED
 from megatron_skyladder.report import images
 
 BASE = "--preset 1b-8k"
 TIMED = f"{BASE} --tflops 100 --gpus 8"
+PARALLEL = (
+    "--preset 1b-32k --device h100 --gpus 8 --context-parallel-size 4 "
+    "--skyladder-context-parallel-layout"
+)
 
 
 def call(capsys: pytest.CaptureFixture[str], flags: str) -> str:
@@ -271,6 +275,68 @@ def test_a_budget_of_hours(capsys: pytest.CaptureFixture[str]) -> None:
     smaller = f"{TIMED} --skyladder-expand-fraction {whole['share'] - 0.01}"
     assert main(["plan", "--json", *smaller.split()]) == 0
     assert json.loads(capsys.readouterr().out)["time"]["ladder"]["hours"] > 270
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "balanced"])
+def test_budgets_go_by_the_busiest_rank_as_the_table_does(
+    capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    result = compare_json(capsys, f"{PARALLEL} {layout} --share 0.64 0.3 --budget-hours 116.5")
+    of_64, of_30 = (row["time"]["ladder"]["hours"] for row in result["schedules"][1:])
+    whole, longest, _ = (each["fit"] for each in result["budgets"])
+    assert whole["hours"] == pytest.approx(of_64, rel=1e-3)
+    assert longest["hours"] == pytest.approx(116.5, rel=1e-3)
+    (whole, *_) = fits(capsys, f"{PARALLEL} {layout} --budget-share 0.3")
+    assert whole and whole["hours"] == pytest.approx(of_30, rel=1e-3)
+
+
+def test_pictures_have_the_hours_of_the_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(images, "save", lambda figure, path: drawn.append(figure))
+    result = compare_json(capsys, f"{PARALLEL} zigzag --share 0.64 --plot c.svg")
+    time = result["schedules"][1]["time"]
+    constant, ladder = (time[name]["gpu_hours"] for name in ("constant", "ladder"))
+    *_, saved = drawn[0].axes
+    _, line = saved.get_lines()
+    label = f"{ladder:,.4g} GPU-hours, {100 * (ladder / constant - 1):+.1f} %"
+    assert line.get_label() == f"linear 64%: {label}"
+    assert line.get_ydata()[-1] == pytest.approx(constant - ladder)
+    flags = f"{PARALLEL} zigzag --skyladder-expand-fraction 0.64 --plot p.svg"
+    assert main(["plan", *flags.split()]) == 0
+    *_, cost = drawn[1].axes
+    line, reference = cost.get_lines()
+    assert line.get_label().endswith(label) and line.get_ydata()[-1] == pytest.approx(ladder)
+    assert reference.get_ydata()[-1] == pytest.approx(constant)
+    # and between windows that divide the sequence a step costs what the busiest rank's work does
+    parser = argparse.ArgumentParser()
+    run_flags.add_run_flags(parser)
+    plan = estimate.make_plan(parser.parse_args(flags.split()[:-2]), name="run")
+    work = parallel.parallel_costs(plan, plan.window(24_000)).work
+    assert plan.time and max(work) > 1.1 * sum(work) / len(work)
+    busiest = max(work) * len(work) / plan.causal_pairs
+    of_attention = (
+        plots._step_cost(plan, 24_000) - plan.time.step.fixed
+    ) / plan.time.step.attention
+    assert of_attention == pytest.approx(busiest, rel=0.01)
+
+
+@pytest.mark.parametrize("command", ["plan", "compare --schedule linear stepwise"])
+def test_pictures_of_a_model_that_is_not_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """It has windows and work, no FLOPs and no hours."""
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(images, "save", lambda figure, path: drawn.append(figure))
+    launch = "--seq-length 8192 --global-batch-size 512 --train-iters 1000 --plot p.png"
+    assert main([*command.split(), *launch.split()]) == 0, capsys.readouterr().err
+    titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
+    assert titles == ["Window", "Attention work" if command == "plan" else "Mean visible context"]
+    labels = [line.get_label() for line in drawn[0].axes[0].get_lines()]
+    assert not any("FLOPs" in label or "hours" in label for label in labels)
 
 
 def test_the_smallest_share_that_fits_is_found() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from megatron_skyladder.cli import main
 from megatron_skyladder.data.indexed import IndexedWriter
+from megatron_skyladder.planning import estimate, parallel, run_flags
 
 # 100 steps of 4 rows of 64 tokens; windows of 8 at step 0, 16 at step 8, 24 at step 16, ...
 LAUNCH = (
@@ -61,6 +63,24 @@ def test_balance_and_traffic_by_hand(capsys: pytest.CaptureFixture[str]) -> None
     # the whole row: zigzag balances it
     assert plan["stages"]["99"]["work_max_over_mean"] == 1.0
     assert 1.0 < plan["work_max_over_mean"] < 464 / 368
+
+
+def test_the_busiest_rank_over_a_run_is_the_mean_over_its_steps() -> None:
+    """Against every step of a run with more steps than are looked at."""
+    parser = argparse.ArgumentParser()
+    run_flags.add_run_flags(parser)
+    slow = f"--context-parallel-size 2 --train-iters 5000 --skyladder-alpha 1/64 {ZIGZAG}"
+    words = LAUNCH.removeprefix("plan ").split()
+    plan = estimate.make_plan(parser.parse_args([*words, *slow.split()]), name="run")
+    works = {
+        window: parallel.parallel_costs(plan, window).work
+        for window in {plan.window(step) for step in range(5000)}
+    }
+    of_steps = [works[plan.window(step)] for step in range(5000)]
+    exact = sum(map(max, of_steps)) / sum(sum(work) / 2 for work in of_steps)
+    assert exact > 1.01 and plan.busiest_over_mean == pytest.approx(exact, rel=2e-3)
+    at_steps = [plan.timed_fraction_at(step) for step in range(5000)]
+    assert sum(at_steps) / 5000 == pytest.approx(plan.timed_fractions[1], rel=2e-3)
 
 
 def test_tensor_parallel_ranks_share_the_groups(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,9 @@
 """From logs to curves, figures, tables and the page."""
 
 import json
+import math
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from report_logs import BATCH, GPUS, SEQ_LENGTH, STEPS, write_log
 from megatron_skyladder.cli import main
 from megatron_skyladder.ladder.schedules import WindowSchedule
 from megatron_skyladder.planning.calibration import calibrate
+from megatron_skyladder.report.by_length import loss_by_length
 from megatron_skyladder.report.curves import Run, axes_of, load_runs
 from megatron_skyladder.report.groups import Group, group_runs
 from megatron_skyladder.report.page import write_report
 from megatron_skyladder.report.panels import smoothed, spread, thinned
-from megatron_skyladder.report.pictures import PICTURES, Picture
+from megatron_skyladder.report.pictures import PICTURES, Picture, throughput
 from megatron_skyladder.report.runlog import parse
 from megatron_skyladder.report.sentences import sentences
 from megatron_skyladder.report.stability import Stability, loss_ratios, stability
@@ -75,6 +77,31 @@ def test_compute_is_left_out_where_a_run_has_no_rate(runs: list[Run]) -> None:
     assert without.flops is None
     assert set(axes_of([runs[1], without])) == {"tokens", "time"}
     assert set(axes_of(runs)) == {"tokens", "time", "flops"}
+
+
+def resized(runs: list[Run]) -> Run:
+    """Return a run whose second half went on with a quarter of the GPUs."""
+    text = _text_of(runs[0])
+    head, first = text.split(" [2026", 1)[0], text.index("iteration    52500/")
+    start = text.rindex(" [2026", 0, first)
+    fewer = head.replace(f"world size: {GPUS}", f"world size: {GPUS // 4}")
+    return Run("resized", parse(text[:start] + fewer + text[start:]))
+
+
+def test_each_attempts_own_gpus_count(runs: list[Run]) -> None:
+    run, same = resized(runs), runs[0]
+    assert run.flops is not None and same.flops is not None
+    # half of the run's work, and a quarter of the other half's
+    assert run.flops[-1] == pytest.approx(same.flops[-1] * 5 / 8, rel=0.03)
+    assert [row.cells for row in summary([run]) if row.label == "GPUs"] == [["8, then 2"]]
+    (rate, *_) = throughput([Group("resized", (run,))])
+    _, tokens = rate.lines[0].logged or rate.lines[0].curve
+    assert rate.y_label == "tokens per second and GPU"
+    assert tokens[-1] == pytest.approx(4 * tokens[5], rel=0.05)
+    unknown = Run("unknown", parse(_text_of(runs[0]).split("\n", 1)[1]))
+    assert unknown.flops is None
+    (rate, *_) = throughput([Group("unknown", (unknown,))])
+    assert rate.y_label == "tokens per second"
 
 
 def test_units_fit_the_longest_run(runs: list[Run]) -> None:
@@ -431,6 +458,61 @@ def test_the_opening_on_seeds(runs: list[Run]) -> None:
         for n, shift in enumerate((-0.1, 0, 0.1))
     ]
     assert "no more than seeds or noise make" in said([runs[0], *wide])["s (3 seeds)"]
+
+
+def until(run: Run, iteration: int) -> Run:
+    """Return a run that has come to an iteration."""
+    log = replace(
+        run.log,
+        iterations=[each for each in run.log.iterations if each.iteration <= iteration],
+        validations=[each for each in run.log.validations if each.iteration <= iteration],
+    )
+    return Run(run.name, log)
+
+
+def test_seeds_that_have_not_come_as_far(runs: list[Run]) -> None:
+    """Losses after 50,000 iterations and after 100,000 are not averaged."""
+    seeds = [with_settings(runs[1], f"s-{n}", seed=str(n), shift=-0.47) for n in (1, 2)]
+    seeds[1] = until(seeds[1], 50_000)
+    constant = runs[0].validations()
+    half = constant[1].loss
+    assert half is not None and constant[1].iteration == 50_000
+    text = said([runs[0], *seeds])["s (2 seeds)"]
+    at = "at 52.43 billion tokens"
+    assert text == (  # a half of the advantage of 0.03, and the shift
+        f"validation loss {half - 0.485:.4f} ± 0.0000 (standard deviation of the seeds) {at}, as "
+        f"far as all have come; -0.4850 against constant {at}: better."
+    )
+    # as what others are compared with, too: the one that came as far has the time
+    text = said([*seeds, runs[0]])["constant"]
+    assert re.match(r"took 11\.\d % more time than s \(2 seeds\)", text)
+    assert "is worse by 0.4850 in validation loss where both were validated last" in text
+    without = [*seeds, with_settings(runs[1], "s-3", seed="3", shift=math.nan)]
+    text = said([runs[0], *without])["s (3 seeds)"]
+    assert text.endswith("better; 1 of 3 seeds left out: no finite validation loss to end with.")
+
+
+def test_losses_by_length_of_seeds_that_have_not_come_as_far(runs: list[Run]) -> None:
+    seeds = [with_settings(runs[1], f"s-{n}", seed=str(n), shift=-0.47) for n in (1, 2)]
+    whole = loss_by_length(group_runs([runs[0], *seeds]))
+    seeds[1] = until(seeds[1], 50_000)
+    own, _, difference, _ = loss_by_length(group_runs([runs[0], *seeds]))
+    assert own.title == "Loss where all seeds have been, by context length"
+    at_half = seeds[1].validations()[-1].by_length
+    np.testing.assert_allclose(own.lines[1].curve[1], list(at_half.values()))
+    assert (
+        own.lines[1].band is not None and np.ptp(own.lines[1].band[0] - own.lines[1].band[1]) == 0
+    )
+    assert difference.title == "Difference to constant at equal tokens, by context length"
+    # half of the advantages, and the shift of the plain loss alone
+    np.testing.assert_allclose(difference.lines[1].curve[1], [-0.018, -0.018, -0.015], atol=1e-5)
+    assert [panel.title for panel in whole[:1]] == ["Final loss by context length"]
+    assert whole[2].title == "Difference to constant, by context length"
+    np.testing.assert_allclose(whole[2].lines[1].curve[1], [-0.036, -0.036, -0.03], atol=1e-5)
+    half = [runs[0], until(runs[1], 50_000)]  # also of runs alone
+    np.testing.assert_allclose(
+        loss_by_length(group_runs(half))[2].lines[1].curve[1], [-0.018, -0.018, -0.015], atol=1e-5
+    )
 
 
 def test_the_opening_on_diverged_runs(runs: list[Run], diverged: list[Run]) -> None:

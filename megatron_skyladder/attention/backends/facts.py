@@ -13,12 +13,14 @@ FLASH_ATTENTIONS = {  # name of a backend: distribution
     "fa3": "flash_attn_3",
     "fa4": "flash-attn-4",
 }
+TRANSFORMER_ENGINE = "transformer-engine"
 UNFUSED = "UnfusedDotProductAttention"
 
 
 def gpu_facts() -> dict[str, Any]:
-    """Return cuDNN's version, those of FlashAttention, and TE's sub-backends where it is there."""
+    """Return the versions of cuDNN, TE and FlashAttention, and TE's sub-backends where it is."""
     found: dict[str, Any] = {"cudnn": cudnn_version()}
+    found[TRANSFORMER_ENGINE] = version(TRANSFORMER_ENGINE)
     for distribution in FLASH_ATTENTIONS.values():
         found[distribution] = version(distribution)
     chosen = te_sub_backends()
