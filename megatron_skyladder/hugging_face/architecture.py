@@ -287,7 +287,9 @@ def bridge_arguments(run_config: Mapping[str, Any]) -> Namespace:
     model = dict(run_config["model"])
     activation = model.get("activation_func") or {}
     target = activation.get("_target_") if isinstance(activation, Mapping) else activation
-    args = Namespace(**{name: value for name, value in model.items() if _is_plain(value)})
+    # what decides the model comes along whatever it is: an object is refused, not left out
+    kept = {name: v for name, v in model.items() if name in EXPRESSIBLE or _is_plain(v)}
+    args = Namespace(**kept)
     args.swiglu = bool(model.get("gated_linear_unit")) and str(target).endswith(".silu")
     args.num_query_groups = model.get("num_query_groups") or model["num_attention_heads"]
     args.group_query_attention = True
@@ -300,8 +302,6 @@ def bridge_arguments(run_config: Mapping[str, Any]) -> Namespace:
     args.passes_rope_scaling_factor = True  # unlike Megatron-LM
     args.rotary_seq_len_interpolation_factor = model.get("seq_len_interpolation_factor")
     args.passes_rotary_interpolation = True
-    if args.position_embedding_type == "rope":
-        args.window_size = model.get("window_size")
     tokenizer = run_config.get("tokenizer") or {}
     for name in ("tokenizer_type", "tokenizer_model", "vocab_size"):
         setattr(args, name, tokenizer.get(name))
@@ -313,6 +313,8 @@ def bridge_arguments(run_config: Mapping[str, Any]) -> Namespace:
 
 
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):  # one entry for each layer; Bridge writes frequencies as such
+        return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
 
 
