@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_skyladder.ladder.continuation import Checkpoint
+from megatron_skyladder.ladder.flags import PREFIX
+
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
 PRECISIONS = ("float32", "bfloat16", "float16")
 DEFAULT_ROTARY_BASE = 10_000
@@ -55,6 +58,8 @@ EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "heterogeneous_layers_config_path": (None,),
     "heterogeneous_layers_config_encoded_json": (None,),
 }
+# what a schedule needs beside its flags and the model, and Bridge keeps in other sections
+_OF_THE_CLOCK = ("train_iters", "train_samples", "global_batch_size")
 _YARN_ARGUMENTS: dict[str, Any] = {  # Megatron's, with what its module has where they are None
     "rotary_scaling_factor": 1.0,
     "yarn_original_max_position_embeddings": 4096,
@@ -307,8 +312,10 @@ def bridge_arguments(run_config: Mapping[str, Any]) -> Namespace:
         setattr(args, name, tokenizer.get(name))
     if args.vocab_size is None:
         args.vocab_size = model.get("vocab_size")
-    environment = run_config.get("env_vars") or {}
-    args.skyladder_fingerprint = environment.get("SKYLADDER_FINGERPRINT")
+    ladder = Checkpoint.of_variables(run_config.get("env_vars") or {}, 0).arguments
+    for name, value in vars(ladder).items():
+        if name.startswith(PREFIX) or name in _OF_THE_CLOCK:
+            setattr(args, name, value)
     return args
 
 
