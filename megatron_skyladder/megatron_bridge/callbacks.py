@@ -79,7 +79,8 @@ class LadderCallback(Callback):
             )
 
     def _check_checkpoint(self, state: Any, options: Namespace) -> None:
-        checkpoint = checkpoints.loaded(state)
+        allowed = bool(getattr(options, "skyladder_allow_schedule_change", None))
+        checkpoint = checkpoints.loaded(state, may_be_unknown=allowed)
         if checkpoint is None:
             return
         resuming.check(checkpoint, options)
