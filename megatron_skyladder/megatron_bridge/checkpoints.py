@@ -39,18 +39,21 @@ def loaded(state: Any, *, may_be_unknown: bool) -> Checkpoint | None:
     try:
         return _read(state, consumed)
     except Exception as error:  # whatever the readers of two trainers raise
-        text = (
-            f"the schedule of the checkpoint in {state.cfg.checkpoint.load} cannot be read "
-            f"({type(error).__name__}: {error})"
-        )
+        load, why = state.cfg.checkpoint.load, f"{type(error).__name__}: {error}"
     if may_be_unknown:
-        logger.warning("%s, so it is not compared with this run's, as allowed", text)
+        logger.warning(
+            "the schedule of the checkpoint in %s cannot be read (%s), so it is not compared with "
+            "this run's, as allowed",
+            load,
+            why,
+        )
         return None
     raise UsageError(
-        f"{text}, so nobody knows whether this run would go on under it. A run that was ended "
-        "while it saved may leave no run_config.yaml, and local checkpoints have none. Load an "
-        "earlier iteration (checkpoint.ckpt_step), or make sure that the settings are those of the "
-        "run before and set skyladder.allow_schedule_change=true."
+        f"the schedule of the checkpoint in {load} cannot be read ({why}), so nobody knows whether "
+        "this run would go on under it. A run that was ended while it saved may leave no "
+        "run_config.yaml, and local checkpoints have none. Load an earlier iteration "
+        "(checkpoint.ckpt_step), or make sure that the settings are those of the run before and "
+        "set skyladder.allow_schedule_change=true."
     )
 
 
