@@ -50,11 +50,12 @@ def extend_to_128k() -> Any:
 def _extension(seq_length: int, tokens: float) -> Any:
     """Return a run that begins with the weights in checkpoint.pretrained_checkpoint.
 
-    Its samples are counted from 0, and so is the ladder. The RoPE scaling of Llama 3.2 reaches
+    Its samples are counted from 0, and so is the ladder. Bridge takes the weights alone there, by
+    setting checkpoint.finetune itself; set here, a run that was stopped would not go on either.
+    The RoPE scaling of Llama 3.2 reaches
     131,072 tokens and stays; for another model set model.rotary_base for the new length.
     """
     cfg = _llama(seq_length=seq_length, batch_tokens=2**22, tokens=tokens)
-    cfg.checkpoint.finetune = True  # the weights alone
     cfg.optimizer.lr, cfg.optimizer.min_lr = 2e-5, 2e-6
     cfg.scheduler.lr_warmup_iters = 20
     cfg.model.recompute_granularity, cfg.model.recompute_method = "full", "uniform"

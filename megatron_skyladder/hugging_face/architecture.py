@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_skyladder.ladder.continuation import Checkpoint
+from megatron_skyladder.ladder.flags import PREFIX
+
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
 PRECISIONS = ("float32", "bfloat16", "float16")
 DEFAULT_ROTARY_BASE = 10_000
@@ -55,6 +58,8 @@ EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "heterogeneous_layers_config_path": (None,),
     "heterogeneous_layers_config_encoded_json": (None,),
 }
+# what a schedule needs beside its flags and the model, and Bridge keeps in other sections
+_OF_THE_CLOCK = ("train_iters", "train_samples", "global_batch_size")
 _YARN_ARGUMENTS: dict[str, Any] = {  # Megatron's, with what its module has where they are None
     "rotary_scaling_factor": 1.0,
     "yarn_original_max_position_embeddings": 4096,
@@ -287,7 +292,9 @@ def bridge_arguments(run_config: Mapping[str, Any]) -> Namespace:
     model = dict(run_config["model"])
     activation = model.get("activation_func") or {}
     target = activation.get("_target_") if isinstance(activation, Mapping) else activation
-    args = Namespace(**{name: value for name, value in model.items() if _is_plain(value)})
+    # what decides the model comes along whatever it is: an object is refused, not left out
+    kept = {name: v for name, v in model.items() if name in EXPRESSIBLE or _is_plain(v)}
+    args = Namespace(**kept)
     args.swiglu = bool(model.get("gated_linear_unit")) and str(target).endswith(".silu")
     args.num_query_groups = model.get("num_query_groups") or model["num_attention_heads"]
     args.group_query_attention = True
@@ -300,19 +307,21 @@ def bridge_arguments(run_config: Mapping[str, Any]) -> Namespace:
     args.passes_rope_scaling_factor = True  # unlike Megatron-LM
     args.rotary_seq_len_interpolation_factor = model.get("seq_len_interpolation_factor")
     args.passes_rotary_interpolation = True
-    if args.position_embedding_type == "rope":
-        args.window_size = model.get("window_size")
     tokenizer = run_config.get("tokenizer") or {}
     for name in ("tokenizer_type", "tokenizer_model", "vocab_size"):
         setattr(args, name, tokenizer.get(name))
     if args.vocab_size is None:
         args.vocab_size = model.get("vocab_size")
-    environment = run_config.get("env_vars") or {}
-    args.skyladder_fingerprint = environment.get("SKYLADDER_FINGERPRINT")
+    ladder = Checkpoint.of_variables(run_config.get("env_vars") or {}, 0).arguments
+    for name, value in vars(ladder).items():
+        if name.startswith(PREFIX) or name in _OF_THE_CLOCK:
+            setattr(args, name, value)
     return args
 
 
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):  # one entry for each layer; Bridge writes frequencies as such
+        return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
 
 

@@ -24,7 +24,7 @@ from megatron_skyladder.megatron_bridge.console import show_warnings
 from megatron_skyladder.megatron_bridge.spelling import translated
 from megatron_skyladder.megatron_bridge.step import ForwardStep
 from megatron_skyladder.megatron_bridge.training_log import TrainingLog
-from megatron_skyladder.runtime import kept_keys, resuming
+from megatron_skyladder.runtime import attention_present, kept_keys, resuming
 from megatron_skyladder.runtime.probe import probe_mask
 from megatron_skyladder.runtime.probe.moments import sequence_faults
 from megatron_skyladder.runtime.probe.sequences import made_up
@@ -79,13 +79,15 @@ class LadderCallback(Callback):
             )
 
     def _check_checkpoint(self, state: Any, options: Namespace) -> None:
-        checkpoint = checkpoints.loaded(state)
+        allowed = bool(getattr(options, "skyladder_allow_schedule_change", None))
+        checkpoint = checkpoints.loaded(state, may_be_unknown=allowed)
         if checkpoint is None:
             return
         resuming.check(checkpoint, options)
 
     def on_train_start(self, context: CallbackContext) -> None:
         """Try the mask on the real model; then watch the first step."""
+        attention_present.check(context.model)
         self._log = TrainingLog(context.state.cfg)
         kept_keys.announce(context.model, clock.current())
         if self._config.probe:

@@ -7,6 +7,7 @@ in the table of Megatron-LM's flags, and is asked of the model's provider as wel
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -148,6 +149,22 @@ def _other_eval_cp(cfg: Any) -> Any:
     return None if size == cfg.model.context_parallel_size else size
 
 
+def _weights_from_where_it_saves(cfg: Any) -> str | None:
+    """Return the folder where a stopped run would begin again rather than go on.
+
+    Bridge sets ``finetune`` itself where it falls back to ``pretrained_checkpoint``, which it does
+    only if there is nothing to load.
+    """
+    from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
+
+    checkpoint = cfg.checkpoint
+    load, save = checkpoint.load, checkpoint.save
+    if not checkpoint.finetune or not load or not save:
+        return None
+    same = os.path.abspath(load) == os.path.abspath(save)
+    return load if same and checkpoint_exists(load) else None
+
+
 def _is_set(section: str, name: str) -> Callable[[Any], Any]:
     return lambda cfg: getattr(getattr(cfg, section), name, None)
 
@@ -247,6 +264,14 @@ REFUSALS = (
         _is_set("model", "multi_latent_attention"),
         "it has not been tested in Megatron Bridge",
         "Train with megatron_skyladder.pretrain_gpt.",
+    ),
+    Refusal(
+        "checkpoint.finetune=true",
+        _weights_from_where_it_saves,
+        "it takes the weights alone from {value}, where this run saves, so a run that was stopped "
+        "begins again, and its ladder too",
+        "To go on, leave it out: Bridge sets it when it begins from pretrained_checkpoint. To "
+        "begin again, save in another folder.",
     ),
     Refusal(
         "inprocess_restart.enabled=true",

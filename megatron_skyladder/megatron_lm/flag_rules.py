@@ -242,6 +242,12 @@ RULES = (
         entry_point_always=True,
     ),
     FlagRule(
+        "--logits-save-dir",
+        Effect.NOTED,
+        "saves what the model says from within the window of each step, not from whole sequences",
+        "For a student of whole sequences, save without --skyladder-*.",
+    ),
+    FlagRule(
         "--fp8-format",
         Effect.NOTED,
         "runs the linear layers in FP8; SkyLadder's attention stays in 16 bits",

@@ -33,7 +33,7 @@ from megatron_skyladder.megatron_lm import (
 )
 from megatron_skyladder.megatron_lm.adapter import MegatronLM
 from megatron_skyladder.megatron_lm.training_log import counting_windows, logging_metrics
-from megatron_skyladder.runtime import kept_keys, trainer
+from megatron_skyladder.runtime import attention_present, kept_keys, trainer
 from megatron_skyladder.runtime.weights import draw_as_reference
 
 logger = logging.getLogger(__name__)
@@ -226,6 +226,7 @@ def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
         warn_where_nothing_is_validated(compat.args())
         given = signature.bind(*args, **kwargs)
         train_with = given.arguments
+        attention_present.check(train_with["model"])
         layout_choice.choose(compat.args(), train_with["model"], train_with["forward_step_func"])
         kept_keys.announce(train_with["model"], active)
         if not active.config.probe:
@@ -309,7 +310,8 @@ HOOKS = (
         "megatron.training.training",
         "train",
         _probe_before_training,
-        "to try the mask on the real model before training, under the layout chosen for it",
+        "to try the mask on the real model before training, under the layout chosen for it, and to "
+        "refuse a model that has no windows",
     ),
     Hook(
         "megatron.training.training",

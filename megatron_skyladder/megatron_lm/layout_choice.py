@@ -17,6 +17,10 @@ from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.sequence_layout import Kind
 
 ARRANGES = "watch_sequences"  # what a patched forward step calls, see `patch_calls`
+_BY_PLACE = (  # what Megatron stores of each token or reads again, by rank and place on it
+    *("logits_load_dir", "logits_save_dir"),  # a teacher's, whose shapes fit in any order
+    *("moe_routing_trace_path", "save_activations_interval", "save_dgrads_interval"),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,12 @@ def _keeps_zigzag(options: Any, config: Any, forward_step: Callable[..., Any]) -
         )
     if clock.current().config.recurrent_state:
         return "the recurrent layers of the pattern take tokens in the order of Megatron's cut."
+    for name in _BY_PLACE:
+        if getattr(options, name, None) is not None:
+            return (
+                f"--{name.replace('_', '-')} goes by a token's place in Megatron's cut: files have "
+                "no positions."
+            )
     positions = getattr(options, "position_embedding_type", "rope")
     if positions not in ("rope", "yarn", "learned_absolute", "none"):
         return f"--position-embedding-type {positions} takes its positions from elsewhere."

@@ -140,6 +140,18 @@ def fully_reshardable(cfg: Any) -> None:
     cfg.checkpoint.dist_ckpt_optim_fully_reshardable = True
 
 
+def interim_checkpoints(cfg: Any) -> None:
+    checkpoint = cfg.checkpoint
+    checkpoint.non_persistent_ckpt_type, checkpoint.non_persistent_save_interval = "global", 2
+
+
+def checkpoints_that_cannot_be_found(cfg: Any) -> None:
+    """As under a later Bridge that puts them elsewhere."""
+    from megatron_skyladder.megatron_bridge import checkpoints
+
+    checkpoints._folders = lambda *_: []
+
+
 def experts(cfg: Any) -> None:
     model = cfg.model
     model.num_moe_experts, model.moe_router_topk, model.moe_ffn_hidden_size = 4, 2, 64

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bridge_runs import BridgeRun, BridgeRuns
@@ -15,8 +16,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "bridge"
 NO_FILES = ("tokenizer.tokenizer_type=NullTokenizer", "tokenizer.tokenizer_model=null")
 
 
-def trained(runs: BridgeRuns, recipe: str, *words: str) -> BridgeRun:
-    return command(runs, "--recipe", f"own_recipe:{recipe}", *SMALL.split(), *NO_FILES, *words)
+def trained(runs: BridgeRuns, recipe: str, *words: str, **options: Any) -> BridgeRun:
+    words = ("--recipe", f"own_recipe:{recipe}", *SMALL.split(), *NO_FILES, *words)
+    return command(runs, *words, **options)
 
 
 def test_the_ladder_of_a_context_extension(runs: BridgeRuns) -> None:
@@ -31,19 +33,61 @@ def test_the_ladder_of_a_context_extension(runs: BridgeRuns) -> None:
     assert windows(base)[0] == 8
     previous = f"{runs.folder}/base"
     for recipe, start in (("extend_to_32k", 128), ("extend_to_128k", 256)):
-        save = f"{runs.folder}/{recipe}"
-        run = trained(
-            runs,
-            recipe,
-            *("skyladder.preset=extend-context", f"skyladder.start_window={start}"),
-            *("skyladder.round_to=null", "skyladder.intra_document=true"),
-            *(f"model.seq_length={2 * start}", f"dataset.seq_length={2 * start}"),
-            *("model.context_parallel_size=1", "train.train_iters=4"),
-            f"checkpoint.pretrained_checkpoint={previous}",
-            *(f"checkpoint.save={save}", f"checkpoint.load={save}", "checkpoint.save_interval=4"),
-        )
+        run = extended(runs, recipe, start, previous, f"{runs.folder}/{recipe}")
         assert (windows(run)[0], windows(run)[-1]) == (start, 2 * start)
-        previous = save
+        previous = f"{runs.folder}/{recipe}"
+
+
+def extended(
+    runs: BridgeRuns, recipe: str, start: int, previous: str, save: str, *words: str, **options: Any
+) -> BridgeRun:
+    """Run one stage as extend_context.sh does, to twice the length that the model has."""
+    return trained(
+        runs,
+        recipe,
+        *("skyladder.preset=extend-context", f"skyladder.start_window={start}"),
+        *("skyladder.round_to=null", "skyladder.intra_document=true"),
+        *(f"model.seq_length={2 * start}", f"dataset.seq_length={2 * start}"),
+        *("model.context_parallel_size=1", "train.train_iters=4"),
+        f"checkpoint.pretrained_checkpoint={previous}",
+        *(f"checkpoint.save={save}", f"checkpoint.load={save}", "checkpoint.save_interval=4"),
+        *words,
+        **options,
+    )
+
+
+def test_a_stage_that_was_stopped_goes_on(runs: BridgeRuns) -> None:
+    """Bridge's optimizer, samples and the ladder too; a stage that is done is not trained again."""
+    base, save = f"{runs.folder}/stopped-base", f"{runs.folder}/stopped"
+    saving = (f"checkpoint.save={base}", "checkpoint.save_interval=4")
+    trained(runs, "pretrain_1b_4k", "skyladder.start_window=8", *saving)
+    stage = ("extend_to_32k", 128, base)
+    straight = extended(runs, *stage, f"{runs.folder}/straight")
+
+    stopped = extended(runs, *stage, save, "train.exit_interval=2")
+    going_on = extended(runs, *stage, save)
+    assert [*steps(stopped), *steps(going_on)] == steps(straight)
+    assert [number for number, _ in steps(going_on)] == [3, 4]
+    assert windows(stopped) + windows(going_on) == windows(straight)
+
+    assert steps(extended(runs, *stage, save)) == []
+
+
+def test_weights_alone_from_where_a_run_saves_are_refused(runs: BridgeRuns) -> None:
+    """Under checkpoint.finetune it would begin again, each time that it was stopped."""
+    save = f"{runs.folder}/finetuned"
+    words = ("checkpoint.finetune=true", "skyladder.start_window=8", "checkpoint.save_interval=2")
+    words += (f"checkpoint.save={save}", f"checkpoint.load={save}")
+    trained(runs, "pretrain_1b_4k", *words, "train.exit_interval=2")
+    again = trained(runs, "pretrain_1b_4k", *words, exit_codes=(2,))
+    assert "checkpoint.finetune=true cannot be combined with SkyLadder" in again.log()
+    assert f"weights alone from {save}, where this run saves" in again.log()
+
+
+def steps(run: BridgeRun) -> list[tuple[int, float]]:
+    """Return the iterations that a run trained, and their losses."""
+    lines = re.findall(r"iteration\s+(\d+)/\s+\d+ \|.* lm loss: (\S+)", run.log())
+    return [(int(iteration), float(loss)) for iteration, loss in lines]
 
 
 def windows(run: BridgeRun) -> list[int]:

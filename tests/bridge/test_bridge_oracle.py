@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bridge_bodies import VOCAB
+from bridge_bodies import SEQ, VOCAB
 from bridge_runs import LADDER, BridgeRuns
 from safetensors.torch import load_file
 
@@ -23,6 +23,8 @@ def test_autobridge_exports_the_same_tensors(
 ) -> None:
     run = runs.bridge(2 if layout else 1, ladder=LADDER, save_interval=4, exit_interval=4, **layout)
     ours = export(run.checkpoint, tmp_path / "ours", without_tokenizer=True, vocab_size=VOCAB)
+    window = runs.reference(LADDER).steps()[4]["window"]
+    assert f"the checkpoint stands at a window of {window} of {SEQ} tokens" in ours.notes[0]
     other = runs.start(
         "export",
         body_module="bridge_oracle",

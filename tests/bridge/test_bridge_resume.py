@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +75,63 @@ def test_another_schedule_is_refused(half: str, halves: Halves) -> None:
     assert "skyladder.allow_schedule_change=true" in log
 
 
+@pytest.fixture(scope="module")
+def routes(runs: BridgeRuns) -> dict[str, dict[str, Any]]:
+    """Where Bridge looks besides a folder of iterations: in one of them, and at interim ones."""
+    options = {"save_interval": 3, "exit_interval": 4, "change": "interim_checkpoints"}
+    half = runs.bridge(ladder=LADDER, **options)
+    elsewhere = half.folder / "elsewhere"
+    shutil.copytree(half.checkpoint / "non_persistent", elsewhere / "non_persistent")
+    return {
+        "an iteration": {"load": str(half.checkpoint / "non_persistent" / "iter_0000004")},
+        "interim": {"load": str(half.checkpoint), "change": "interim_checkpoints"},
+        "interim alone": {"load": str(elsewhere), "change": "interim_checkpoints"},
+    }
+
+
+ROUTES = ("an iteration", "interim", "interim alone")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_another_schedule_is_refused_by_every_route(
+    route: str, routes: dict[str, dict[str, Any]], runs: BridgeRuns
+) -> None:
+    log = runs.bridge(ladder=OTHER, exit_codes=(1,), **routes[route]).log()
+    assert "the checkpoint was trained under another schedule" in log
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_route_goes_on(
+    route: str, routes: dict[str, dict[str, Any]], runs: BridgeRuns
+) -> None:
+    run = runs.bridge(ladder=LADDER, **routes[route])
+    assert [step["iteration"] for step in run.steps()] == [5, 6, 7, 8]
+    assert differences(runs.reference(LADDER), run, first=4) == (0, 0)
+    assert "cannot be read" not in run.log()
+
+
+def test_a_local_checkpoint_is_compared_by_the_one_saved_before_it(tmp_path: Path) -> None:
+    """It has no configuration of its own."""
+    from megatron_skyladder.megatron_bridge import checkpoints
+
+    for name in ("iter_0000002", "iter_0000004", "iter_0000006", "hf"):
+        (tmp_path / name).mkdir()
+    found = checkpoints._before(str(tmp_path), 5)
+    assert found == [str(tmp_path / "iter_0000004"), str(tmp_path / "iter_0000002")]
+    assert checkpoints._before(str(tmp_path / "absent"), 5) == []
+
+
+def test_a_schedule_that_cannot_be_read_is_refused(halves: Halves) -> None:
+    half, change = halves.of_bridge, "checkpoints_that_cannot_be_found"
+    log = goes_on(halves, half, change=change, exit_codes=(1,)).log()
+    assert f"the schedule of the checkpoint in {half.checkpoint} cannot be read" in log
+    assert "skyladder.allow_schedule_change=true" in log
+    allowed = {**LADDER, "allow_schedule_change": True}
+    run = goes_on(halves, half, change=change, ladder=allowed)
+    assert "SkyLadder: WARNING: the schedule of the checkpoint in" in run.log()
+    assert [step["iteration"] for step in run.steps()] == [5, 6, 7, 8]
+
+
 def test_bridges_checkpoint_under_another_schedule_is_refused_by_megatron_lm(
     halves: Halves,
 ) -> None:
@@ -113,8 +172,6 @@ def test_a_checkpoint_without_its_configuration_is_refused(halves: Halves) -> No
 
     Bridge itself takes it for a checkpoint of Megatron-LM then, and finds no arguments.
     """
-    import shutil
-
     half = halves.of_bridge
     copy = half.folder.parent / "without-config"
     shutil.copytree(half.checkpoint, copy / "checkpoint")

@@ -392,6 +392,31 @@ def attention_of_megatron() -> None:
     hooks.with_skyladder = lambda spec: spec
 
 
+def attention_of_megatron_in_a_layer() -> None:
+    """Put Megatron's own core attention into the second layer of a model that is built."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.training import training
+
+    setup = training.setup_model_and_optimizer
+
+    def replacing(*args: Any, **kwargs: Any) -> Any:
+        model, *others = setup(*args, **kwargs)
+        for module in model[0].modules():
+            if getattr(module, "layer_number", None) == 2 and hasattr(module, "core_attention"):
+                stock = DotProductAttention(module.config, 2, AttnMaskType.causal, "self")
+                module.core_attention = stock
+        return model, *others
+
+    training.setup_model_and_optimizer = replacing
+
+
+def attention_of_megatron_on_rank_1() -> None:
+    """Leave the core attention as it is in one pipeline stage."""
+    if os.environ["RANK"] == "1":
+        attention_of_megatron()
+
+
 def weights_not_finite() -> None:
     """Let the first layer's first weight be NaN, as in a damaged checkpoint."""
     from megatron.training import training

@@ -148,14 +148,42 @@ def test_attention_of_megatron_is_named(trainer: Trainer) -> None:
     run = trainer.train(
         f"--train-samples 16 --micro-batch-size 2 {LINEAR}",
         load=False,
-        broken="attention_of_megatron",
+        broken="attention_of_megatron_in_a_layer",
         exit_codes=(1,),
     )
     assert NOT_APPLIED in run.log()
     assert (
-        "the core attention of layer 1 is megatron.core.transformer.dot_product_attention."
+        "the core attention of layer 2 is megatron.core.transformer.dot_product_attention."
         "DotProductAttention, which knows nothing of windows"
     ) in run.log()
+
+
+@pytest.mark.parametrize("more", ["", "--skyladder-no-probe"])
+def test_a_model_without_our_attention_is_refused(trainer: Trainer, more: str) -> None:
+    """On every rank, with and without the probe: its log would show a window that nobody has."""
+    run = trainer.train(
+        f"--train-samples 16 --micro-batch-size 2 {LINEAR} {more} --pipeline-model-parallel-size 2",
+        num_processes=2,
+        load=False,
+        broken="attention_of_megatron",
+        exit_codes=(1, -9),  # the other is killed where one has ended
+    )
+    for rank in (rank for rank, code in enumerate(run.exit_codes) if code == 1):
+        assert "a megatron.core.models.gpt.gpt_model.GPTModel, has SkyLadder's" in run.log(rank)
+        assert "its own is megatron.core.transformer.dot_product_attention" in run.log(rank)
+    assert not run.of("step")
+
+
+def test_a_stage_without_our_attention_is_none_of_that(trainer: Trainer) -> None:
+    """As in a hybrid model: what counts are all ranks."""
+    run = trainer.train(
+        f"--train-samples 16 --micro-batch-size 2 {LINEAR} --skyladder-no-probe "
+        "--pipeline-model-parallel-size 2",
+        num_processes=2,
+        load=False,
+        broken="attention_of_megatron_on_rank_1",
+    )
+    assert run.of("step")
 
 
 def test_weights_that_are_not_finite_are_no_fault_of_the_mask(trainer: Trainer) -> None:

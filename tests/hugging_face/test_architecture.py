@@ -253,6 +253,9 @@ def test_bridge_settings_are_read() -> None:
         ({"activation_func": {"_target_": "torch.nn.functional.gelu"}}, "swiglu=False"),
         ({"gated_linear_unit": False}, "swiglu=False"),
         ({"window_size": [127, 0]}, "window_size"),
+        ({"no_rope_freq": [0, 0, 0, 1]}, r"no_rope_freq=\[0, 0, 0, 1\]"),
+        ({"linear_attention_freq": [1, 1, 1, 0]}, "linear_attention_freq"),
+        ({"softmax_scale": {"_target_": "own.scale"}}, "softmax_scale"),
     ],
 )
 def test_what_bridge_has_and_the_family_has_not(changes: dict, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -157,6 +158,24 @@ def test_bridge(source: Path, tmp_path: Path) -> None:
     assert "| training tokens | 10,240 |" in card
     assert "| window at this checkpoint | unknown |" in card
     assert "how far the window had grown is not known" in done.notes[0]
+
+
+def test_bridge_in_mid_ladder(source: Path, tmp_path: Path) -> None:
+    """Its settings lie beside the fingerprint: 40 steps from 8 to 64 tokens, 20 of them done."""
+    settings = {
+        "skyladder_schedule": "linear",
+        "skyladder_start_window": 8,
+        "skyladder_expand_fraction": "0.5",
+        "seq_length": 64,
+        "global_batch_size": 8,
+        "train_iters": 80,
+        "log_interval": 100,
+    }
+    variables = {"SKYLADDER_FINGERPRINT": "linear", "SKYLADDER_SETTINGS": json.dumps(settings)}
+    done = export(write_bridge(source, tmp_path / "run", **variables), tmp_path / "out", **PLAIN)
+    assert "stands at a window of 36 of 64 tokens" in done.notes[0]
+    card = (done.folder / "README.md").read_text()
+    assert "| window at this checkpoint | 36 of 64 tokens |" in card
 
 
 def test_bridge_without_a_ladder(source: Path, tmp_path: Path) -> None:

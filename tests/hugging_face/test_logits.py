@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_architecture import BRIDGE
 from trained import KINDS, LEGACY, VOCAB_SIZE, Runs
 
 from megatron_skyladder.hugging_face import checking
+from megatron_skyladder.hugging_face.architecture import bridge_arguments
 from megatron_skyladder.hugging_face.checkpoints import iteration_folder
 from megatron_skyladder.hugging_face.exporting import Exported, export
 from megatron_skyladder.testing import requires_megatron
@@ -126,6 +129,15 @@ def test_check_runs_megatron_in_a_process_of_its_own(runs: Runs, tmp_path: Path)
     assert done.comparison is not None
     assert done.comparison.agrees
     assert done.comparison.difference < TOLERANCE
+
+
+def test_check_builds_its_reference_from_settings_that_are_lists() -> None:
+    """The reference would be as wrong as the export without them, and both would agree."""
+    model = {**BRIDGE["model"], "no_rope_freq": [0, 0, 0, 1], "moe_layer_freq": [0, 1, 1, 1]}
+    args = Namespace(no_rope_freq=None, moe_layer_freq=1)
+    checking._take_over(args, bridge_arguments({**BRIDGE, "model": model}))
+    assert args.no_rope_freq == [0, 0, 0, 1]
+    assert args.moe_layer_freq == [0, 1, 1, 1]
 
 
 def test_what_disagrees_does_not_appear(

@@ -174,6 +174,9 @@ CASES = {
     "--logits-load-dir": Case(
         "--logits-load-dir logits", "loss from a teacher's logits", stops=False, parser="parses"
     ),
+    "--logits-save-dir": Case(
+        "--logits-save-dir logits", "within the window of each step", stops=False, parser="parses"
+    ),
     "--fp8-format": Case(
         "--fp8-format hybrid", "attention stays in 16 bits", stops=False, parser="parses"
     ),

@@ -104,6 +104,11 @@ def test_documents_that_share_one_order(choose: Any, given: dict[str, Any], reas
         ({"recurrent_state": "fragments"}, "recurrent layers of the pattern"),
         ({"position_embedding_type": "mrope"}, "--position-embedding-type mrope"),
         ({"latent": "yarn", "fused": True}, "Add --no-rope-fusion to balance work"),
+        ({"logits_load_dir": "teacher"}, "--logits-load-dir"),
+        ({"logits_save_dir": "teacher"}, "--logits-save-dir"),
+        ({"moe_routing_trace_path": "trace"}, "--moe-routing-trace-path"),
+        ({"save_activations_interval": 100}, "--save-activations-interval"),
+        ({"save_dgrads_interval": 100}, "--save-dgrads-interval"),
     ],
 )
 def test_what_keeps_zigzag_is_said(choose: Any, given: dict[str, Any], reason: str) -> None:
