@@ -202,7 +202,7 @@ def from_file(path: Path, overrides: Mapping[tuple[str, str], Any], flags: list[
 
 def _read_sections(path: Path) -> dict[str, dict[str, str]]:
     parser = configparser.ConfigParser(
-        interpolation=None, inline_comment_prefixes=(" #",), allow_no_value=True
+        interpolation=None, inline_comment_prefixes=("#",), allow_no_value=True
     )
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # variables have capitals
     try:

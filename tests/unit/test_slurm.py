@@ -219,7 +219,7 @@ flags =
 nodes = 4
 gpus-per-node = 4
 time = 1:00   # a comment
-mem = 0
+mem = 0 # another one
 [environment]
 kind = pyxis
 image = some#image
@@ -231,7 +231,7 @@ setup =
 signal-seconds = 30
 max-tries = 5
 [variables]
-NCCL_SOCKET_IFNAME = ib0
+NCCL_SOCKET_IFNAME = ib0 # the network
 """,
     )
     expected = Settings(
