@@ -140,8 +140,20 @@ class RunFolder:
 
     def attempts(self) -> list[Attempt]:
         """Return all attempts, in order."""
-        files = sorted((self.path / "attempts").glob("*/attempt.json"))
-        return [_from_json(file.read_text()) for file in files]
+        files = (self.attempt_folder(number) / "attempt.json" for number in self._numbers())
+        return [_from_json(file.read_text()) for file in files if file.exists()]
+
+    def next_number(self) -> int:
+        """Return the number of the next attempt, one that no folder has.
+
+        Folders may have been removed, so their count may be the number of one that is there.
+        """
+        return max(self._numbers(), default=0) + 1
+
+    def _numbers(self) -> list[int]:
+        """Return the numbers of the attempts' folders, in order: as names, 1000 is before 101."""
+        found = (path.name for path in (self.path / "attempts").glob("*") if path.is_dir())
+        return sorted(int(name) for name in found if name.isdecimal())
 
     def write(self, attempt: Attempt) -> None:
         """Write what is known of an attempt, and point to it as the latest."""

@@ -39,7 +39,7 @@ def begin(run: RunFolder, settings: Settings) -> int:
         return answer
     start, skipped = _settle_checkpoints(run)
     attempt = Attempt(
-        number=len(run.attempts()) + 1,
+        number=run.next_number(),
         job=os.environ.get("SLURM_JOB_ID", "none"),
         restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         hosts=os.environ.get("SLURM_JOB_NODELIST", "this machine"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +217,39 @@ def test_the_status_has_every_attempt(run: Run) -> None:
     assert "job 77 on node[0-1]: iterations 0 to 10, crashed: the training step ended" in lines[2]
     assert lines[3].endswith("iterations 10 to ?, running")
     assert lines[4] == "  skipped iter_0000020: Megatron has not noted it as saved"
+
+
+def test_attempts_are_numbered_past_those_that_were_removed(run: Run) -> None:
+    """Or one would begin in an old folder, whose signal file asks its ranks to stop at once."""
+    for _ in range(3):
+        run.begin()
+        (run.attempt_folder() / "signal").write_text("time limit\n")
+        run.save(10 * len(run.folder.attempts()))
+        run.end(signal="time limit")
+    shutil.rmtree(run.folder.attempt_folder(1))
+    run.begin()
+    assert run.attempt_folder() == run.folder.attempt_folder(4)
+    assert not (run.attempt_folder() / "signal").exists()
+    assert [attempt.number for attempt in run.folder.attempts()] == [2, 3, 4]
+
+
+def test_a_folder_without_a_record_keeps_its_number(run: Run) -> None:
+    (run.folder.attempt_folder(2)).mkdir(parents=True)
+    (run.folder.path / "attempts" / "002.kept").mkdir()
+    run.begin()
+    assert [attempt.number for attempt in run.folder.attempts()] == [3]
+
+
+def test_a_thousand_attempts_are_in_order(run: Run) -> None:
+    run.begin()
+    (first,) = run.folder.attempts()
+    for number in (101, 999, 1000):
+        run.folder.write(replace(first, number=number, outcome="stopped"))
+    assert [attempt.number for attempt in run.folder.attempts()] == [1, 101, 999, 1000]
+    run.begin()
+    assert run.attempt_folder().name == "1001"
+    run.end(exit_code=1)
+    assert run.folder.attempts()[-1].outcome == "crashed"
 
 
 def test_versions_are_noted(run: Run) -> None:
