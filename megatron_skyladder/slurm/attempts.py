@@ -107,6 +107,20 @@ class RunFolder:
         ]
         return max(*found, checkpoints.newest_local(flags))
 
+    def lost_iteration(self) -> int:
+        """Return the newest iteration that the run has had a checkpoint of, where none is left.
+
+        0: there is one, there never was one, or other nodes may have it: local checkpoints.
+        """
+        flags, attempts = self.flags, self.attempts()
+        local = flags.get("--non-persistent-ckpt-type") == "local"
+        if not attempts or local or self.newest_checkpoint():
+            return 0
+        had = [max(each.start_iteration, each.end_iteration or 0) for each in attempts]
+        # of an attempt that vanished, Megatron's own note is all that tells
+        had += map(checkpoints.noted, checkpoints.folders(self.checkpoints, flags))
+        return max(had)
+
     def first_load(self) -> str | None:
         """Return where the run's flags load from, while it has no checkpoint of its own.
 

@@ -237,6 +237,12 @@ class _Look:
             raise IncompleteError("Megatron has not noted it as saved")
 
 
+def noted(folder: Path) -> int:
+    """Return the iteration that Megatron noted last as saved in a folder; 0: none."""
+    named = _named(folder)
+    return int(named) if named is not None and named.isdigit() else 0
+
+
 def _named(folder: Path) -> str | None:
     tracker = folder / TRACKER
     return tracker.read_text(errors="replace").strip() if tracker.exists() else None
@@ -321,12 +327,13 @@ def _read_index(index: Path) -> tuple[dict[str, int], set[str]]:
     """Return how long each file of a ``torch.distributed`` checkpoint has to be, and the keys.
 
     Raises:
-        ValueError: the index is not one.
+        ValueError: it names no files.
+        AttributeError, KeyError or TypeError: its layout is not known here.
     """
     with index.open("rb") as file:
         metadata = _IndexReader(file).load()
-    places = metadata.state.get("storage_data") if isinstance(metadata, _Anything) else None
-    if not places:
+    places = metadata.state["storage_data"]
+    if not places.values():
         raise ValueError("it names no files")
     needed: dict[str, int] = {}
     for place in places.values():

@@ -219,6 +219,69 @@ def test_the_status_has_every_attempt(run: Run) -> None:
     assert lines[4] == "  skipped iter_0000020: Megatron has not noted it as saved"
 
 
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_whose_checkpoints_are_lost_does_not_begin_anew(run: Run) -> None:
+    run.begin()
+    run.save(50_000)
+    run.end(signal="time limit")
+    part = run.folder.checkpoints / "iter_0050000" / "mp_rank_00" / "model_optim_rng.pt"
+    part.write_bytes(b"PK\x03\x04")  # the beginning of an archive
+    before = files_below(run.folder.checkpoints)
+    for _ in range(2):
+        assert run.begin() == GAVE_UP
+    assert files_below(run.folder.checkpoints) == before
+    assert run.outcomes == ["time limit"]
+    assert run.headline.startswith("gave up: iteration 50,000 was saved once, and")
+    assert "(iter_0050000: mp_rank_00/model_optim_rng.pt is cut off)" in run.headline
+    assert f"to begin anew, give another --run-dir, or remove {run.folder.path}" in run.headline
+
+    part.unlink()  # repaired
+    assert run.begin() == TRAIN
+    assert run.headline.endswith("from iteration 50,000")
+
+
+def test_megatrons_note_tells_of_an_attempt_that_vanished(run: Run) -> None:
+    run.begin()
+    run.save(10)
+    shutil.rmtree(run.folder.checkpoints / "iter_0000010")
+    assert run.begin() == GAVE_UP
+    assert run.headline.startswith("gave up: iteration 10 was saved once")
+    assert run.outcomes == ["vanished"]
+
+
+def test_a_first_checkpoint_that_was_never_complete_is_no_loss(run: Run) -> None:
+    run.begin()
+    run.save(10)
+    (run.folder.checkpoints / TRACKER).write_text("release")
+    assert run.begin() == TRAIN
+    assert "skipped iter_0000010" in (run.folder.path / "status.txt").read_text()
+
+
+def test_a_run_may_begin_anew_where_the_user_says_so(run: Run) -> None:
+    run.begin()
+    run.save(10)
+    run.begin()  # the first vanished: where the second began is all that tells
+    shutil.rmtree(run.folder.checkpoints)
+    assert run.begin() == GAVE_UP
+    assert "(it has none at all)" in run.headline
+    shutil.rmtree(run.folder.path / "attempts")
+    assert run.begin() == TRAIN
+    assert run.headline == "training, attempt 1, from the beginning"
+
+
+def test_local_checkpoints_of_other_nodes_are_not_taken_for_lost(run: Run) -> None:
+    flags = ("--non-persistent-ckpt-type", "local", "--non-persistent-local-ckpt-dir", "/none")
+    run.settings = replace(run.settings, flags=flags)
+    (run.folder.path / "settings.json").write_text(run.settings.to_json())
+    run.begin()
+    (attempt,) = run.folder.attempts()
+    run.folder.write(replace(attempt, outcome="time limit", end_iteration=10))
+    assert run.begin() == TRAIN
+
+
 def test_attempts_are_numbered_past_those_that_were_removed(run: Run) -> None:
     """Or one would begin in an old folder, whose signal file asks its ranks to stop at once."""
     for _ in range(3):

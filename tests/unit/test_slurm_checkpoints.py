@@ -71,6 +71,13 @@ class Runs:
         return os.system, ("touch /tmp/skyladder-must-not-exist",)
 
 
+class Index:
+    """What an index is to us: attributes, of any class."""
+
+    def __init__(self, **attributes: object) -> None:
+        self.__dict__ |= attributes
+
+
 def replace_index(content: object) -> Callable[[Path], None]:
     return lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(content)) and None  # type: ignore[return-value]
 
@@ -82,8 +89,7 @@ BREAKAGES = {
     "__0_0.distcp is missing": remove("__0_0.distcp"),
     "__0_0.distcp has": cut("__0_0.distcp"),
     ".metadata cannot be read": cut(".metadata"),
-    "it names no files": replace_index({"storage_data": {}}),
-    "cannot be read (it names no files)": replace_index(Runs()),
+    "cannot be read (it names no files)": replace_index(Index(storage_data={})),
 }
 
 
@@ -99,7 +105,6 @@ def test_a_broken_checkpoint_is_skipped_and_named(
     (skipped,) = found.incomplete
     assert skipped.folder == broken
     assert reason in skipped.reason
-    assert not Path("/tmp/skyladder-must-not-exist").exists()
     assert broken.exists()  # looking changes nothing
 
     assert settle(tmp_path) == found
@@ -263,6 +268,20 @@ def test_where_the_files_do_not_tell_the_runs_format_does(tmp_path: Path) -> Non
     (tmp_path / "iter_0000010" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     assert find(tmp_path).newest == 10  # written alike, the newer one lacks its last file
     assert find(tmp_path, "torch_dcp").newest == 20  # or the run has another format by now
+
+
+UNKNOWN = [Index(files={}), Index(storage_data=None), Index(storage_data=[1]), {}, 7, Runs()]
+
+
+@pytest.mark.parametrize("index", UNKNOWN)
+def test_an_index_of_unknown_layout_is_believed(
+    save: Callable[..., Path], tmp_path: Path, index: object
+) -> None:
+    """What is unknown is never renamed; nor is it run."""
+    save(10)
+    replace_index(index)(save(20))
+    assert settle(tmp_path) == Found(20, (), "20")
+    assert not Path("/tmp/skyladder-must-not-exist").exists()
 
 
 def test_an_index_of_another_torch_is_believed(tmp_path: Path) -> None:
