@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from megatron_skyladder.files import write_text
-from megatron_skyladder.slurm import attempts, checkpoints
+from megatron_skyladder.slurm import attempts, checkpoints, first_load
 from megatron_skyladder.slurm.attempts import Attempt, RunFolder
 from megatron_skyladder.slurm.settings import Settings
 
@@ -54,6 +54,12 @@ def begin(run: RunFolder, settings: Settings) -> int:
     if run.first_load():
         begins = f"from {run.first_load()}"
     _report(run, f"training, attempt {attempt.number}, {begins}")
+    _, left_out = first_load.words(run, settings)
+    if left_out:
+        logger.info(
+            "left out, as the run's own checkpoint is loaded, with all that it holds: %s",
+            " ".join(left_out),
+        )
     logger.info("logs: %s", run.attempt_folder(attempt.number))
     return TRAIN
 

@@ -660,6 +660,19 @@ def test_without_slurm(
     assert "there is no sbatch here. Submit on a login node" in capsys.readouterr().err
 
 
+def test_bridge_saves_into_the_run_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = EXAMPLES_FOLDER.parent / "bridge" / "1b-8k.ini"
+    words = ["slurm", str(path), "--run-dir", str(tmp_path / "run"), "--"]
+    assert main([*words, "+checkpoint.save=/mine"]) == 1
+    message = capsys.readouterr().err
+    assert f"checkpoint.save=/mine in [run] would have no effect: checkpoints go to {tmp_path}" in (
+        message
+    )
+    assert "give checkpoint.pretrained_checkpoint" in message
+
+
 def test_a_layout_that_does_not_fit_is_refused_before_it_queues(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

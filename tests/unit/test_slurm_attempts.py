@@ -14,7 +14,7 @@ import pytest
 from megatron_skyladder.slurm import gate, node
 from megatron_skyladder.slurm.attempts import RunFolder, failure_reason
 from megatron_skyladder.slurm.checkpoints import TRACKER
-from megatron_skyladder.slurm.settings import Environment, Settings
+from megatron_skyladder.slurm.settings import BRIDGE_ENTRY, Environment, Settings
 
 TRAIN, GAVE_UP, NOTHING_TO_DO, GO_ON = 0, 11, 12, 13  # as job.sbatch has them
 
@@ -108,6 +108,92 @@ def test_a_run_that_begins_from_another_ones_checkpoint(run: Run) -> None:
     run.begin()
     assert run.headline.endswith("from iteration 1,000,010")
     assert loads_from() == str(run.folder.checkpoints)
+
+
+# as `skyladder import-hf` prints them, and some more
+IMPORTED = [
+    *("--load", "/imported", "--finetune", "--no-load-optim", "--no-load-rng", "--lr", "1"),
+    "--ckpt-step=7",
+]
+FIRST_ONLY = ["--finetune", "--no-load-optim", "--no-load-rng", "--ckpt-step=7"]
+
+
+def command_words(run: Run, *flags: str, entry: str = "entry") -> list[str]:
+    """What is trained with, behind the entry, in the latest attempt."""
+    run.settings = replace(run.settings, flags=flags, entry=entry)
+    (run.folder.path / "settings.json").write_text(run.settings.to_json())
+    words = node.command(run.folder, run.settings, {"MASTER_ADDR": "a", "MASTER_PORT": "7"})
+    return words[words.index(entry) + 1 :]
+
+
+def test_flags_of_the_first_load_are_left_out_of_later_ones(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or Megatron sets iteration and samples to 0, and drops Adam, each time a job comes back."""
+    caplog.set_level("INFO", logger="megatron_skyladder.slurm")
+    for _ in range(2):  # no checkpoint yet: it begins as it was asked to
+        command_words(run, *IMPORTED)
+        run.begin()
+        assert command_words(run, *IMPORTED)[: len(IMPORTED)] == IMPORTED
+        run.end(exit_code=1)
+    run.begin()
+    run.save(10)
+    run.end(signal="time limit")
+    assert "left out" not in caplog.text
+    run.begin()
+    assert command_words(run, *IMPORTED)[:5] == ["--load", "/imported", "--lr", "1", "--save"]
+    message = "left out, as the run's own checkpoint is loaded, with all that it holds: "
+    assert message + " ".join(FIRST_ONLY) in caplog.text
+
+
+def test_what_is_not_saved_is_not_loaded(run: Run) -> None:
+    run.save(10)
+    run.begin()
+    flags = ("--no-save-optim", "--no-load-optim", "--no-load-rng", "--ckpt-step", "7", "--lr", "1")
+    assert command_words(run, *flags)[:4] == ["--no-save-optim", "--no-load-optim", "--lr", "1"]
+    flags = ("--no-save-rng", "--no-load-optim", "--no-load-rng")
+    assert command_words(run, *flags)[:2] == ["--no-save-rng", "--no-load-rng"]
+    overrides = ("checkpoint.save_optim=False", "checkpoint.load_optim=false")
+    assert command_words(run, *overrides, entry=BRIDGE_ENTRY)[:2] == list(overrides)
+    overrides = ("checkpoint.save_rng=false", "checkpoint.load_rng=false")
+    assert command_words(run, *overrides, entry=BRIDGE_ENTRY)[:2] == list(overrides)
+
+
+def test_where_a_run_of_bridge_begins(run: Run) -> None:
+    """Its overrides count until it has a checkpoint of its own, as flags do."""
+    flags = (
+        *("--recipe", "r", "checkpoint.load=/base", "checkpoint.finetune=true"),
+        *("+checkpoint.load_optim=false", "train.train_iters=7"),
+    )
+    command_words(run, *flags, entry=BRIDGE_ENTRY)
+    run.begin()
+    assert run.headline.endswith("from /base")
+    words = command_words(run, *flags, entry=BRIDGE_ENTRY)
+    assert words[: len(flags)] == list(flags)
+    loads = [word for word in words if word.startswith("checkpoint.load=")]
+    assert loads == ["checkpoint.load=/base"] * 2
+    run.save(10)
+    run.begin()
+    assert run.headline.endswith("from iteration 10")
+    words = command_words(run, *flags, entry=BRIDGE_ENTRY)
+    assert words[:5] == [
+        *("--recipe", "r", "checkpoint.load=/base", "train.train_iters=7"),
+        "checkpoint.finetune=false",  # a recipe for a longer context has it on
+    ]
+    loads = [word for word in words if word.startswith("checkpoint.load=")]
+    assert loads[-1] == f"checkpoint.load={run.folder.checkpoints}"
+
+
+def test_checkpoints_of_bridge_are_looked_for_where_its_overrides_say(run: Run) -> None:
+    overrides = (
+        *("--recipe", "r", "checkpoint.non_persistent_ckpt_type=global"),
+        *("++checkpoint.ckpt_format='fsdp_dtensor'", "model.x=1"),
+    )
+    command_words(run, *overrides, entry=BRIDGE_ENTRY)
+    assert run.folder.flags == {
+        "--non-persistent-ckpt-type": "global",
+        "--ckpt-format": "fsdp_dtensor",
+    }
 
 
 def test_finished_counts_even_where_the_step_failed_afterwards(run: Run) -> None:
