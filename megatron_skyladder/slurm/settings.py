@@ -30,7 +30,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "survival": ("signal-seconds", "max-tries"),
     "evaluate": (
         *("data", "out", "name", "checkpoints", "tasks", "length", "full", "python", "setup"),
-        *("gpus", "time", "backend", "batch-size"),
+        *("gpus", "cpus", "time", "backend", "batch-size"),
     ),
     "variables": (),
 }
@@ -77,6 +77,7 @@ class Evaluation:
         time: limit of a job.
         python: the interpreter, where it is another one than training's.
         setup: shell lines before it, likewise.
+        cpus: of a job; 0: a GPU's share of training's, or what the cluster gives.
     """
 
     data: str
@@ -89,6 +90,7 @@ class Evaluation:
     time: str = "04:00:00"
     python: str = ""
     setup: str = ""
+    cpus: int = 0
 
     @property
     def num_jobs(self) -> int:
@@ -297,6 +299,7 @@ def _evaluation(section: dict[str, str], run: Path, path: Path) -> Evaluation | 
         time=section.get("time", Evaluation.time),
         python=section.get("python", ""),
         setup=section.get("setup", "").strip(),
+        cpus=_integer(section, "cpus", 1) if "cpus" in section else 0,
     )
 
 
