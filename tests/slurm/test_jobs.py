@@ -90,7 +90,7 @@ def test_two_jobs_are_never_at_work_in_one_folder(cluster: Cluster, jobs: Jobs) 
     (run.path / "stop").touch()
     assert f"waiting until job {first} COMPLETING has left" in log_of(run, f"{array}_1")
     assert outcomes(run)[0] == "terminated"
-    # what it saved in the end counts, and was not renamed under its hands
+    # what it saved in the end counts: nobody renamed it meanwhile
     assert iterations(run.attempts())[0] == (0, 12)
     assert run.attempts()[1].start_iteration == 12
 
