@@ -16,6 +16,7 @@ from megatron_skyladder.ladder.flags import config_from_args, refuse_batches
 from megatron_skyladder.megatron_bridge import command_line
 from megatron_skyladder.planning import pasted, run_flags
 from megatron_skyladder.slurm import evaluation, script
+from megatron_skyladder.slurm.flags import overrides
 from megatron_skyladder.slurm.settings import BRIDGE_ENTRY, DEFAULT_ENTRY, Settings, from_file
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,14 @@ def _check_flags(settings: Settings) -> None:
     """
     if settings.entry == BRIDGE_ENTRY:
         command_line.read(settings.flags)
+        saves = overrides(settings.flags).get("checkpoint.save")
+        if saves is not None:
+            raise ValueError(
+                f"checkpoint.save={saves} in [run] would have no effect: checkpoints go to "
+                f"{Path(settings.folder) / 'checkpoints'}. Leave it out; to begin with the weights "
+                "of another run, give checkpoint.pretrained_checkpoint, or checkpoint.load to go "
+                "on with all of it."
+            )
         return
     if settings.entry != DEFAULT_ENTRY:
         return  # a script's own flags are not ours to know

@@ -28,8 +28,8 @@ from pathlib import Path
 
 from megatron_skyladder.files import write_text
 from megatron_skyladder.slurm import checkpoints
-from megatron_skyladder.slurm.flags import by_flag
-from megatron_skyladder.slurm.settings import Settings
+from megatron_skyladder.slurm.flags import by_flag, overrides
+from megatron_skyladder.slurm.settings import BRIDGE_ENTRY, Settings
 
 FINISHED, STOPPED, TIME_LIMIT, TERMINATED = "finished", "stopped", "time limit", "terminated"
 EARLY_EXIT, CRASHED, VANISHED, RUNNING = "exited early", "crashed", "vanished", "running"
@@ -92,11 +92,22 @@ class RunFolder:
 
     @property
     def flags(self) -> dict[str, str]:
-        """Megatron's flags with their values; none before there are settings."""
+        """Megatron's flags with their values; none before there are settings.
+
+        Of Bridge's overrides, those of the section ``checkpoint``, which has Megatron's names.
+        """
         try:
-            return by_flag(Settings.read(self.path).flags)
+            settings = Settings.read(self.path)
         except FileNotFoundError:
             return {}
+        if settings.entry != BRIDGE_ENTRY:
+            return by_flag(settings.flags)
+        split = ((name.partition("."), value) for name, value in overrides(settings.flags).items())
+        return {
+            f"--{name.replace('_', '-')}": value
+            for (section, _, name), value in split
+            if section == "checkpoint"
+        }
 
     def newest_checkpoint(self) -> int:
         """Return the iteration of the newest complete checkpoint; 0: there is none."""
@@ -107,14 +118,32 @@ class RunFolder:
         ]
         return max(*found, checkpoints.newest_local(flags))
 
+    def lost_iteration(self) -> int:
+        """Return the newest iteration that the run has had a checkpoint of, where none is left.
+
+        0: there is one, there never was one, or other nodes may have it: local checkpoints.
+        """
+        flags, attempts = self.flags, self.attempts()
+        local = flags.get("--non-persistent-ckpt-type") == "local"
+        if not attempts or local or self.newest_checkpoint():
+            return 0
+        had = [max(each.start_iteration, each.end_iteration or 0) for each in attempts]
+        # of an attempt that vanished, Megatron's own note is all that tells
+        had += map(checkpoints.noted, checkpoints.folders(self.checkpoints, flags))
+        return max(had)
+
+    @property
+    def has_own_checkpoint(self) -> bool:
+        """Whether the latest attempt begins from a checkpoint of the run's own."""
+        attempts = self.attempts()
+        return bool(attempts) and attempts[-1].start_iteration > 0
+
     def first_load(self) -> str | None:
         """Return where the run's flags load from, while it has no checkpoint of its own.
 
         None: there is one, or nothing is said, and the run folder is loaded from.
         """
-        attempts = self.attempts()
-        begun = attempts[-1].start_iteration if attempts else 0
-        return None if begun else self.flags.get("--load")
+        return None if self.has_own_checkpoint else self.flags.get("--load")
 
     @property
     def is_finished(self) -> bool:
@@ -140,8 +169,20 @@ class RunFolder:
 
     def attempts(self) -> list[Attempt]:
         """Return all attempts, in order."""
-        files = sorted((self.path / "attempts").glob("*/attempt.json"))
-        return [_from_json(file.read_text()) for file in files]
+        files = (self.attempt_folder(number) / "attempt.json" for number in self._numbers())
+        return [_from_json(file.read_text()) for file in files if file.exists()]
+
+    def next_number(self) -> int:
+        """Return the number of the next attempt, one that no folder has.
+
+        Folders may have been removed, so their count may be the number of one that is there.
+        """
+        return max(self._numbers(), default=0) + 1
+
+    def _numbers(self) -> list[int]:
+        """Return the numbers of the attempts' folders, in order: as names, 1000 is before 101."""
+        found = (path.name for path in (self.path / "attempts").glob("*") if path.is_dir())
+        return sorted(int(name) for name in found if name.isdecimal())
 
     def write(self, attempt: Attempt) -> None:
         """Write what is known of an attempt, and point to it as the latest."""

@@ -14,7 +14,9 @@ tells that a checkpoint is complete depends on its format (Megatron 0.16 to main
 
 ``.metadata`` says which bytes belong to the checkpoint, so that lost and short files are found
 without loading anything. A folder that is none of these is left as it is: what is unknown is never
-renamed, and is used where the tracker file names it. Non-persistent global checkpoints are
+renamed, and is used where the tracker file names it. Megatron Bridge writes torch_dist and
+fsdp_dtensor, then ``iter_N/train_state.pt``, which it copies to ``latest_train_state.pt``: that is
+its tracker file, and the other one a courtesy to Megatron-LM. Non-persistent global checkpoints are
 torch_dist ones in a folder of their own with a tracker file of their own, see `folders`.
 """
 
@@ -29,9 +31,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_skyladder.files import write_text
+from megatron_skyladder.files import write_bytes, write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
+TRAIN_STATE, BRIDGES_TRACKER = "train_state.pt", "latest_train_state.pt"
 SET_ASIDE = "incomplete_"  # prefix of folders that must not be loaded, nor written into
 DCP_FORMATS = ("torch_dcp", "fsdp_dtensor")  # torch.distributed.checkpoint without a mark of ours
 INDEX, BACKEND, INTEGRITY, COMMON = ".metadata", "metadata.json", "integrity.json", "common.pt"
@@ -110,11 +113,28 @@ def settle(folder: Path, ckpt_format: str | None = None) -> Found:
     found = find(folder, ckpt_format)
     for skipped in found.incomplete:
         _set_aside(skipped.folder)
-    if found.newest and found.named != str(found.newest):
-        write_text(folder / TRACKER, str(found.newest))
-    elif not found.newest and found.named is not None and found.named != "release":
-        (folder / TRACKER).unlink()  # Megatron would end on it
+    if found.newest:
+        if found.named != str(found.newest):
+            write_text(folder / TRACKER, str(found.newest))
+        _settle_bridge(folder, _iterations(folder)[found.newest] / TRAIN_STATE)
+    elif found.named != "release":
+        for name in (TRACKER, BRIDGES_TRACKER):
+            (folder / name).unlink(missing_ok=True)  # Megatron would end on it
     return found
+
+
+def _settle_bridge(folder: Path, train_state: Path) -> None:
+    """Let Bridge's tracker file be the checkpoint's own; without one, it reads the other tracker.
+
+    Where there is no such tracker, or it is right, nothing is written.
+    """
+    tracker = folder / BRIDGES_TRACKER
+    if not tracker.exists() and not train_state.exists():
+        return
+    if not train_state.exists():
+        tracker.unlink()  # Megatron-LM saved this one, and Bridge an older or a damaged one
+    elif not tracker.exists() or tracker.read_bytes() != train_state.read_bytes():
+        write_bytes(tracker, train_state.read_bytes())
 
 
 def why_incomplete(
@@ -171,6 +191,7 @@ class _Siblings:
 
     backend: bool = False  # one of them has metadata.json
     integrity: bool = False  # the one that the tracker file names has integrity.json
+    train_state: bool = False  # and train_state.pt: Bridge saves here
 
 
 @dataclass(frozen=True)
@@ -209,6 +230,7 @@ class _Look:
         _check_bytes(folder)
         if self.siblings.integrity and INTEGRITY not in names:
             raise IncompleteError("it has no integrity.json, which the one before it has")
+        self._check_train_state(folder, names)
 
     def _check_with_index(self, folder: Path, names: set[str]) -> None:
         """Tell torch_dcp and fsdp_dtensor from a torch_dist checkpoint that lacks its last file."""
@@ -221,6 +243,14 @@ class _Look:
             is_torch_dist = self.siblings.backend
         if is_torch_dist:
             raise IncompleteError("it has no metadata.json, which is written last")
+        self._check_train_state(folder, names)
+
+    def _check_train_state(self, folder: Path, names: set[str]) -> None:
+        """Without it, Bridge would go on with this checkpoint from the first sample of the data."""
+        if self.siblings.train_state and TRAIN_STATE not in names:
+            raise IncompleteError(f"it has no {TRAIN_STATE}, which the one before it has")
+        if TRAIN_STATE in names and _is_cut_off(folder / TRAIN_STATE):
+            raise IncompleteError(f"its {TRAIN_STATE} is cut off")
 
     def _check_torch(self, folder: Path, iteration: int) -> None:
         cut_off = next((path for path in folder.glob("mp_rank_*/*.pt") if _is_cut_off(path)), None)
@@ -237,6 +267,12 @@ class _Look:
             raise IncompleteError("Megatron has not noted it as saved")
 
 
+def noted(folder: Path) -> int:
+    """Return the iteration that Megatron noted last as saved in a folder; 0: none."""
+    named = _named(folder)
+    return int(named) if named is not None and named.isdigit() else 0
+
+
 def _named(folder: Path) -> str | None:
     tracker = folder / TRACKER
     return tracker.read_text(errors="replace").strip() if tracker.exists() else None
@@ -248,6 +284,7 @@ def _siblings(folder: Path, named: str | None) -> _Siblings:
     return _Siblings(
         backend=any((path / BACKEND).exists() for path in others.values()),
         integrity=noted is not None and (noted / INTEGRITY).exists(),
+        train_state=noted is not None and (noted / TRAIN_STATE).exists(),
     )
 
 
@@ -321,12 +358,13 @@ def _read_index(index: Path) -> tuple[dict[str, int], set[str]]:
     """Return how long each file of a ``torch.distributed`` checkpoint has to be, and the keys.
 
     Raises:
-        ValueError: the index is not one.
+        ValueError: it names no files.
+        AttributeError, KeyError or TypeError: its layout is not known here.
     """
     with index.open("rb") as file:
         metadata = _IndexReader(file).load()
-    places = metadata.state.get("storage_data") if isinstance(metadata, _Anything) else None
-    if not places:
+    places = metadata.state["storage_data"]
+    if not places.values():
         raise ValueError("it names no files")
     needed: dict[str, int] = {}
     for place in places.values():

@@ -13,7 +13,18 @@ from megatron_skyladder.slurm import script
 from megatron_skyladder.slurm.settings import Evaluation, Settings
 
 SCRIPT_NAME = "evaluate.sbatch"
-_OF_TRAINING = ("gres", "exclusive", "mem", "time")  # options for whole nodes that train
+# Options of sbatch that say what a job that trains needs, which is whole nodes. What is counted by
+# GPU (mem-per-gpu, cpus-per-gpu) suits both, where there is one; partition, account, constraint,
+# reservation, exclude and the like say where a user may run.
+_OF_TRAINING = (
+    *("gres", "gpus", "gpus-per-task", "gpus-per-socket", "gpu-bind", "tres-per-task"),
+    *("cpus-per-task", "mincpus", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket"),
+    *("mem", "mem-per-cpu", "mem-bind", "exclusive", "time", "time-min"),
+    *("nodelist", "nodefile", "use-min-nodes", "switches", "contiguous", "spread-job"),
+    *("distribution", "core-spec", "thread-spec", "cores-per-socket", "sockets-per-node"),
+    *("threads-per-core", "extra-node-info"),
+)
+_BY_GPU = ("mem-per-gpu", "cpus-per-gpu")
 
 
 def job_script(settings: Settings, *, only_finished: bool) -> str:
@@ -87,7 +98,12 @@ def _directives(settings: Settings, evaluation: Evaluation) -> Iterable[str]:
     options: dict[str, Any] = {"job-name": f"{evaluation.name}-evaluation", "nodes": 1, "ntasks": 1}
     if evaluation.gpus:
         options["gpus-per-node"] = evaluation.gpus
-    options |= {k: v for k, v in settings.sbatch.items() if k not in _OF_TRAINING}
+    cpus = _cpus(settings, evaluation)
+    left_out = {*_OF_TRAINING, *(() if evaluation.gpus else _BY_GPU)}
+    if cpus:
+        options["cpus-per-task"] = cpus
+        left_out.add("cpus-per-gpu")
+    options |= {k: v for k, v in settings.sbatch.items() if k not in left_out}
     options |= {
         "time": evaluation.time,
         "output": Path(evaluation.out) / "slurm-%A_%a.out",
@@ -96,6 +112,18 @@ def _directives(settings: Settings, evaluation: Evaluation) -> Iterable[str]:
         "array": f"0-{evaluation.num_jobs - 1}",
     }
     return script.directives(options)
+
+
+def _cpus(settings: Settings, evaluation: Evaluation) -> int:
+    """Return the cores of a job; 0: what the cluster gives.
+
+    Where nothing is said, a GPU has as many as in training, whose cpus-per-task are a node's.
+    """
+    of_training = settings.sbatch.get("cpus-per-task", "")
+    if evaluation.cpus or not of_training.isdigit():
+        return evaluation.cpus
+    gpus = min(evaluation.gpus or settings.ranks_per_node, settings.ranks_per_node)
+    return max(1, int(of_training) * gpus // settings.ranks_per_node)
 
 
 def _assignments(settings: Settings, evaluation: Evaluation, only_finished: bool) -> Iterable[str]:

@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 
 from megatron_skyladder.files import write_text
-from megatron_skyladder.slurm import attempts, checkpoints
+from megatron_skyladder.slurm import attempts, checkpoints, first_load
 from megatron_skyladder.slurm.attempts import Attempt, RunFolder
 from megatron_skyladder.slurm.settings import Settings
 
 TRAIN = 0
-GAVE_UP = 11  # too many failures in a row
+GAVE_UP = 11  # too many failures in a row, or all checkpoints are lost
 NOTHING_TO_DO = 12  # finished, or stopped by the user
 GO_ON = 13  # not finished: another job has to
 
@@ -39,7 +39,7 @@ def begin(run: RunFolder, settings: Settings) -> int:
         return answer
     start, skipped = _settle_checkpoints(run)
     attempt = Attempt(
-        number=len(run.attempts()) + 1,
+        number=run.next_number(),
         job=os.environ.get("SLURM_JOB_ID", "none"),
         restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         hosts=os.environ.get("SLURM_JOB_NODELIST", "this machine"),
@@ -54,6 +54,12 @@ def begin(run: RunFolder, settings: Settings) -> int:
     if run.first_load():
         begins = f"from {run.first_load()}"
     _report(run, f"training, attempt {attempt.number}, {begins}")
+    _, left_out = first_load.words(run, settings)
+    if left_out:
+        logger.info(
+            "left out, as the run's own checkpoint is loaded, with all that it holds: %s",
+            " ".join(left_out),
+        )
     logger.info("logs: %s", run.attempt_folder(attempt.number))
     return TRAIN
 
@@ -89,7 +95,10 @@ def _reason_not_to_train(run: RunFolder, settings: Settings) -> int | None:
         _report(run, f"stopped by {run.path / 'stop'}; remove it and submit again to go on")
         return NOTHING_TO_DO
     failed = run.failures_in_a_row()
-    return _give_up(run, failed) if len(failed) >= settings.max_tries else None
+    if len(failed) >= settings.max_tries:
+        return _give_up(run, failed)
+    lost = run.lost_iteration()
+    return _report_lost(run, lost) if lost else None
 
 
 def end(run: RunFolder, settings: Settings, exit_code: int, signal: str) -> int:
@@ -116,6 +125,22 @@ def _give_up(run: RunFolder, failed: list[Attempt]) -> int:
         run,
         f"gave up: {failed[0].reason} ({len(failed)} attempts in a row failed without a new "
         "checkpoint; fix the cause and submit again)",
+    )
+    return GAVE_UP
+
+
+def _report_lost(run: RunFolder, iteration: int) -> int:
+    """Say what is wrong with the checkpoints: from the beginning is not where this run was."""
+    flags, notes = run.flags, []
+    for folder in checkpoints.folders(run.checkpoints, flags):
+        found = checkpoints.find(folder, flags.get("--ckpt-format"))
+        notes += [f"{each.folder.name}: {each.reason}" for each in found.incomplete + found.unknown]
+    _report(
+        run,
+        f"gave up: iteration {iteration:,} was saved once, and {run.checkpoints} has no checkpoint "
+        f"to go on from ({'; '.join(notes) or 'it has none at all'}). Nothing was changed there. "
+        "Bring one back and submit again; or, to begin anew, give another --run-dir, or remove "
+        f"{run.path / 'attempts'}",
     )
     return GAVE_UP
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_skyladder.slurm import first_load
 from megatron_skyladder.slurm.attempts import RunFolder
 from megatron_skyladder.slurm.rank import ATTEMPT_VARIABLE, RUN_VARIABLE
 from megatron_skyladder.slurm.settings import BRIDGE_ENTRY, Settings
@@ -32,6 +33,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 def command(run: RunFolder, settings: Settings, environment: dict[str, str]) -> list[str]:
     """Return the command line of this node's torchrun."""
     load = run.first_load() or str(run.checkpoints)
+    words, _ = first_load.words(run, settings)
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes", environment.get("SLURM_STEP_NUM_NODES", "1")),
@@ -41,7 +43,7 @@ def command(run: RunFolder, settings: Settings, environment: dict[str, str]) -> 
         *("--master-port", environment["MASTER_PORT"]),
         *("--max-restarts", "0"),  # the job script decides whether to try again
         *("-m", "megatron_skyladder.slurm.rank", settings.entry),
-        *settings.flags,
+        *words,
         *_of_the_run(settings.entry, str(run.checkpoints), load, str(run.path / "tensorboard")),
     ]
 

@@ -96,11 +96,11 @@ def _directives(settings: Settings, jobs: int | None, array: bool) -> Iterable[s
         "open-mode": "append",  # a requeued job keeps its log
         "requeue": "",  # where a node fails or the job is preempted
         "signal": f"B:USR1@{settings.signal_seconds}",  # B: to the script alone
+        # not beside another job of the run; what this does not cover, the script looks for itself
+        "dependency": "singleton",
     }
     if array:
         options["array"] = f"1-{jobs}%1"
-    else:
-        options["dependency"] = "singleton"  # never two jobs of one run at the same time
     yield from directives(options)
 
 

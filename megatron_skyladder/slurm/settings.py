@@ -30,7 +30,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "survival": ("signal-seconds", "max-tries"),
     "evaluate": (
         *("data", "out", "name", "checkpoints", "tasks", "length", "full", "python", "setup"),
-        *("gpus", "time", "backend", "batch-size"),
+        *("gpus", "cpus", "time", "backend", "batch-size"),
     ),
     "variables": (),
 }
@@ -77,6 +77,7 @@ class Evaluation:
         time: limit of a job.
         python: the interpreter, where it is another one than training's.
         setup: shell lines before it, likewise.
+        cpus: of a job; 0: a GPU's share of training's, or what the cluster gives.
     """
 
     data: str
@@ -89,6 +90,7 @@ class Evaluation:
     time: str = "04:00:00"
     python: str = ""
     setup: str = ""
+    cpus: int = 0
 
     @property
     def num_jobs(self) -> int:
@@ -202,7 +204,7 @@ def from_file(path: Path, overrides: Mapping[tuple[str, str], Any], flags: list[
 
 def _read_sections(path: Path) -> dict[str, dict[str, str]]:
     parser = configparser.ConfigParser(
-        interpolation=None, inline_comment_prefixes=(" #",), allow_no_value=True
+        interpolation=None, inline_comment_prefixes=("#",), allow_no_value=True
     )
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # variables have capitals
     try:
@@ -297,6 +299,7 @@ def _evaluation(section: dict[str, str], run: Path, path: Path) -> Evaluation | 
         time=section.get("time", Evaluation.time),
         python=section.get("python", ""),
         setup=section.get("setup", "").strip(),
+        cpus=_integer(section, "cpus", 1) if "cpus" in section else 0,
     )
 
 

@@ -89,7 +89,8 @@ def status_of(path: Path) -> Status:
     starts = run.attempts()
     latest = starts[-1] if starts else None
     failed = run.failures_in_a_row()
-    state = _state(run, latest, gave_up=len(failed) >= settings.max_tries)
+    lost = run.lost_iteration()
+    state = _state(run, latest, gave_up=len(failed) >= settings.max_tries or lost > 0)
     line, total = _last_line(run, starts)
     ended = next((each for each in reversed(starts) if each.outcome != attempts.RUNNING), None)
     return Status(
@@ -106,7 +107,9 @@ def status_of(path: Path) -> Status:
         hours_left=None if state == FINISHED else _hours_left(line, total),
         failed=len(failed),
         max_tries=settings.max_tries,
-        reason=_reason(ended),
+        reason=f"no checkpoint is left, and iteration {lost:,} was saved once"
+        if lost and state == GAVE_UP
+        else _reason(ended),
         silent_seconds=_silence(run, latest) if latest and state == RUNNING else None,
     )
 

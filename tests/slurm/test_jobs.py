@@ -67,6 +67,34 @@ def test_an_array_goes_on_task_by_task_until_a_stop_file(cluster: Cluster, jobs:
     assert len(list(run.path.glob("slurm-*.out"))) == 3
 
 
+def test_two_jobs_are_never_at_work_in_one_folder(cluster: Cluster, jobs: Jobs) -> None:
+    """Not an array beside a job; not a job of another name; nor beside one that is cancelled.
+
+    On a node each: Slurm starts nothing on a node from which a job is only leaving.
+    """
+    flags = f"{ENDLESS} --hold-at 11 --save-seconds 5"
+    run, (first,) = jobs.submit("beside", entry=TOY, flags=flags, options=("--nodes", "1"))
+    has_saved(run, 10)
+    words = ("--submit", "--nodes", "1", "--array", "2")
+    array = jobs.command(str(jobs.folder / "beside.ini"), *words).stdout.split()[1]
+    stranger = cluster.sbatch("--job-name=stranger", str(run.path / "job.sbatch"))
+    for task in (f"{stranger}_1", f"{stranger}_2"):
+        cluster.wait_for(task, "FAILED")
+        said = log_of(run, task)
+        assert f"job {first} RUNNING is at work in {run.path}, so nothing is done here" in said
+    assert outcomes(run) == ["running"]
+    assert cluster.show(array)["Reason"] == "Dependency"
+
+    cluster.run("scancel", first)
+    wait_until(lambda: len(run.attempts()) == 2, "the array's first task", START_SECONDS)
+    (run.path / "stop").touch()
+    assert f"waiting until job {first} COMPLETING has left" in log_of(run, f"{array}_1")
+    assert outcomes(run)[0] == "terminated"
+    # what it saved in the end counts: nobody renamed it meanwhile
+    assert iterations(run.attempts())[0] == (0, 12)
+    assert run.attempts()[1].start_iteration == 12
+
+
 def test_a_crash_loop_ends_with_the_reason_on_top(cluster: Cluster, jobs: Jobs) -> None:
     folder = jobs.folder / "crash"
     folder.mkdir()

@@ -1,7 +1,8 @@
 """What the jobs of test_jobs.py run in place of Megatron: counts, saves, listens for SIGTERM.
 
 Fast to start, and as awkward as a test wants: RUN/crash makes it fail; with --hold-at N the first
-attempt does not get past iteration N until it is asked to leave.
+attempt does not get past iteration N until it is asked to leave; --save-seconds N is what the save
+of one that is asked to leave takes.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def main() -> None:
             while iteration == held_at > 0 and not asked:
                 time.sleep(STEP_SECONDS)
             iteration += 1
+            if asked:
+                time.sleep(float(value_of("--save-seconds")))
             if asked or iteration % SAVE_INTERVAL == 0:
                 (checkpoints / f"iter_{iteration:07}" / "mp_rank_00").mkdir(parents=True)
                 tracker.write_text(str(iteration))

@@ -83,7 +83,7 @@ def test_a_chain_and_an_array_do_not_requeue_themselves(settings: Settings) -> N
     found = directives(array)
     assert "\nAFTER=next\n" in array
     assert (found["array"], found["output"]) == ("1-4%1", f"{settings.folder}/slurm-%A_%a.out")
-    assert "dependency" not in found  # tasks would wait for each other
+    assert found["dependency"] == "singleton"  # a job of the run may be at work
 
 
 def test_no_gpus_and_further_options(settings: Settings) -> None:
@@ -219,7 +219,7 @@ flags =
 nodes = 4
 gpus-per-node = 4
 time = 1:00   # a comment
-mem = 0
+mem = 0 # another one
 [environment]
 kind = pyxis
 image = some#image
@@ -231,7 +231,7 @@ setup =
 signal-seconds = 30
 max-tries = 5
 [variables]
-NCCL_SOCKET_IFNAME = ib0
+NCCL_SOCKET_IFNAME = ib0 # the network
 """,
     )
     expected = Settings(
@@ -658,6 +658,19 @@ def test_without_slurm(
     assert "there is no sbatch here, so it has not checked the script" in capsys.readouterr().err
     assert main([*words, "--submit"]) == 1
     assert "there is no sbatch here. Submit on a login node" in capsys.readouterr().err
+
+
+def test_bridge_saves_into_the_run_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = EXAMPLES_FOLDER.parent / "bridge" / "1b-8k.ini"
+    words = ["slurm", str(path), "--run-dir", str(tmp_path / "run"), "--"]
+    assert main([*words, "+checkpoint.save=/mine"]) == 1
+    message = capsys.readouterr().err
+    assert f"checkpoint.save=/mine in [run] would have no effect: checkpoints go to {tmp_path}" in (
+        message
+    )
+    assert "give checkpoint.pretrained_checkpoint" in message
 
 
 def test_a_layout_that_does_not_fit_is_refused_before_it_queues(

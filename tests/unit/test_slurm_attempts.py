@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from megatron_skyladder.slurm import gate, node
 from megatron_skyladder.slurm.attempts import RunFolder, failure_reason
 from megatron_skyladder.slurm.checkpoints import TRACKER
-from megatron_skyladder.slurm.settings import Environment, Settings
+from megatron_skyladder.slurm.settings import BRIDGE_ENTRY, Environment, Settings
 
 TRAIN, GAVE_UP, NOTHING_TO_DO, GO_ON = 0, 11, 12, 13  # as job.sbatch has them
 
@@ -107,6 +108,92 @@ def test_a_run_that_begins_from_another_ones_checkpoint(run: Run) -> None:
     run.begin()
     assert run.headline.endswith("from iteration 1,000,010")
     assert loads_from() == str(run.folder.checkpoints)
+
+
+# as `skyladder import-hf` prints them, and some more
+IMPORTED = [
+    *("--load", "/imported", "--finetune", "--no-load-optim", "--no-load-rng", "--lr", "1"),
+    "--ckpt-step=7",
+]
+FIRST_ONLY = ["--finetune", "--no-load-optim", "--no-load-rng", "--ckpt-step=7"]
+
+
+def command_words(run: Run, *flags: str, entry: str = "entry") -> list[str]:
+    """What is trained with, behind the entry, in the latest attempt."""
+    run.settings = replace(run.settings, flags=flags, entry=entry)
+    (run.folder.path / "settings.json").write_text(run.settings.to_json())
+    words = node.command(run.folder, run.settings, {"MASTER_ADDR": "a", "MASTER_PORT": "7"})
+    return words[words.index(entry) + 1 :]
+
+
+def test_flags_of_the_first_load_are_left_out_of_later_ones(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or Megatron sets iteration and samples to 0, and drops Adam, each time a job comes back."""
+    caplog.set_level("INFO", logger="megatron_skyladder.slurm")
+    for _ in range(2):  # no checkpoint yet: it begins as it was asked to
+        command_words(run, *IMPORTED)
+        run.begin()
+        assert command_words(run, *IMPORTED)[: len(IMPORTED)] == IMPORTED
+        run.end(exit_code=1)
+    run.begin()
+    run.save(10)
+    run.end(signal="time limit")
+    assert "left out" not in caplog.text
+    run.begin()
+    assert command_words(run, *IMPORTED)[:5] == ["--load", "/imported", "--lr", "1", "--save"]
+    message = "left out, as the run's own checkpoint is loaded, with all that it holds: "
+    assert message + " ".join(FIRST_ONLY) in caplog.text
+
+
+def test_what_is_not_saved_is_not_loaded(run: Run) -> None:
+    run.save(10)
+    run.begin()
+    flags = ("--no-save-optim", "--no-load-optim", "--no-load-rng", "--ckpt-step", "7", "--lr", "1")
+    assert command_words(run, *flags)[:4] == ["--no-save-optim", "--no-load-optim", "--lr", "1"]
+    flags = ("--no-save-rng", "--no-load-optim", "--no-load-rng")
+    assert command_words(run, *flags)[:2] == ["--no-save-rng", "--no-load-rng"]
+    overrides = ("checkpoint.save_optim=False", "checkpoint.load_optim=false")
+    assert command_words(run, *overrides, entry=BRIDGE_ENTRY)[:2] == list(overrides)
+    overrides = ("checkpoint.save_rng=false", "checkpoint.load_rng=false")
+    assert command_words(run, *overrides, entry=BRIDGE_ENTRY)[:2] == list(overrides)
+
+
+def test_where_a_run_of_bridge_begins(run: Run) -> None:
+    """Its overrides count until it has a checkpoint of its own, as flags do."""
+    flags = (
+        *("--recipe", "r", "checkpoint.load=/base", "checkpoint.finetune=true"),
+        *("+checkpoint.load_optim=false", "train.train_iters=7"),
+    )
+    command_words(run, *flags, entry=BRIDGE_ENTRY)
+    run.begin()
+    assert run.headline.endswith("from /base")
+    words = command_words(run, *flags, entry=BRIDGE_ENTRY)
+    assert words[: len(flags)] == list(flags)
+    loads = [word for word in words if word.startswith("checkpoint.load=")]
+    assert loads == ["checkpoint.load=/base"] * 2
+    run.save(10)
+    run.begin()
+    assert run.headline.endswith("from iteration 10")
+    words = command_words(run, *flags, entry=BRIDGE_ENTRY)
+    assert words[:5] == [
+        *("--recipe", "r", "checkpoint.load=/base", "train.train_iters=7"),
+        "checkpoint.finetune=false",  # a recipe for a longer context has it on
+    ]
+    loads = [word for word in words if word.startswith("checkpoint.load=")]
+    assert loads[-1] == f"checkpoint.load={run.folder.checkpoints}"
+
+
+def test_checkpoints_of_bridge_are_looked_for_where_its_overrides_say(run: Run) -> None:
+    overrides = (
+        *("--recipe", "r", "checkpoint.non_persistent_ckpt_type=global"),
+        *("++checkpoint.ckpt_format='fsdp_dtensor'", "model.x=1"),
+    )
+    command_words(run, *overrides, entry=BRIDGE_ENTRY)
+    assert run.folder.flags == {
+        "--non-persistent-ckpt-type": "global",
+        "--ckpt-format": "fsdp_dtensor",
+    }
 
 
 def test_finished_counts_even_where_the_step_failed_afterwards(run: Run) -> None:
@@ -216,6 +303,102 @@ def test_the_status_has_every_attempt(run: Run) -> None:
     assert "job 77 on node[0-1]: iterations 0 to 10, crashed: the training step ended" in lines[2]
     assert lines[3].endswith("iterations 10 to ?, running")
     assert lines[4] == "  skipped iter_0000020: Megatron has not noted it as saved"
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_whose_checkpoints_are_lost_does_not_begin_anew(run: Run) -> None:
+    run.begin()
+    run.save(50_000)
+    run.end(signal="time limit")
+    part = run.folder.checkpoints / "iter_0050000" / "mp_rank_00" / "model_optim_rng.pt"
+    part.write_bytes(b"PK\x03\x04")  # the beginning of an archive
+    before = files_below(run.folder.checkpoints)
+    for _ in range(2):
+        assert run.begin() == GAVE_UP
+    assert files_below(run.folder.checkpoints) == before
+    assert run.outcomes == ["time limit"]
+    assert run.headline.startswith("gave up: iteration 50,000 was saved once, and")
+    assert "(iter_0050000: mp_rank_00/model_optim_rng.pt is cut off)" in run.headline
+    assert f"to begin anew, give another --run-dir, or remove {run.folder.path}" in run.headline
+
+    part.unlink()  # repaired
+    assert run.begin() == TRAIN
+    assert run.headline.endswith("from iteration 50,000")
+
+
+def test_megatrons_note_tells_of_an_attempt_that_vanished(run: Run) -> None:
+    run.begin()
+    run.save(10)
+    shutil.rmtree(run.folder.checkpoints / "iter_0000010")
+    assert run.begin() == GAVE_UP
+    assert run.headline.startswith("gave up: iteration 10 was saved once")
+    assert run.outcomes == ["vanished"]
+
+
+def test_a_first_checkpoint_that_was_never_complete_is_no_loss(run: Run) -> None:
+    run.begin()
+    run.save(10)
+    (run.folder.checkpoints / TRACKER).write_text("release")
+    assert run.begin() == TRAIN
+    assert "skipped iter_0000010" in (run.folder.path / "status.txt").read_text()
+
+
+def test_a_run_may_begin_anew_where_the_user_says_so(run: Run) -> None:
+    run.begin()
+    run.save(10)
+    run.begin()  # the first vanished: where the second began is all that tells
+    shutil.rmtree(run.folder.checkpoints)
+    assert run.begin() == GAVE_UP
+    assert "(it has none at all)" in run.headline
+    shutil.rmtree(run.folder.path / "attempts")
+    assert run.begin() == TRAIN
+    assert run.headline == "training, attempt 1, from the beginning"
+
+
+def test_local_checkpoints_of_other_nodes_are_not_taken_for_lost(run: Run) -> None:
+    flags = ("--non-persistent-ckpt-type", "local", "--non-persistent-local-ckpt-dir", "/none")
+    run.settings = replace(run.settings, flags=flags)
+    (run.folder.path / "settings.json").write_text(run.settings.to_json())
+    run.begin()
+    (attempt,) = run.folder.attempts()
+    run.folder.write(replace(attempt, outcome="time limit", end_iteration=10))
+    assert run.begin() == TRAIN
+
+
+def test_attempts_are_numbered_past_those_that_were_removed(run: Run) -> None:
+    """Or one would begin in an old folder, whose signal file asks its ranks to stop at once."""
+    for _ in range(3):
+        run.begin()
+        (run.attempt_folder() / "signal").write_text("time limit\n")
+        run.save(10 * len(run.folder.attempts()))
+        run.end(signal="time limit")
+    shutil.rmtree(run.folder.attempt_folder(1))
+    run.begin()
+    assert run.attempt_folder() == run.folder.attempt_folder(4)
+    assert not (run.attempt_folder() / "signal").exists()
+    assert [attempt.number for attempt in run.folder.attempts()] == [2, 3, 4]
+
+
+def test_a_folder_without_a_record_keeps_its_number(run: Run) -> None:
+    (run.folder.attempt_folder(2)).mkdir(parents=True)
+    (run.folder.path / "attempts" / "002.kept").mkdir()
+    run.begin()
+    assert [attempt.number for attempt in run.folder.attempts()] == [3]
+
+
+def test_a_thousand_attempts_are_in_order(run: Run) -> None:
+    run.begin()
+    (first,) = run.folder.attempts()
+    for number in (101, 999, 1000):
+        run.folder.write(replace(first, number=number, outcome="stopped"))
+    assert [attempt.number for attempt in run.folder.attempts()] == [1, 101, 999, 1000]
+    run.begin()
+    assert run.attempt_folder().name == "1001"
+    run.end(exit_code=1)
+    assert run.folder.attempts()[-1].outcome == "crashed"
 
 
 def test_versions_are_noted(run: Run) -> None:

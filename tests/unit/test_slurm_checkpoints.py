@@ -71,6 +71,13 @@ class Runs:
         return os.system, ("touch /tmp/skyladder-must-not-exist",)
 
 
+class Index:
+    """What an index is to us: attributes, of any class."""
+
+    def __init__(self, **attributes: object) -> None:
+        self.__dict__ |= attributes
+
+
 def replace_index(content: object) -> Callable[[Path], None]:
     return lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(content)) and None  # type: ignore[return-value]
 
@@ -82,8 +89,7 @@ BREAKAGES = {
     "__0_0.distcp is missing": remove("__0_0.distcp"),
     "__0_0.distcp has": cut("__0_0.distcp"),
     ".metadata cannot be read": cut(".metadata"),
-    "it names no files": replace_index({"storage_data": {}}),
-    "cannot be read (it names no files)": replace_index(Runs()),
+    "cannot be read (it names no files)": replace_index(Index(storage_data={})),
 }
 
 
@@ -99,7 +105,6 @@ def test_a_broken_checkpoint_is_skipped_and_named(
     (skipped,) = found.incomplete
     assert skipped.folder == broken
     assert reason in skipped.reason
-    assert not Path("/tmp/skyladder-must-not-exist").exists()
     assert broken.exists()  # looking changes nothing
 
     assert settle(tmp_path) == found
@@ -265,6 +270,20 @@ def test_where_the_files_do_not_tell_the_runs_format_does(tmp_path: Path) -> Non
     assert find(tmp_path, "torch_dcp").newest == 20  # or the run has another format by now
 
 
+UNKNOWN = [Index(files={}), Index(storage_data=None), Index(storage_data=[1]), {}, 7, Runs()]
+
+
+@pytest.mark.parametrize("index", UNKNOWN)
+def test_an_index_of_unknown_layout_is_believed(
+    save: Callable[..., Path], tmp_path: Path, index: object
+) -> None:
+    """What is unknown is never renamed; nor is it run."""
+    save(10)
+    replace_index(index)(save(20))
+    assert settle(tmp_path) == Found(20, (), "20")
+    assert not Path("/tmp/skyladder-must-not-exist").exists()
+
+
 def test_an_index_of_another_torch_is_believed(tmp_path: Path) -> None:
     save_dcp(tmp_path / "iter_0000010", iteration=10)
     index = tmp_path / "iter_0000010" / ".metadata"
@@ -326,6 +345,72 @@ def test_an_unknown_folder_that_is_not_noted_is_named_and_left_alone(
     assert (found.newest, found.incomplete) == (10, ())
     assert "the files of no format that is known here" in found.unknown[0].reason
     assert (tmp_path / "iter_0000020").is_dir()
+
+
+# --- Megatron Bridge's own tracker file -----------------------------------------------------------
+
+BRIDGES = "latest_train_state.pt"
+
+
+def note_as_bridge(folder: Path) -> None:
+    """Write what Bridge's train_state_finalize_fn writes once the shards are there."""
+    step = int(folder.name.removeprefix("iter_"))
+    torch.save({"step": torch.tensor(step)}, folder / "train_state.pt")
+    shutil.copy(folder / "train_state.pt", folder.parent / BRIDGES)
+    (folder.parent / TRACKER).write_text(str(step))
+
+
+def bridge_begins_from(folder: Path) -> int:
+    """What Bridge's _resolve_checkpoint_iteration finds: its own note, else Megatron-LM's."""
+    if (folder / BRIDGES).exists():
+        return int(torch.load(folder / BRIDGES)["step"])
+    return int((folder / TRACKER).read_text())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [remove(".metadata"), remove("__0_0.distcp"), remove("train_state.pt"), cut("train_state.pt")],
+)
+def test_bridge_goes_back_to_the_newest_complete_one_too(
+    save: Callable[..., Path], tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    for iteration in (1000, 2000):
+        note_as_bridge(save(iteration))
+    assert bridge_begins_from(tmp_path) == 2000
+    assert settle(tmp_path) == Found(2000, (), "2000")
+    (tmp_path / TRACKER).write_text("1000")  # it saves 2000, and does not come to the end of it
+    damage(tmp_path / "iter_0002000")
+    assert settle(tmp_path).newest == 1000
+    assert bridge_begins_from(tmp_path) == 1000
+    assert (tmp_path / BRIDGES).read_bytes() == (
+        tmp_path / "iter_0001000" / "train_state.pt"
+    ).read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_damage_behind_bridges_back(save: Callable[..., Path], tmp_path: Path) -> None:
+    for iteration in (1000, 2000):
+        note_as_bridge(save(iteration))
+    remove("__0_0.distcp")(tmp_path / "iter_0002000")
+    settle(tmp_path)
+    assert bridge_begins_from(tmp_path) == 1000
+
+
+def test_bridge_goes_on_with_what_megatron_lm_saved(
+    save: Callable[..., Path], tmp_path: Path
+) -> None:
+    note_as_bridge(save(1000))
+    save(2000)
+    settle(tmp_path)
+    assert bridge_begins_from(tmp_path) == 2000
+    assert not (tmp_path / BRIDGES).exists()
+
+
+def test_bridge_begins_anew_where_all_are_broken(save: Callable[..., Path], tmp_path: Path) -> None:
+    note_as_bridge(save(1000))
+    remove(".metadata")(tmp_path / "iter_0001000")
+    settle(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["incomplete_iter_0001000.1"]
 
 
 # --- non-persistent and local checkpoints ---------------------------------------------------------

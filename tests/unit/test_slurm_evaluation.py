@@ -90,6 +90,61 @@ def test_the_script_by_hand(tmp_path: Path) -> None:
     assert by_hand["ONLY_FINISHED"] == ""
 
 
+# what training asks whole nodes with, and what says where a user may run
+WHOLE_NODES = """\
+[slurm]
+cpus-per-task = 64
+gpus = 16
+nodelist = node[1-2]
+mem-per-cpu = 4G
+time-min = 12:00:00
+threads-per-core = 1
+account = me
+constraint = a100
+exclude = node7
+"""
+
+
+def asked_for(folder: Path, slurm: str, evaluate: str = "") -> dict[str, str | None]:
+    run = RUN.partition("[slurm]")[0]
+    settings = read(folder, f"{run}{slurm}\n[evaluate]\ndata = /data/eval\n{evaluate}\n")
+    found = directives(evaluation.job_script(settings, only_finished=True))
+    ours = ("job-name", "nodes", "ntasks", "time", "output", "open-mode", "requeue", "array")
+    return {name: value for name, value in found.items() if name not in ours}
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "found"),
+    [
+        ("", {"gpus-per-node": "1", "cpus-per-task": "8"}),  # of 64 for 8 GPUs
+        ("gpus = 2", {"gpus-per-node": "2", "cpus-per-task": "16"}),
+        ("cpus = 12", {"gpus-per-node": "1", "cpus-per-task": "12"}),
+        ("gpus = 0", {"cpus-per-task": "64"}),
+        ("gpus = 0\ncpus = 4", {"cpus-per-task": "4"}),
+        ("gpus = 16", {"gpus-per-node": "16", "cpus-per-task": "64"}),
+    ],
+)
+def test_a_job_asks_for_what_it_needs(
+    tmp_path: Path, evaluate: str, found: dict[str, str | None]
+) -> None:
+    where = {"account": "me", "constraint": "a100", "exclude": "node7"}
+    assert asked_for(tmp_path, WHOLE_NODES, evaluate) == where | found
+
+
+def test_what_is_counted_by_gpu_stays_where_there_is_one(tmp_path: Path) -> None:
+    slurm = "[slurm]\nmem-per-gpu = 100G\ncpus-per-gpu = 6\n"
+    by_gpu = {"mem-per-gpu": "100G", "cpus-per-gpu": "6", "gpus-per-node": "1"}
+    assert asked_for(tmp_path, slurm) == by_gpu
+    assert asked_for(tmp_path, slurm, "gpus = 0") == {}
+    del by_gpu["cpus-per-gpu"]  # sbatch takes one of the two
+    assert asked_for(tmp_path, slurm, "cpus = 8") == by_gpu | {"cpus-per-task": "8"}
+
+
+def test_gres_in_place_of_gpus_per_node(tmp_path: Path) -> None:
+    slurm = "[slurm]\ngres = gpu:4\ngpus-per-node = 0\nranks-per-node = 4\ncpus-per-task = 32\n"
+    assert asked_for(tmp_path, slurm) == {"gpus-per-node": "1", "cpus-per-task": "8"}
+
+
 @pytest.mark.parametrize(
     ("task", "model", "words"),
     [
@@ -138,6 +193,7 @@ def test_an_unfinished_run_is_not_evaluated(tmp_path: Path) -> None:
         ("data = /d\ncheckpoint = 1\n", r"has checkpoint in \[evaluate\]. Known there are: data"),
         ("data = /d\ntasks =\n", r"tasks in \[evaluate\] is empty"),
         ("data = /d\nlength = long\n", "length = long .* whole number"),
+        ("data = /d\ncpus = 0\n", "cpus = 0 .* whole number from 1"),
         ("data\n", r"has data in \[evaluate\] without a value"),
     ],
 )

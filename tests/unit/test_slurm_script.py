@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_skyladder.slurm import script
+from megatron_skyladder.slurm.attempts import Attempt, RunFolder
 from megatron_skyladder.slurm.settings import Environment, Settings
 
 SECONDS = 60
@@ -72,6 +73,21 @@ SCONTROL = """\
 if [ "$1" = show ]; then printf '%s\\n' alpha beta; exit; fi
 echo "scontrol $*" >> FOLDER/calls
 [ ! -e FOLDER/refuse ]
+"""
+
+# Prints the first line of a file, and drops it unless it is the last; "!" is an error.
+SQUEUE = """\
+#!/bin/bash
+echo "squeue $*" >> FOLDER/calls
+line=$(head -n 1 FOLDER/listed)
+[ "$(wc -l < FOLDER/listed)" -le 1 ] || sed -i 1d FOLDER/listed
+case $line in "!"*) echo "slurm_load_jobs error: ${line#!}" >&2; exit 1 ;; esac
+printf "${line:+$line\\n}"
+"""
+SLEEP = """\
+#!/bin/bash
+echo "sleep $*" >> FOLDER/calls
+[ ! -e FOLDER/terminate ] || kill -TERM $PPID
 """
 
 
@@ -246,3 +262,74 @@ def test_a_signal_during_the_setup_is_kept_for_training(job: Job) -> None:
     assert job.interrupt(signal.SIGUSR1, signal.SIGUSR1) == 0
     assert job.calls[-2:] == [end(0, "time limit"), REQUEUE]
     assert (job.run / "attempts/001/signal").read_text() == "time limit\n"
+
+
+# --- another job in the folder --------------------------------------------------------------------
+
+ASKED = "squeue --noheader --jobs=7 --format=%A %T"
+GONE = "!Invalid job id specified"
+WAITS = [ASKED, "sleep 5"]
+
+
+def begun_by(job: Job, other: str, *listed: str) -> None:
+    """Let another job's attempt be the latest; squeue has one line after the other."""
+    attempt = Attempt(1, other, 0, "node0", 0.0, 0)
+    RunFolder(job.run).write(attempt)
+    (job.run / "attempts/001").rename(job.run / "attempts/000")
+    (job.run / "attempt").write_text(f"{job.run}/attempts/000\n")
+    job.set("listed", "\n".join(listed) + "\n")
+    job._write("bin/squeue", SQUEUE)
+    job._write("bin/sleep", SLEEP)
+
+
+@pytest.mark.parametrize(
+    "listed",
+    ["", GONE, "7 PENDING", "7 REQUEUED", "7 REQUEUE_HOLD", "8 RUNNING", "70 RUNNING\\n7 PENDING"],
+)
+def test_a_job_that_is_gone_or_waits_is_no_hindrance(job: Job, listed: str) -> None:
+    begun_by(job, "7", listed)
+    assert job.finish() == 0
+    assert job.calls[:2] == [ASKED, BEGIN] and job.calls[-1] == end()
+
+
+@pytest.mark.parametrize("other", ["40007", "none"])
+def test_a_job_does_not_wait_for_itself(job: Job, other: str) -> None:
+    begun_by(job, other, f"{other} RUNNING")
+    assert job.finish() == 0
+    assert job.calls[0] == BEGIN
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "SUSPENDED", "CONFIGURING"])
+@pytest.mark.parametrize("jobs", [None, 4])
+def test_beside_another_job_nothing_is_touched(
+    job: Job, state: str, jobs: int | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begun_by(job, "7", f"8 PENDING\\n7 {state}")
+    assert job.finish(jobs) == 1
+    assert job.calls == [ASKED]
+    assert f"job 7 {state} is at work in {job.run}, so nothing is done" in capfd.readouterr().out
+
+
+def test_a_job_that_was_cancelled_may_save_first(
+    job: Job, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begun_by(job, "7", "7 COMPLETING", "!Unable to contact slurm controller", "7 COMPLETING", "")
+    assert job.finish() == 0
+    assert job.calls[:8] == [*WAITS * 3, ASKED, BEGIN]
+    assert capfd.readouterr().out.count(f"waiting until job 7 COMPLETING has left {job.run}") == 1
+
+
+@pytest.mark.parametrize("listed", ["7 COMPLETING", "!Unable to contact slurm controller"])
+def test_waiting_has_an_end(job: Job, listed: str, capfd: pytest.CaptureFixture[str]) -> None:
+    begun_by(job, "7", listed)
+    assert job.finish() == 1
+    assert job.calls == WAITS * 180  # a quarter of an hour
+    said = capfd.readouterr().out.splitlines()[-1]
+    assert listed.removeprefix("!") in said and "submit again when it has ended" in said
+
+
+def test_a_job_that_waits_can_be_cancelled(job: Job) -> None:
+    begun_by(job, "7", "7 COMPLETING")
+    job.set("terminate")
+    assert job.finish() == 143
+    assert job.calls == WAITS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -89,6 +90,18 @@ def test_a_run_that_gave_up_and_was_submitted_again(run: Run) -> None:
     later = time.time() + 1
     os.utime(run.folder.path / "submitted", (later, later))
     assert (of(run).state, of(run).failed) == ("waiting", 0)
+
+
+def test_a_run_whose_checkpoints_are_lost(run: Run) -> None:
+    run.begin()
+    run.save(3000)
+    run.end(signal="time limit")
+    shutil.rmtree(run.folder.checkpoints / "iter_0003000")
+    found = of(run)
+    assert (found.state, found.checkpoint) == ("gave up", 0)
+    assert found.reason == "no checkpoint is left, and iteration 3,000 was saved once"
+    (run.folder.path / "finished").touch()
+    assert (of(run).state, of(run).reason) == ("finished", "time limit")
 
 
 def test_a_run_that_is_silent(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
