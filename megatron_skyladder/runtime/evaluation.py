@@ -30,7 +30,7 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_skyladder.ladder import clock, fragments
 from megatron_skyladder.ladder.config import SkyLadderConfig
-from megatron_skyladder.runtime import trainer
+from megatron_skyladder.runtime import pipeline, trainer
 from megatron_skyladder.runtime.document_mask import BATCH_KEYS
 
 EXTRA_WORK = 0.9  # sequences passed again, relative to the sequences of plain validation
@@ -304,9 +304,7 @@ def run(
         return output, piece
 
     items = [(window, index) for window in windows for index in range(sample.num_microbatches)]
-    padded = list(items)
-    if len(model) > 1:  # interleaved schedules want a multiple of the pipeline's length
-        padded += items[:1] * (-len(items) % trainer.current().groups.pp.size())
+    padded = items + items[:1] * (pipeline.num_microbatches(model, len(items)) - len(items))
     iterators = [
         iter([(window, chunk_rows[index] if chunk_rows else None) for window, index in padded])
         for chunk_rows in rows
