@@ -29,6 +29,7 @@ from megatron_skyladder.megatron_lm import (
     layout_choice,
     releases,
     resume,
+    stage_batches,
     stage_rates,
 )
 from megatron_skyladder.megatron_lm.adapter import MegatronLM
@@ -227,6 +228,7 @@ def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
         given = signature.bind(*args, **kwargs)
         train_with = given.arguments
         attention_present.check(train_with["model"])
+        stage_batches.check(compat.args(), train_with["model"])
         layout_choice.choose(compat.args(), train_with["model"], train_with["forward_step_func"])
         kept_keys.announce(train_with["model"], active)
         if not active.config.probe:
