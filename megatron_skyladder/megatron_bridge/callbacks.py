@@ -111,6 +111,10 @@ class LadderCallback(Callback):
                 "pretrain(cfg, ladder.forward_step, callbacks=ladder.callbacks)."
             )
 
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        """Look up the step's window, to be logged where a pipeline stage has no attention."""
+        clock.current().window(training=True)
+
     @translated()
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Count the step, and log it where that is due."""

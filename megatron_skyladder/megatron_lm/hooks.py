@@ -261,6 +261,8 @@ def _training_step(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         options = compat.args()
+        # for what is logged: no layer asks on a pipeline stage without attention
+        clock.current().window(training=True)
         if _moves("rate_factor"):
             stage_rates.begin_step(opt_param_scheduler, options.consumed_train_samples)
         if not options.calculate_per_token_loss:  # else Megatron counts over all ranks
@@ -320,7 +322,7 @@ HOOKS = (
         "train_step",
         _training_step,
         "to average the loss over whole sequences under context parallelism, and to begin with the "
-        "learning rate of the stage",
+        "window and the learning rate of the step",
     ),
     Hook(
         "megatron.training.training",
