@@ -29,7 +29,13 @@ from megatron_skyladder.ladder.schedules import (
     not_for,
     schedules_with,
 )
-from megatron_skyladder.ladder.settings import Naming, SettingError, rename, shown
+from megatron_skyladder.ladder.settings import (
+    SAME_ON_ALL_RANKS,
+    Naming,
+    SettingError,
+    rename,
+    shown,
+)
 
 DEFAULT_SCHEDULE = "linear"
 MEASURES = {"eval_lengths", "attention_stats_interval"}  # what only measures
@@ -233,7 +239,7 @@ def make_config(
     for field in preset.assumes.keys() & kind.settings().keys() - own.keys():
         _warn_assumed(name, preset, field, naming)
     if preset.note and kind.schedule == preset.settings.get("schedule"):
-        logger.warning("%s", rename(f"$preset={name}: {preset.note}", naming))
+        _warn(f"$preset={name}: {preset.note}", naming)
     window = _with_preset(own, preset, kind)
     for field in sorted(own.keys() & kind.without_effect(window)):
         _warn_without_effect(field, kind, naming)
@@ -348,16 +354,19 @@ def _warn_unused(own: Mapping[str, Any], kind: type[WindowSchedule], naming: Nam
 
 
 def _warn_without_effect(name: str, kind: type[WindowSchedule], naming: Naming) -> None:
-    effect = f"${name} has no effect with $schedule={kind.schedule}."
-    logger.warning("%s", rename(effect, naming))
+    _warn(f"${name} has no effect with $schedule={kind.schedule}.", naming)
 
 
 def _warn_assumed(name: str, preset: Preset, field: str, naming: Naming) -> None:
-    text = (
+    _warn(
         f"$preset={name} takes ${field}={preset.settings[field]} for {preset.assumes[field]}. "
-        "Give it where that is another number."
+        "Give it where that is another number.",
+        naming,
     )
-    logger.warning("%s", rename(text, naming))
+
+
+def _warn(template: str, naming: Naming) -> None:
+    logger.warning("%s", rename(template, naming), extra=SAME_ON_ALL_RANKS)
 
 
 def _steps_after(begin_samples: int, run: TrainingRun) -> int:

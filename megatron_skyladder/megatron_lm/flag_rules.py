@@ -14,6 +14,7 @@ from megatron_skyladder.attention import limits
 from megatron_skyladder.attention.limits import Effect, Finding, FlagRule, other_than
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import layer_pattern
+from megatron_skyladder.ladder.settings import SAME_ON_ALL_RANKS
 
 logger = logging.getLogger(__name__)
 
@@ -423,7 +424,7 @@ def check(options: Any) -> None:
     limits.refuse(found)
     for finding in found:
         if finding.rule.effect is Effect.NOTED:
-            logger.warning("%s", finding)
+            logger.warning("%s", finding, extra=SAME_ON_ALL_RANKS)
 
 
 def check_arrival(options: Any, words: Sequence[str]) -> None:
