@@ -222,6 +222,12 @@ RULES = (
         Effect.REFUSED,
         "its rollouts generate text, which needs a model without windows",
     ),
+    FlagRule(
+        "--inprocess-restart",
+        Effect.REFUSED,
+        "what it restarts within the process would go on with process groups that are gone",
+        "Drop it: the launcher restarts the job, which goes on at its last checkpoint.",
+    ),
     # --- weights drawn in two ways ---
     _draws("--init-method-std", when=_other_std, default=_MEGATRONS_STD),
     _draws("--embedding-init-method-std", when=_other_std),

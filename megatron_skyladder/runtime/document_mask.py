@@ -9,7 +9,7 @@ waiting for the device. Where every rank reads (Megatron Bridge), each makes its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -137,7 +137,8 @@ def _broadcast_host(offsets: np.ndarray | None, group: Any) -> torch.Tensor:
     One message, which begins with the number of offsets, and a second one for what is left over.
     """
     ranks = torch.distributed.get_process_group_ranks(group)
-    send = partial(torch.distributed.broadcast, src=ranks[0], group=_host_group(tuple(ranks)))
+    host_group = trainer.host_group(tuple(ranks))
+    send = partial(torch.distributed.broadcast, src=ranks[0], group=host_group)
     message = torch.empty(1 + _MESSAGE_OFFSETS, dtype=torch.int32)
     mask = None if offsets is None else torch.from_numpy(offsets)
     if mask is not None:
@@ -152,9 +153,3 @@ def _broadcast_host(offsets: np.ndarray | None, group: Any) -> torch.Tensor:
     if count > _MESSAGE_OFFSETS:
         send(mask[_MESSAGE_OFFSETS:])
     return mask
-
-
-@lru_cache(maxsize=1)
-def _host_group(ranks: tuple[int, ...]) -> Any:
-    """Return a gloo group of these ranks; made once, by all of them at the same time."""
-    return torch.distributed.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
