@@ -58,7 +58,14 @@ class BatchSizes:
         raise AssertionError("the last stage has no end")
 
     def latest_start(self, consumed: int) -> int:
-        """Return the samples before the batch that ended with ``consumed``; 0 before any."""
+        """Return the samples before the batch that ended with ``consumed``; 0 before any.
+
+        Where a run was resumed with another batch, its batches of the last size need not begin
+        where those of a run of its own would.
+        """
+        *_, (first_begins, size, _) = self._stretches()
+        if consumed - size >= first_begins:
+            return consumed - size
         return self.samples_in(max(0, self.batches_in(consumed) - 1))
 
     def ahead(self, consumed: int) -> tuple[tuple[int, int], ...]:

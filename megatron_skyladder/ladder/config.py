@@ -147,12 +147,18 @@ class SkyLadderConfig:
         """Return what goes with that window: batch, factor on the learning rate, RoPE."""
         return self.schedule.values_at(self.step_at_samples(consumed_samples))
 
-    def values_of_latest(self, consumed_samples: int) -> StageValues:
-        """Return the same for the batch that ended with ``consumed_samples``."""
-        batches = self.batches
-        if batches is not None:
-            return self.values_at_samples(batches.latest_start(consumed_samples))
-        return self.values_at_samples(max(0, consumed_samples - 1))
+    def values_of_latest(
+        self, consumed_samples: int, batches: BatchSizes | None = None
+    ) -> StageValues:
+        """Return the same for the batch that ended with ``consumed_samples``.
+
+        Args:
+            consumed_samples: at the end of the batch.
+            batches: those that the trainer makes, where the schedule does not set them; None: all
+                are a step.
+        """
+        sizes = self.batches or batches or BatchSizes(((0, self.step_samples),))
+        return self.values_at_samples(sizes.latest_start(consumed_samples))
 
     @property
     def batches(self) -> BatchSizes | None:

@@ -489,6 +489,43 @@ def test_a_batch_that_goes_past_the_end_of_its_stage_is_of_that_stage() -> None:
     assert config.values_of_latest(26).rope == 20_000
 
 
+def test_batches_that_begin_between_two_steps() -> None:
+    """Steps begin at 2, 10, ..., the second stage at 34; batches at 0, 8, ..., 32."""
+    stages = "8:0.5,rope=10000 final:rest,rope=20000"
+    args = launch(stages, train_samples=66, skyladder_begin_samples=2)
+    config = config_from_args(args)
+    assert config
+    bases = [config.values_at_samples(at).rope for at in (32, 33, 34, 40)]
+    assert bases == [10_000, 10_000, 20_000, 20_000]
+    assert config.values_of_latest(40).rope == 10_000  # trained from 32 on
+    assert config.values_of_latest(48).rope == 20_000
+    args.skyladder_fingerprint = config.fingerprint
+    for args.consumed_train_samples, base in ((40, 10_000), (48, 20_000)):
+        assert rotary_reached(args) == Rotary(base)
+
+
+def test_batches_that_are_not_the_stages_own() -> None:
+    """Batches of 4, of 8 from 48 on; a step is 8. The batch from 32 has the new base first."""
+    stages = "8:0.5,rope=10000 final:rest,rope=20000"
+    args = launch(stages, step_batch_size_schedule="0:4 3072:8", global_batch_size=4)
+    config = config_from_args(args)
+    assert config and config.batches is None and config.step_samples == 8
+    args.skyladder_fingerprint = config.fingerprint
+    for args.consumed_train_samples, base in ((32, 10_000), (36, 20_000), (40, 20_000)):
+        assert rotary_reached(args) == Rotary(base)
+    now = [32]
+    clock = Clock(config, lambda: now[0])
+    assert clock.window(training=True) == 64
+    now[0] = 36  # the batch from 32 has been trained
+    assert clock.rotary(training=False) == Rotary(20_000)
+
+
+def test_the_latest_batch_of_a_run_resumed_with_another_batch() -> None:
+    sizes = BatchSizes(((0, 4), (32, 8)))
+    assert [sizes.latest_start(at) for at in (32, 40, 44, 52)] == [28, 32, 36, 44]
+    assert BatchSizes(((0, 8),)).latest_start(12) == 4
+
+
 def test_an_export_has_the_base_of_its_own_stage(tmp_path: Path) -> None:
     args = launch(ALL_FOUR, step_batch_size_schedule="0:4 2048:8")
     config = config_from_args(args)
