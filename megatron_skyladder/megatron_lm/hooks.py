@@ -261,8 +261,7 @@ def _training_step(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         options = compat.args()
-        # for what is logged: no layer asks on a pipeline stage without attention
-        clock.current().window(training=True)
+        trainer.begin_step()
         if _moves("rate_factor"):
             stage_rates.begin_step(opt_param_scheduler, options.consumed_train_samples)
         if not options.calculate_per_token_loss:  # else Megatron counts over all ranks
@@ -322,7 +321,7 @@ HOOKS = (
         "train_step",
         _training_step,
         "to average the loss over whole sequences under context parallelism, and to begin with the "
-        "window and the learning rate of the step",
+        "window and the learning rate of the step, without the masks of the one before",
     ),
     Hook(
         "megatron.training.training",
