@@ -28,6 +28,7 @@ from megatron_skyladder.attention.backends import (  # noqa: E402
 )
 from megatron_skyladder.attention.segments import Rows, Segments, grid_segments  # noqa: E402
 from megatron_skyladder.cpu import engine as cpu_engine  # noqa: E402
+from megatron_skyladder.errors import UsageError  # noqa: E402
 from megatron_skyladder.ladder import measured  # noqa: E402
 from megatron_skyladder.ladder.kernels import (  # noqa: E402
     KERNELS,
@@ -423,6 +424,29 @@ def build(name: str, **changes: Any) -> torch.nn.Module:  # type: ignore[name-de
 def segments(offsets: list[int], window: int | None) -> Segments:
     array = np.array(offsets, np.int32)
     return Segments(array, array, window, None, CPU)
+
+
+@pytest.mark.parametrize("name", ["flash", "varlen", "fa3", "fa4"])
+def test_more_segments_than_flash_attention_2_takes(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """65,536 windows of 2 tokens are one too many, those of 3 fit; the others have no such end."""
+    install_all(monkeypatch)
+    backend = build(name)
+    monkeypatch.setattr(backend, "attend", lambda q, *_, **__: (q, None) if name == "fa4" else q)
+    q = torch.zeros(131_072, 1, 8)
+    grid = grid_segments(Rows(131_072, 1, 2, False, CPU))
+    assert isinstance(grid, Segments)
+    of_documents = Segments(grid.cu_seqlens_q, grid.cu_seqlens_k, None, None, CPU)
+    if name in ("fa3", "fa4"):
+        assert backend(q, q, q, grid).shape == q.shape
+        return
+    with pytest.raises(UsageError, match=r"windows of 2 tokens leave 65536 .* windows of 3 tokens"):
+        backend(q, q, q, grid)
+    with pytest.raises(UsageError, match=r"windows and documents leave 65536 segments in the 1310"):
+        backend(q, q, q, of_documents)
+    fits = Segments(grid.cu_seqlens_q[:-1], grid.cu_seqlens_k[:-1], None, None, CPU)
+    assert backend(q[:-2], q[:-2], q[:-2], fits).shape == (131_070, 1, 8)
 
 
 FLASH = {"flash": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
