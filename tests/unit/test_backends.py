@@ -225,6 +225,38 @@ def test_what_the_device_cannot_run_is_refused(
     assert names()[0] == "te"  # stock's own call: what stock runs is stock's matter
 
 
+@pytest.mark.parametrize(
+    ("capability", "size", "chosen"),
+    [
+        ((9, 0), 128, ("te", "fa3", "fa3")),
+        ((9, 0), 256, ("te", "fa3", "fa3")),
+        ((9, 0), 320, ("te", "sdpa", "sdpa")),
+        ((8, 0), 128, ("te", "flash", "flash")),
+        ((8, 0), 320, ("te", "sdpa", "sdpa")),
+        ((10, 0), 192, ("te", "flash", "flash")),  # FlashAttention 4 has 192 with values of 128
+    ],
+)
+def test_auto_looks_at_the_size_of_ordinary_heads(
+    monkeypatch: pytest.MonkeyPatch,
+    device: Callable[[int, int], None],
+    capability: tuple[int, int],
+    size: int,
+    chosen: tuple[str, ...],
+) -> None:
+    """FlashAttention ends at 256 channels; Transformer Engine looks for a kernel by itself."""
+    install_all(monkeypatch)
+    device(*capability)
+    assert names(heads=choose.Heads(size, size)) == chosen
+
+
+def test_a_layer_says_which_heads_it_has(device: Callable[[int, int], None]) -> None:
+    device(9, 0)
+    for size, kind in ((256, "VarlenBackend"), (320, "SdpaBackend")):
+        assert type(build("auto", kv_channels=size)).__name__ == kind
+    with pytest.raises(UsageError, match="varlen for keys of 320 channels and values of 320"):
+        build("varlen", kv_channels=320)
+
+
 def test_deterministic_transformer_engine_leaves_packed_calls_to_flash_attention(
     monkeypatch: pytest.MonkeyPatch, device: Callable[[int, int], None]
 ) -> None:
@@ -413,7 +445,12 @@ def test_releases_without_sinks_are_passed_over(
 
 
 def config(**changes: Any) -> types.SimpleNamespace:
-    values = {"params_dtype": torch.bfloat16, "deterministic_mode": False, **changes}
+    values = {
+        "params_dtype": torch.bfloat16,
+        "deterministic_mode": False,
+        "kv_channels": 128,
+        **changes,
+    }
     return types.SimpleNamespace(**values)
 
 
