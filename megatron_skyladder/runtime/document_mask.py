@@ -112,6 +112,7 @@ def fragment_offsets(
     tokens = row_batch["tokens"].numpy()
     given = row_batch.get("cu_seqlens")
     cut = config.seq_length if config.mask == "sliding" else window_len
+    splits_documents = config.recurrent_state == "documents"
     rows, documents, rows_with_end = [], [], 0
     for index, row in enumerate(tokens):
         if given is not None:  # the dataset knows its documents; trailing entries are padding
@@ -124,9 +125,11 @@ def fragment_offsets(
             rows_with_end += len(ends) > 1 or row[-1] == eod
         length = row.shape[0]
         rows.append(fragments.fragment_cu_seqlens(ends, seq_length=length, window_len=cut))
-        documents.append(fragments.fragment_cu_seqlens(ends, seq_length=length, window_len=length))
+        if splits_documents:
+            whole = fragments.fragment_cu_seqlens(ends, seq_length=length, window_len=length)
+            documents.append(whole)
     offsets = fragments.rows_cu_seqlens(rows)
-    if config.recurrent_state == "documents":
+    if splits_documents:
         offsets = np.concatenate([offsets, fragments.rows_cu_seqlens(documents)])
     return offsets, rows_with_end
 
