@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from megatron_skyladder.cpu import engine as cpu_engine
+from megatron_skyladder.ladder.settings import SAME_ON_ALL_RANKS
 from megatron_skyladder.megatron_lm import releases
 from megatron_skyladder.runtime.console import log_to_console
 from megatron_skyladder.runtime.ending import explained
@@ -189,6 +190,7 @@ def _warn_of_unequal_parts(options: Any) -> None:
             "those of one process. Add --calculate-per-token-loss, or any --skyladder-* flag (such "
             "as --skyladder-schedule constant), under which whole sequences are counted.",
             options.context_parallel_size,
+            extra=SAME_ON_ALL_RANKS,
         )
 
 

@@ -25,10 +25,10 @@ from megatron_skyladder.attention.backends.choose import has_sink
 from megatron_skyladder.attention.segments import (
     MaskCache,
     ParallelSegments,
+    Part,
     Rows,
     Segments,
     grid_segments,
-    split_mask,
 )
 from megatron_skyladder.attention.statistics import LayerStatistics, recording
 from megatron_skyladder.errors import UsageError
@@ -223,9 +223,8 @@ class SkyLadderAttention(MegatronModule):
         if attention_mask is None:
             return grid_segments(rows)
         _check_mask(attention_mask, seq_length * rows.num_rows)
-        if self._clock.config.recurrent_state == "documents":
-            attention_mask, _ = split_mask(attention_mask)
-        return _masks.get(attention_mask, rows)
+        carries_both = self._clock.config.recurrent_state == "documents"
+        return _masks.get(attention_mask, rows, Part.FRAGMENTS if carries_both else Part.WHOLE)
 
     def _own_window_now(self) -> int | None:
         """Return what a query of this layer sees at most, by its model and its own ladder."""

@@ -26,10 +26,10 @@ import torch
 
 from megatron_skyladder.attention.segments import (
     MaskCache,
+    Part,
     Rows,
     Segments,
     grid_segments,
-    split_mask,
 )
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import clock
@@ -87,10 +87,11 @@ class Cut:
             sliding=False,
             device=first.device,
         )
-        mask = self.mask
-        if mask is not None and config.recurrent_state == "documents":
-            _, mask = split_mask(mask)
-        found = grid_segments(rows) if mask is None else _masks.get(mask, rows)
+        if self.mask is None:
+            found = grid_segments(rows)
+        else:
+            carries_both = config.recurrent_state == "documents"
+            found = _masks.get(self.mask, rows, Part.DOCUMENTS if carries_both else Part.WHOLE)
         assert isinstance(found, Segments)  # whole sequences: no rank has a part
         if found.cu_seqlens_q[-1] != num_rows * seq_length:
             raise ValueError(

@@ -26,6 +26,7 @@ from megatron_skyladder.attention.segments import Segments, to_device
 
 # without cuDNN, which plans, and keeps, a graph for every shape: one for each window of a ladder
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_LARGEST_BATCH = 65_535  # of a call on a GPU: kernels have the batch in the grid's later axes
 _SMALLEST_BUCKET = 16  # tokens; below it a call costs more than the padding
 _MIN_BLOCK, _MAX_BLOCK = 128, 512  # queries that share one mask in a band
 
@@ -135,6 +136,9 @@ def _causal(
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments: Any
 ) -> torch.Tensor:
+    if query.shape[0] > _LARGEST_BATCH:
+        parts = (tensor.split(_LARGEST_BATCH) for tensor in (query, key, value))
+        return torch.cat([_attend(*qkv, **arguments) for qkv in zip(*parts, strict=True)])
     arguments["enable_gqa"] = query.shape[1] != key.shape[1]
     if query.device.type != "cuda":
         # the CPU's flash attention wants one size; without it all logits would be kept

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -173,6 +174,14 @@ class Rows:
         return self.seq_length if self.sliding else self.window_len
 
 
+class Part(Enum):
+    """What of a mask is meant; but for the first, by its place in `split_mask`."""
+
+    WHOLE = -1
+    FRAGMENTS = 0
+    DOCUMENTS = 1
+
+
 class MaskCache:
     """Segments by the host tensor that carries the mask, the latest few hundred."""
 
@@ -185,17 +194,22 @@ class MaskCache:
         """Forget them all."""
         self._entries.clear()
 
-    def get(self, mask: torch.Tensor, rows: Rows) -> Segments | ParallelSegments:
+    def get(
+        self, mask: torch.Tensor, rows: Rows, part: Part = Part.WHOLE
+    ) -> Segments | ParallelSegments:
         """Return the segments of a mask, made on first use.
 
         Args:
             mask: int32 [N + 1] on the host, cu_seqlens over all whole sequences of the micro-batch.
             rows: the sequences that it cuts.
+            part: of the mask, where it may carry fragments and documents both.
         """
-        key = (mask.data_ptr(), mask.numel(), mask._version, rows)
+        key = (mask.data_ptr(), mask.numel(), mask._version, rows, part)
         entry = self._entries.get(key)
         if entry is None:
-            entry = self._entries[key] = (mask, _make_segments(mask.numpy(), rows, documents=True))
+            offsets = mask if part is Part.WHOLE else split_mask(mask)[part.value]
+            segments = _make_segments(offsets.numpy(), rows, documents=True)
+            entry = self._entries[key] = (mask, segments)
             if len(self._entries) > _KEPT_MASKS:
                 self._entries.popitem(last=False)
         return entry[1]

@@ -12,7 +12,9 @@ softmax over the visible keys makes of it:
 * attention sink, after Gu et al. (arXiv:2410.10781) with their threshold of 0.3 and texts of 64
   tokens: the share of heads whose first token gets more than 0.3 of the attention, on average over
   the queries 1..64. The texts are the first 64 tokens of every fragment that has as many, so the
-  measure means the same under any window from 64 on; below, there is none.
+  measure means the same under any window from 64 on; below, there is none. Under context
+  parallelism a fragment counts where one rank holds its first 64 tokens in one piece, so which do
+  depends on the layout: compare runs with the same ranks and --skyladder-context-parallel-layout.
 
 Logits are computed in float32 for a block of queries at a time, never L x L. Where the interval is
 not set, an attention layer has no statistics to ask; between two measurements it asks once.

@@ -6,6 +6,7 @@ only micro-batch size x data-parallel size: it depends on the layout and is no b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +58,21 @@ class BatchSizes:
         raise AssertionError("the last stage has no end")
 
     def latest_start(self, consumed: int) -> int:
-        """Return the samples before the batch that ended with ``consumed``; 0 before any."""
+        """Return the samples before the batch that ended with ``consumed``; 0 before any.
+
+        Where a run was resumed with another batch, its batches of the last size need not begin
+        where those of a run of its own would.
+        """
+        *_, (first_begins, size, _) = self._stretches()
+        if consumed - size >= first_begins:
+            return consumed - size
         return self.samples_in(max(0, self.batches_in(consumed) - 1))
+
+    def ahead(self, consumed: int) -> tuple[tuple[int, int], ...]:
+        """Return the stages of the batches that begin at ``consumed`` samples and after it."""
+        ends = [start for start, _ in self.stages[1:]]
+        pairs = itertools.zip_longest(self.stages, ends)
+        return tuple(stage for stage, end in pairs if end is None or consumed < end)
 
     def _stretches(self) -> Iterator[tuple[int, int, int | None]]:
         """Yield (samples before its first batch, size, number of batches) of each stage.

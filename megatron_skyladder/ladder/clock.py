@@ -78,9 +78,15 @@ class Clock:
         key = self._consumed_samples(), training
         if key != self._rotary_at:
             self._rotary_at = key
-            values = self.config.values_at_samples if training else self.config.values_of_latest
-            self._rotary = values(key[0]).rotary
+            self._rotary = self._values(key[0], training=training).rotary
         return self._rotary
+
+    def _values(self, samples: int, *, training: bool) -> StageValues:
+        if training:
+            return self.config.values_at_samples(samples)
+        if 0 <= self._samples < samples:  # the latest batch was trained here, whatever its size
+            return self.config.values_at_samples(self._samples)
+        return self.config.values_of_latest(samples)
 
     def layout_rule(self, seq_length: int, cp_size: int, *, training: bool) -> LayoutRule:
         """Return how sequences are shared out among context-parallel ranks right now.

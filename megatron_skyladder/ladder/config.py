@@ -29,7 +29,13 @@ from megatron_skyladder.ladder.schedules import (
     not_for,
     schedules_with,
 )
-from megatron_skyladder.ladder.settings import Naming, SettingError, rename, shown
+from megatron_skyladder.ladder.settings import (
+    SAME_ON_ALL_RANKS,
+    Naming,
+    SettingError,
+    rename,
+    shown,
+)
 
 DEFAULT_SCHEDULE = "linear"
 MEASURES = {"eval_lengths", "attention_stats_interval"}  # what only measures
@@ -141,12 +147,18 @@ class SkyLadderConfig:
         """Return what goes with that window: batch, factor on the learning rate, RoPE."""
         return self.schedule.values_at(self.step_at_samples(consumed_samples))
 
-    def values_of_latest(self, consumed_samples: int) -> StageValues:
-        """Return the same for the batch that ended with ``consumed_samples``."""
-        batches = self.batches
-        if batches is not None:
-            return self.values_at_samples(batches.latest_start(consumed_samples))
-        return self.values_at_samples(max(0, consumed_samples - 1))
+    def values_of_latest(
+        self, consumed_samples: int, batches: BatchSizes | None = None
+    ) -> StageValues:
+        """Return the same for the batch that ended with ``consumed_samples``.
+
+        Args:
+            consumed_samples: at the end of the batch.
+            batches: those that the trainer makes, where the schedule does not set them; None: all
+                are a step.
+        """
+        sizes = self.batches or batches or BatchSizes(((0, self.step_samples),))
+        return self.values_at_samples(sizes.latest_start(consumed_samples))
 
     @property
     def batches(self) -> BatchSizes | None:
@@ -233,7 +245,7 @@ def make_config(
     for field in preset.assumes.keys() & kind.settings().keys() - own.keys():
         _warn_assumed(name, preset, field, naming)
     if preset.note and kind.schedule == preset.settings.get("schedule"):
-        logger.warning("%s", rename(f"$preset={name}: {preset.note}", naming))
+        _warn(f"$preset={name}: {preset.note}", naming)
     window = _with_preset(own, preset, kind)
     for field in sorted(own.keys() & kind.without_effect(window)):
         _warn_without_effect(field, kind, naming)
@@ -348,16 +360,19 @@ def _warn_unused(own: Mapping[str, Any], kind: type[WindowSchedule], naming: Nam
 
 
 def _warn_without_effect(name: str, kind: type[WindowSchedule], naming: Naming) -> None:
-    effect = f"${name} has no effect with $schedule={kind.schedule}."
-    logger.warning("%s", rename(effect, naming))
+    _warn(f"${name} has no effect with $schedule={kind.schedule}.", naming)
 
 
 def _warn_assumed(name: str, preset: Preset, field: str, naming: Naming) -> None:
-    text = (
+    _warn(
         f"$preset={name} takes ${field}={preset.settings[field]} for {preset.assumes[field]}. "
-        "Give it where that is another number."
+        "Give it where that is another number.",
+        naming,
     )
-    logger.warning("%s", rename(text, naming))
+
+
+def _warn(template: str, naming: Naming) -> None:
+    logger.warning("%s", rename(template, naming), extra=SAME_ON_ALL_RANKS)
 
 
 def _steps_after(begin_samples: int, run: TrainingRun) -> int:

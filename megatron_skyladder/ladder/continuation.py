@@ -135,7 +135,8 @@ def rotary_reached(arguments: Any) -> Rotary:
             f"known: its arguments no longer give its schedule, {checkpoint.fingerprint!r}. Use the"
             " version of megatron-skyladder that trained it."
         )
-    return config.values_of_latest(checkpoint.consumed_samples).rotary
+    batches = batch_sizes(arguments)
+    return config.values_of_latest(checkpoint.consumed_samples, batches).rotary
 
 
 def _as_typed(value: Any) -> Any:

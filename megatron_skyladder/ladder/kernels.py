@@ -128,9 +128,10 @@ _TILE = 128  # channels: the value heads that kernels have beside longer keys
 def value_width(
     name: str, key_size: int, value_size: int, capability: tuple[int, int]
 ) -> int | None:
-    """Return how wide value heads have to be for a kernel to train, where keys differ from them.
+    """Return how wide value heads have to be for a kernel to train.
 
-    Multi-latent attention has keys that are wider than values. Read off the libraries' sources of
+    Multi-latent attention has keys that are wider than values; elsewhere both have one size, which
+    not every kernel has either. Read off the libraries' sources of
     August 2026: csrc/flash_attn/flash_api.cpp (FlashAttention 2, which torch ships too) wants one
     size up to 256; hopper/flash_api.cpp (mha_fwd) and flash_attn/cute/interface.py
     (_validate_head_dims) name their pairs; Transformer Engine's fused_attn.cpp and utils.py, too.
@@ -145,8 +146,8 @@ def value_width(
     Returns:
         Channels, at least ``value_size``: what values are padded to; None: no width will do.
     """
-    if key_size == value_size:
-        return value_size  # as stock Megatron calls it, whatever it is
+    if name == "te" and key_size == value_size:
+        return value_size  # as stock Megatron calls it: it looks for a kernel by itself
     for width in sorted({value_size, _TILE, key_size}):
         if width >= value_size and _takes(name, key_size, width, capability[0]):
             return width

@@ -22,7 +22,13 @@ from typing import Any
 from megatron_skyladder.ladder.local_layers import LocalLayers
 from megatron_skyladder.ladder.numbers import whole
 from megatron_skyladder.ladder.schedules import DEFAULT_EXPAND_FRACTION, Linear, WindowSchedule
-from megatron_skyladder.ladder.settings import Naming, SettingError, rename, shown
+from megatron_skyladder.ladder.settings import (
+    SAME_ON_ALL_RANKS,
+    Naming,
+    SettingError,
+    rename,
+    shown,
+)
 
 START, SHARE = "local_start_window", "local_expand_fraction"
 SETTINGS = (START, SHARE)
@@ -71,7 +77,7 @@ def local_ladder(
             f"$round_to={round_to} is not below the local layers' window of {final} tokens: it "
             f"stays at {ladder.start_window} until it grows to all of them at once."
         )
-        logger.warning("%s", rename(stays, naming))
+        logger.warning("%s", rename(stays, naming), extra=SAME_ON_ALL_RANKS)
     return ladder
 
 

@@ -15,6 +15,9 @@ from megatron_skyladder.errors import UsageError
 
 _NAME = re.compile(r"\$(\$|\w+)")
 
+# `extra` of a log record that follows from the settings alone: the first rank speaks for all
+SAME_ON_ALL_RANKS = {"same_on_all_ranks": True}
+
 Naming = Callable[[str], str]  # a field's name -> what whoever set it calls it
 
 

@@ -24,7 +24,7 @@ from megatron_skyladder.megatron_bridge.console import show_warnings
 from megatron_skyladder.megatron_bridge.spelling import translated
 from megatron_skyladder.megatron_bridge.step import ForwardStep
 from megatron_skyladder.megatron_bridge.training_log import TrainingLog
-from megatron_skyladder.runtime import attention_present, kept_keys, resuming
+from megatron_skyladder.runtime import attention_present, kept_keys, resuming, trainer
 from megatron_skyladder.runtime.probe import probe_mask
 from megatron_skyladder.runtime.probe.moments import sequence_faults
 from megatron_skyladder.runtime.probe.sequences import made_up
@@ -110,6 +110,10 @@ class LadderCallback(Callback):
                 "returned: "
                 "pretrain(cfg, ladder.forward_step, callbacks=ladder.callbacks)."
             )
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        """Begin with the step's window and without the masks of the step before."""
+        trainer.begin_step()
 
     @translated()
     def on_train_step_end(self, context: CallbackContext) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.continuation import Checkpoint
+from megatron_skyladder.ladder.settings import SAME_ON_ALL_RANKS
 from megatron_skyladder.megatron_bridge import refusals, releases, settings
 from megatron_skyladder.megatron_bridge.adapter import MegatronBridge
 from megatron_skyladder.megatron_bridge.console import open_console
@@ -56,7 +57,7 @@ def apply(cfg: Any, **given: Any) -> Ladder:
     refusals.check_stages(config)
     refusals.check(cfg, finished=False)
     for text in refusals.noted(cfg):
-        logger.warning("%s", text)
+        logger.warning("%s", text, extra=SAME_ON_ALL_RANKS)
 
     # Bridge may be slow to import, so only what fits comes this far
     from megatron_skyladder.megatron_bridge.callbacks import LadderCallback

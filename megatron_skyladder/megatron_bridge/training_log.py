@@ -42,7 +42,7 @@ class TrainingLog:
         if self._outlook is None:
             self._outlook = Outlook(active.config, trainer.current().total_samples)
         metrics.count_over_data_parallel()
-        values = metrics.values(self._outlook, self._rate(state, active.interval))
+        values = metrics.values(self._outlook, self._rate(state, active.logged_interval))
         values |= metrics.attention_values(active.config, iteration)
         active.interval, self._steps = Work(), 0
         trainer.current().log_scalars(values, iteration)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_skyladder.ladder import clock
+from megatron_skyladder.ladder.settings import SAME_ON_ALL_RANKS
 from megatron_skyladder.megatron_lm import compat
 from megatron_skyladder.runtime.evaluation import (
     Sample,
@@ -52,6 +53,7 @@ def warn_where_nothing_is_validated(options: Any) -> None:
             "no losses by length will come, although --skyladder-eval-lengths asks for them: this "
             "Megatron has built no validation data (--eval-iters %s, --split, or the fork).",
             getattr(options, "eval_iters", None),
+            extra=SAME_ON_ALL_RANKS,
         )
 
 

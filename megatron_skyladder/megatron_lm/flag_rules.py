@@ -14,6 +14,7 @@ from megatron_skyladder.attention import limits
 from megatron_skyladder.attention.limits import Effect, Finding, FlagRule, other_than
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import layer_pattern
+from megatron_skyladder.ladder.settings import SAME_ON_ALL_RANKS
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +222,12 @@ RULES = (
         Effect.REFUSED,
         "its rollouts generate text, which needs a model without windows",
     ),
+    FlagRule(
+        "--inprocess-restart",
+        Effect.REFUSED,
+        "what it restarts within the process would go on with process groups that are gone",
+        "Drop it: the launcher restarts the job, which goes on at its last checkpoint.",
+    ),
     # --- weights drawn in two ways ---
     _draws("--init-method-std", when=_other_std, default=_MEGATRONS_STD),
     _draws("--embedding-init-method-std", when=_other_std),
@@ -423,7 +430,7 @@ def check(options: Any) -> None:
     limits.refuse(found)
     for finding in found:
         if finding.rule.effect is Effect.NOTED:
-            logger.warning("%s", finding)
+            logger.warning("%s", finding, extra=SAME_ON_ALL_RANKS)
 
 
 def check_arrival(options: Any, words: Sequence[str]) -> None:

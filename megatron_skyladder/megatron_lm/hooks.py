@@ -29,6 +29,7 @@ from megatron_skyladder.megatron_lm import (
     layout_choice,
     releases,
     resume,
+    stage_batches,
     stage_rates,
 )
 from megatron_skyladder.megatron_lm.adapter import MegatronLM
@@ -227,6 +228,7 @@ def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
         given = signature.bind(*args, **kwargs)
         train_with = given.arguments
         attention_present.check(train_with["model"])
+        stage_batches.check(compat.args(), train_with["model"])
         layout_choice.choose(compat.args(), train_with["model"], train_with["forward_step_func"])
         kept_keys.announce(train_with["model"], active)
         if not active.config.probe:
@@ -259,6 +261,7 @@ def _training_step(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         options = compat.args()
+        trainer.begin_step()
         if _moves("rate_factor"):
             stage_rates.begin_step(opt_param_scheduler, options.consumed_train_samples)
         if not options.calculate_per_token_loss:  # else Megatron counts over all ranks
@@ -318,7 +321,7 @@ HOOKS = (
         "train_step",
         _training_step,
         "to average the loss over whole sequences under context parallelism, and to begin with the "
-        "learning rate of the stage",
+        "window and the learning rate of the step, without the masks of the one before",
     ),
     Hook(
         "megatron.training.training",

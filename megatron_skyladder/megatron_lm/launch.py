@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder.flags import END_LADDER
 from megatron_skyladder.megatron_lm import compat, hybrid, releases
 from megatron_skyladder.megatron_lm.releases import Trainer
 from megatron_skyladder.megatron_lm.spec import gpt_layer_spec
+
+_OUR_FLAGS = "--skyladder-"
 
 
 def launch(
@@ -36,7 +40,10 @@ def launch(
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
 
     trainer = releases.release_of(releases.installed()).trainer
-    pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    store = None
+    # with flags of ours a restart is refused, on some releases within pretrain: not to be repeated
+    if not any(word.startswith(_OUR_FLAGS) and word != END_LADDER for word in sys.argv):
+        pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     set_startup_timestamps(program_start=started, main_entry=started)
     ours = {"extra_args_provider": extra_args_provider, "args_defaults": args_defaults}
     others = {"store": store, "get_embedding_ranks": embedding_ranks}

@@ -15,6 +15,7 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.sequence_layout import Kind
+from megatron_skyladder.ladder.settings import SAME_ON_ALL_RANKS
 
 ARRANGES = "watch_sequences"  # what a patched forward step calls, see `patch_calls`
 _BY_PLACE = (  # what Megatron stores of each token or reads again, by rank and place on it
@@ -39,7 +40,11 @@ def choose(options: Any, model: list[Any], forward_step: Callable[..., Any]) -> 
     config = get_attr_wrapped_model(model[0], "config")
     keeps = _keeps_zigzag(options, config, forward_step)
     if keeps:
-        logger.warning("context parallelism keeps Megatron's zigzag, because %s", keeps)
+        logger.warning(
+            "context parallelism keeps Megatron's zigzag, because %s",
+            keeps,
+            extra=SAME_ON_ALL_RANKS,
+        )
         return
     active.layout_kind = Kind.WINDOW
     if active.config.mask == "sliding":

@@ -43,7 +43,7 @@ def counting_windows(original: Callable[..., float]) -> Callable[..., float]:
     ) -> float:
         share = attention_share(original, options, batch_size)
         active = metrics.meter()
-        work = active.interval if active.in_log else active.step()
+        work = active.logged_interval if active.in_log else active.step()
         left = 1 - share * (1 - square_fraction(work, options.seq_length))
         return left * original(options, batch_size, *args, **kwargs)
 

@@ -20,13 +20,21 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _is_for_this_rank(record: logging.LogRecord) -> bool:
+    return is_first_rank() or not getattr(record, "same_on_all_ranks", False)
+
+
 def log_to_console() -> None:
-    """Show it whatever level Megatron sets for the rest: warnings on every rank, all on rank 0."""
+    """Show it whatever level Megatron sets for the rest: all on rank 0, warnings on every rank.
+
+    But for those that are the same on all of them (`settings.SAME_ON_ALL_RANKS`): rank 0 has them.
+    """
     package = logging.getLogger("megatron_skyladder")
     if package.handlers:
         return
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("SkyLadder: %(message)s"))
+    handler.addFilter(_is_for_this_rank)
     package.addHandler(handler)
     package.propagate = False
     package.setLevel(logging.INFO if is_first_rank() else logging.WARNING)

@@ -9,7 +9,7 @@ waiting for the device. Where every rank reads (Megatron Bridge), each makes its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -112,6 +112,7 @@ def fragment_offsets(
     tokens = row_batch["tokens"].numpy()
     given = row_batch.get("cu_seqlens")
     cut = config.seq_length if config.mask == "sliding" else window_len
+    splits_documents = config.recurrent_state == "documents"
     rows, documents, rows_with_end = [], [], 0
     for index, row in enumerate(tokens):
         if given is not None:  # the dataset knows its documents; trailing entries are padding
@@ -124,9 +125,11 @@ def fragment_offsets(
             rows_with_end += len(ends) > 1 or row[-1] == eod
         length = row.shape[0]
         rows.append(fragments.fragment_cu_seqlens(ends, seq_length=length, window_len=cut))
-        documents.append(fragments.fragment_cu_seqlens(ends, seq_length=length, window_len=length))
+        if splits_documents:
+            whole = fragments.fragment_cu_seqlens(ends, seq_length=length, window_len=length)
+            documents.append(whole)
     offsets = fragments.rows_cu_seqlens(rows)
-    if config.recurrent_state == "documents":
+    if splits_documents:
         offsets = np.concatenate([offsets, fragments.rows_cu_seqlens(documents)])
     return offsets, rows_with_end
 
@@ -137,7 +140,8 @@ def _broadcast_host(offsets: np.ndarray | None, group: Any) -> torch.Tensor:
     One message, which begins with the number of offsets, and a second one for what is left over.
     """
     ranks = torch.distributed.get_process_group_ranks(group)
-    send = partial(torch.distributed.broadcast, src=ranks[0], group=_host_group(tuple(ranks)))
+    host_group = trainer.host_group(tuple(ranks))
+    send = partial(torch.distributed.broadcast, src=ranks[0], group=host_group)
     message = torch.empty(1 + _MESSAGE_OFFSETS, dtype=torch.int32)
     mask = None if offsets is None else torch.from_numpy(offsets)
     if mask is not None:
@@ -152,9 +156,3 @@ def _broadcast_host(offsets: np.ndarray | None, group: Any) -> torch.Tensor:
     if count > _MESSAGE_OFFSETS:
         send(mask[_MESSAGE_OFFSETS:])
     return mask
-
-
-@lru_cache(maxsize=1)
-def _host_group(ranks: tuple[int, ...]) -> Any:
-    """Return a gloo group of these ranks; made once, by all of them at the same time."""
-    return torch.distributed.new_group(list(ranks), backend="gloo", use_local_synchronization=True)

@@ -30,7 +30,8 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_skyladder.ladder import clock, fragments
 from megatron_skyladder.ladder.config import SkyLadderConfig
-from megatron_skyladder.runtime import trainer
+from megatron_skyladder.ladder.settings import SAME_ON_ALL_RANKS
+from megatron_skyladder.runtime import pipeline, trainer
 from megatron_skyladder.runtime.document_mask import BATCH_KEYS
 
 EXTRA_WORK = 0.9  # sequences passed again, relative to the sequences of plain validation
@@ -81,9 +82,16 @@ _announced: set[object] = set()
 
 
 def announce(rows: int, sample: Sample, windows: tuple[int, ...], seq_length: int) -> None:
-    """Say once what is measured."""
+    """Say once what is measured.
+
+    Args:
+        rows: sequences of plain validation that this rank has read; 0: it has nothing to say.
+        sample: those that are run again.
+        windows: tokens, ascending, all below ``seq_length``.
+        seq_length: tokens in a sequence.
+    """
     key = (rows, windows)
-    if key in _announced:
+    if not rows or key in _announced:
         return
     _announced.add(key)
     logger.info(
@@ -99,6 +107,7 @@ def announce(rows: int, sample: Sample, windows: tuple[int, ...], seq_length: in
             "row(s) to choose from. Raise --eval-iters to make them cheap in proportion.",
             len(windows),
             rows,
+            extra=SAME_ON_ALL_RANKS,
         )
 
 
@@ -243,7 +252,10 @@ def losses_by_length(
     """
     sample = taps.agree(planned, len(windows))
     if sample is None:
-        logger.warning("no losses by length: a rank has seen no sequence in this validation")
+        logger.warning(
+            "no losses by length: a rank has seen no sequence in this validation",
+            extra=SAME_ON_ALL_RANKS,  # they have agreed on it
+        )
         return {}
     seq_length = trainer.current().seq_length
     announce(taps.num_seen, sample, windows, seq_length)
@@ -304,9 +316,7 @@ def run(
         return output, piece
 
     items = [(window, index) for window in windows for index in range(sample.num_microbatches)]
-    padded = list(items)
-    if len(model) > 1:  # interleaved schedules want a multiple of the pipeline's length
-        padded += items[:1] * (-len(items) % trainer.current().groups.pp.size())
+    padded = items + items[:1] * (pipeline.num_microbatches(model, len(items)) - len(items))
     iterators = [
         iter([(window, chunk_rows[index] if chunk_rows else None) for window, index in padded])
         for chunk_rows in rows

@@ -85,6 +85,9 @@ class Meter:
         self.config = config
         self.interval = Work()
         self.latest = Work()  # of the latest whole step
+        # the same two over all data-parallel ranks, of the latest log line
+        self.logged_interval = Work()
+        self.logged_latest = Work()
         self.in_log = False  # whether Megatron asks for FLOPs to log them, as a mean
         self._counted = Work()
         self._first_batch = True
@@ -225,19 +228,22 @@ class Rate:
 
 
 def count_over_data_parallel() -> None:
-    """Add up what data-parallel ranks counted since the last log line; all ranks have to call it.
+    """Note what is to be logged of all data-parallel ranks; all ranks have to call it.
 
-    Only where documents are masked: else every rank knows the work of all.
+    Only where documents are masked is anything added up: else every rank knows the work of all.
+    What this rank counted stays as it is, because the interval goes on after Megatron's first line.
     """
     active = meter()
+    works: tuple[Work, ...] = active.latest, active.interval
     if active.config.intra_document:
-        active.latest, active.interval = _over_data_parallel(active.latest, active.interval)
+        works = _over_data_parallel(*works)
+    active.logged_latest, active.logged_interval = (replace(work) for work in works)
 
 
 def values(outlook: Outlook, rate: Rate) -> dict[str, float]:
     """Return what is logged of the latest step, by name."""
     active, config = meter(), clock.current().config
-    latest, of_local = active.latest, clock.current().last_local_window
+    latest, of_local = active.logged_latest, clock.current().last_local_window
     return {
         "skyladder/window": clock.current().last_window,
         **({} if of_local is None else {"skyladder/local_window": of_local}),
@@ -250,7 +256,7 @@ def values(outlook: Outlook, rate: Rate) -> dict[str, float]:
             trainer.current().consumed_samples,
             step_seconds=rate.step_seconds * config.step_samples / rate.step_samples,
             share=rate.attention_share,
-            measured=active.interval,
+            measured=active.logged_interval,
         ),
         **stage_values(),
     }

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.continuation import Checkpoint, Flags, flags_that_keep, goes_on
+from megatron_skyladder.ladder.settings import SAME_ON_ALL_RANKS
 
 SPEC_MODULE = "megatron_skyladder.layer_specs"
 
@@ -36,6 +37,7 @@ def check(checkpoint: Checkpoint, options: Any) -> None:
                 "the checkpoint was trained without SkyLadder; from here on: %s. The schedule "
                 "counts from sample 0 unless --skyladder-begin-samples says otherwise.",
                 wanted.fingerprint,
+                extra=SAME_ON_ALL_RANKS,
             )
     elif wanted is None:
         _check_end(checkpoint, options)
@@ -56,6 +58,7 @@ def _check_end(checkpoint: Checkpoint, options: Any) -> None:
             f", where it was {window},",
             options.seq_length,
             checkpoint.fingerprint,
+            extra=SAME_ON_ALL_RANKS,
         )
         return
     raise UsageError(
@@ -79,11 +82,17 @@ def _check_change(checkpoint: Checkpoint, wanted: Any, options: Any) -> None:
             "the same.%sAs with: %s.",
             texts,
             keep,
+            extra=SAME_ON_ALL_RANKS,
         )
         return
     change = f"at {checkpoint.consumed_samples} samples {_change(saved, wanted, checkpoint)}"
     if getattr(options, "skyladder_allow_schedule_change", None):
-        logger.warning("schedule changed on resume, as allowed: %s.%s", change, texts.rstrip())
+        logger.warning(
+            "schedule changed on resume, as allowed: %s.%s",
+            change,
+            texts.rstrip(),
+            extra=SAME_ON_ALL_RANKS,
+        )
         return
     raise UsageError(
         f"the checkpoint was trained under another schedule.{texts}"

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
+
+import torch
 
 from megatron_skyladder.attention import core_attention, recurrent
 from megatron_skyladder.ladder import clock
@@ -116,13 +119,35 @@ def install(config: SkyLadderConfig, trainer: Trainer) -> Clock:
     )
 
 
+def begin_step() -> None:
+    """Get ready for a training step; every rank has to call it before the step's first micro-batch.
+
+    The window is looked up for what is logged: on a pipeline stage without attention no layer does.
+    Masks of the step before are dropped with their device tensors: each travels with a micro-batch,
+    and no micro-batch outlives its step, recomputed and interleaved ones included.
+    """
+    clock.current().window(training=True)
+    _forget_masks()
+
+
 def uninstall() -> None:
     """Forget the trainer, the clock, and what was cached under them."""
     global _trainer
     _trainer = None
     clock.uninstall()
+    _forget_masks()
+    host_group.cache_clear()
+
+
+def _forget_masks() -> None:
     core_attention.forget_masks()
     recurrent.forget_masks()
+
+
+@lru_cache(maxsize=1)
+def host_group(ranks: tuple[int, ...]) -> Any:
+    """Return a gloo group of these ranks; made once, by all of them at the same time."""
+    return torch.distributed.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
 
 
 def current() -> Trainer:

@@ -46,7 +46,9 @@ def draw_as_reference(config: Any, num_layers: int) -> None:
     from megatron.core.utils import init_method_normal
 
     std, output_std = reference_stds(config.hidden_size, num_layers)
-    if _is_normal(config.init_method, std):
+    output_method = config.output_layer_init_method
+    # both: the first alone is Megatron's default at a hidden size of 1000
+    if _is_normal(config.init_method, std) and _is_normal(output_method, output_std):
         return
     _check_nothing_else_is_asked_for(config)
     config.init_method = config.embedding_init_method = init_method_normal(std)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron_skyladder.runtime import document_mask
+from megatron_skyladder.runtime import document_mask, trainer
 
 
 def send_offsets() -> None:
@@ -21,5 +21,5 @@ def send_offsets() -> None:
             offsets = np.arange(count, dtype=np.int32) * 7
             mask = document_mask._broadcast_host(offsets if rank == ranks[0] else None, group)
             assert mask.dtype == torch.int32 and mask.numpy().tolist() == offsets.tolist()
-        document_mask._host_group.cache_clear()  # training has one group only
+        trainer.uninstall()  # training has one group only, which goes with it
     torch.distributed.destroy_process_group()

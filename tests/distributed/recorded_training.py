@@ -7,6 +7,7 @@ up. Every event is one JSON line, flushed at once, so that a killed run leaves i
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -361,7 +362,12 @@ def _window(training: bool = True) -> int | None:
     from megatron_skyladder.ladder import clock
 
     active = clock.installed()
-    return None if active is None else active.window(training=training)
+    return None if active is None else _copied(active).window(training=training)
+
+
+def _copied(active: Any) -> Any:
+    """Return a clock that may be asked: one remembers what was looked up last, to log it."""
+    return copy.copy(active)
 
 
 def _moved() -> set[str]:
@@ -414,7 +420,7 @@ def _positions(
         whole = torch.arange(length).expand(num_rows, -1)
         return compat.cp_batch({"positions": whole})["positions"]
     cp_size, rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
-    rule = active.layout_rule(length, cp_size, training=training)
+    rule = _copied(active).layout_rule(length, cp_size, training=training)
     layouts = rule.layouts(num_rows, None if mask is None else mask.numpy())
     return torch.from_numpy(numpy.stack([layout.positions(rank) for layout in layouts]))
 

@@ -222,6 +222,7 @@ RIGHT = {
     "pp2 vpp2": (
         2,
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+        "--microbatch-group-size-per-virtual-pipeline-stage 4 "
         f"--micro-batch-size 2 {LINEAR} {DOCUMENTS} "
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     ),

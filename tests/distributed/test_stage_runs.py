@@ -201,6 +201,22 @@ def test_batches_that_megatron_was_not_given(trainer: Trainer) -> None:
     assert "Give --step-batch-size-schedule '0:4 2048:8', without --global-batch" in run.log()
 
 
+def test_a_batch_that_megatron_would_not_take_is_refused_at_the_start(trainer: Trainer) -> None:
+    stages = "8:0.5,batch=4 final:0.5,batch=6 --step-batch-size-schedule 0:4,2304:6"
+    run = trainer.train(
+        f"--train-samples 72 --micro-batch-size 4 --skyladder-schedule staged "
+        f"--skyladder-stages {stages}",
+        load=False,
+        global_batch_size=None,
+        exit_codes=(1,),
+    )
+    assert (
+        "--skyladder-stages: the batch of 6 samples from sample 36 on is no multiple" in run.log()
+    )
+    assert "micro-batch size x data-parallel size = 4" in run.log()
+    assert not run.of("step")
+
+
 def test_a_table_of_one_row_is_no_table(trainer: Trainer, uninterrupted) -> None:
     """Bit-identical, weights and optimizer as well."""
     flags = "--micro-batch-size 2"

@@ -166,6 +166,9 @@ CASES = {
         "--yaml-cfg run.yaml", "reads no flag from the command line", parser="unknown"
     ),
     "--perform-rl-step": Case("--perform-rl-step", "its rollouts generate text", parser="parses"),
+    "--inprocess-restart": Case(
+        "--inprocess-restart", "go on with process groups that are gone", parser="checks"
+    ),
     "--rampup-batch-size": Case(
         "--rampup-batch-size 1 1 100",
         'Use --step-batch-size-schedule "0:SAMPLES TOKENS:SAMPLES',

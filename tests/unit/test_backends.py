@@ -28,6 +28,7 @@ from megatron_skyladder.attention.backends import (  # noqa: E402
 )
 from megatron_skyladder.attention.segments import Rows, Segments, grid_segments  # noqa: E402
 from megatron_skyladder.cpu import engine as cpu_engine  # noqa: E402
+from megatron_skyladder.errors import UsageError  # noqa: E402
 from megatron_skyladder.ladder import measured  # noqa: E402
 from megatron_skyladder.ladder.kernels import (  # noqa: E402
     KERNELS,
@@ -224,6 +225,38 @@ def test_what_the_device_cannot_run_is_refused(
     assert names()[0] == "te"  # stock's own call: what stock runs is stock's matter
 
 
+@pytest.mark.parametrize(
+    ("capability", "size", "chosen"),
+    [
+        ((9, 0), 128, ("te", "fa3", "fa3")),
+        ((9, 0), 256, ("te", "fa3", "fa3")),
+        ((9, 0), 320, ("te", "sdpa", "sdpa")),
+        ((8, 0), 128, ("te", "flash", "flash")),
+        ((8, 0), 320, ("te", "sdpa", "sdpa")),
+        ((10, 0), 192, ("te", "flash", "flash")),  # FlashAttention 4 has 192 with values of 128
+    ],
+)
+def test_auto_looks_at_the_size_of_ordinary_heads(
+    monkeypatch: pytest.MonkeyPatch,
+    device: Callable[[int, int], None],
+    capability: tuple[int, int],
+    size: int,
+    chosen: tuple[str, ...],
+) -> None:
+    """FlashAttention ends at 256 channels; Transformer Engine looks for a kernel by itself."""
+    install_all(monkeypatch)
+    device(*capability)
+    assert names(heads=choose.Heads(size, size)) == chosen
+
+
+def test_a_layer_says_which_heads_it_has(device: Callable[[int, int], None]) -> None:
+    device(9, 0)
+    for size, kind in ((256, "VarlenBackend"), (320, "SdpaBackend")):
+        assert type(build("auto", kv_channels=size)).__name__ == kind
+    with pytest.raises(UsageError, match="varlen for keys of 320 channels and values of 320"):
+        build("varlen", kv_channels=320)
+
+
 def test_deterministic_transformer_engine_leaves_packed_calls_to_flash_attention(
     monkeypatch: pytest.MonkeyPatch, device: Callable[[int, int], None]
 ) -> None:
@@ -412,7 +445,12 @@ def test_releases_without_sinks_are_passed_over(
 
 
 def config(**changes: Any) -> types.SimpleNamespace:
-    values = {"params_dtype": torch.bfloat16, "deterministic_mode": False, **changes}
+    values = {
+        "params_dtype": torch.bfloat16,
+        "deterministic_mode": False,
+        "kv_channels": 128,
+        **changes,
+    }
     return types.SimpleNamespace(**values)
 
 
@@ -423,6 +461,29 @@ def build(name: str, **changes: Any) -> torch.nn.Module:  # type: ignore[name-de
 def segments(offsets: list[int], window: int | None) -> Segments:
     array = np.array(offsets, np.int32)
     return Segments(array, array, window, None, CPU)
+
+
+@pytest.mark.parametrize("name", ["flash", "varlen", "fa3", "fa4"])
+def test_more_segments_than_flash_attention_2_takes(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """65,536 windows of 2 tokens are one too many, those of 3 fit; the others have no such end."""
+    install_all(monkeypatch)
+    backend = build(name)
+    monkeypatch.setattr(backend, "attend", lambda q, *_, **__: (q, None) if name == "fa4" else q)
+    q = torch.zeros(131_072, 1, 8)
+    grid = grid_segments(Rows(131_072, 1, 2, False, CPU))
+    assert isinstance(grid, Segments)
+    of_documents = Segments(grid.cu_seqlens_q, grid.cu_seqlens_k, None, None, CPU)
+    if name in ("fa3", "fa4"):
+        assert backend(q, q, q, grid).shape == q.shape
+        return
+    with pytest.raises(UsageError, match=r"windows of 2 tokens leave 65536 .* windows of 3 tokens"):
+        backend(q, q, q, grid)
+    with pytest.raises(UsageError, match=r"windows and documents leave 65536 segments in the 1310"):
+        backend(q, q, q, of_documents)
+    fits = Segments(grid.cu_seqlens_q[:-1], grid.cu_seqlens_k[:-1], None, None, CPU)
+    assert backend(q[:-2], q[:-2], q[:-2], fits).shape == (131_070, 1, 8)
 
 
 FLASH = {"flash": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}

@@ -71,6 +71,9 @@ def test_what_is_measured_is_said_once_and_a_dear_choice_is_warned_of(
     evaluation.announce(1, Sample(1, 1), (512, 4096), 8192)
     assert "more than plain validation itself" in caplog.messages[-1]
     assert "Raise --eval-iters" in caplog.messages[-1]
+    caplog.clear()
+    evaluation.announce(0, Sample(1, 1), (512, 4096), 8192)  # a middle stage, a later TP rank
+    assert not caplog.messages
 
 
 def test_the_recorder_hands_everything_on_and_keeps_the_first() -> None:

@@ -146,3 +146,20 @@ def test_bucketing_pads_by_at_most_a_quarter():
 def test_rows_follow_one_another():
     rows = [np.array([0, 3, 8], np.int32), np.array([0, 8], np.int32)]
     np.testing.assert_array_equal(rows_cu_seqlens(rows), [0, 3, 8, 16])
+
+
+def test_more_windows_than_a_call_takes_are_several_calls(monkeypatch):
+    """Kernels on a GPU take a batch of 65,535; windows of 2 tokens in 128K are one more."""
+    qkv = [x[:, None] for x in random_qkv(38, 38)]
+    expected = sdpa.attend_grid(*qkv, 4, SCALE)
+    batches = []
+    original = sdpa.scaled_dot_product_attention
+
+    def attend(query, *args, **kwargs):
+        batches.append(query.shape[0])
+        return original(query, *args, **kwargs)
+
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(sdpa, "_LARGEST_BATCH", 4)
+    assert_same(sdpa.attend_grid(*qkv, 4, SCALE), qkv, expected)
+    assert batches == [4, 4, 1, 1]  # nine windows, and a shorter last one

@@ -5,9 +5,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from megatron_skyladder.attention import segments as segments_module  # noqa: E402
 from megatron_skyladder.attention.segments import (  # noqa: E402
     MaskCache,
     ParallelSegments,
+    Part,
     Rows,
     Segments,
     grid_segments,
@@ -154,3 +156,21 @@ def test_one_sequence_of_a_grid():
     segments = grid_segments(rows_of(4, 10, 3)).of_one_sequence(10)
     assert segments.cu_seqlens_q.tolist() == [0, 4, 8, 10]
     assert segments.cu_seqlens_k is segments.cu_seqlens_q
+
+
+def test_a_mask_that_carries_both_is_split_once(monkeypatch):
+    """Every layer asks; finding where documents begin looks at the whole mask."""
+    splits = []
+    original = segments_module.split_mask
+    monkeypatch.setattr(
+        segments_module, "split_mask", lambda mask: splits.append(mask) or original(mask)
+    )
+    mask = torch.tensor([0, 4, 6, 8, 12, 0, 6, 12], dtype=torch.int32)
+    cache, rows = MaskCache(), rows_of(4, 12, 1)
+    for _ in range(3):
+        fragments = cache.get(mask, rows, Part.FRAGMENTS)
+        documents = cache.get(mask, rows, Part.DOCUMENTS)
+        assert fragments.cu_seqlens_q.tolist() == [0, 4, 6, 8, 12]
+        assert documents.cu_seqlens_q.tolist() == [0, 6, 12]
+    assert len(splits) == 2
+    assert cache.get(mask[:5], rows).cu_seqlens_q.tolist() == [0, 4, 6, 8, 12]

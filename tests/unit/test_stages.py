@@ -306,6 +306,13 @@ def test_a_word_that_is_wrong(word: str, said: str) -> None:
         ("8:0.5,lr=sqrt final:0.5", "lr=sqrt follows the batch, and no stage sets one"),
         ("8:0.5,batch=x2 final:0.5", "begins with x2 of the batch before, and there is none"),
         ("8:0.5 final:0.5,batch=x1.3", "x1.3 of a batch of 8 is no whole number of samples"),
+        (
+            "8:0.5,batch=8 final:0.5,batch=4",
+            "--skyladder-stages goes from a batch of 8 samples to one of 4, and Megatron stops "
+            "where batches shrink. Give the later stage batch=8 or more, or the one before it "
+            "batch=4 or less.",
+        ),
+        ("8:0.4 16:0.3,batch=x2 final:rest,batch=x0.5", "from a batch of 16 samples to one of 8"),
         ("8..100:0.5 final:0.5", "Windows lie between 1 and the final window of 64"),
         ("0..8:0.5 final:0.5", "is not WINDOW:SHARE"),
     ],
@@ -356,6 +363,26 @@ def test_the_length_has_to_be_in_samples() -> None:
 def test_one_batch_for_all_is_the_global_batch() -> None:
     config = config_from_args(launch("8:0.5,batch=8 final:rest", global_batch_size=8))
     assert config and config.batches == BatchSizes(((0, 8),))
+
+
+def test_a_stage_without_a_step_has_no_batch_that_shrinks() -> None:
+    config = configured("8:0.51,batch=8 32:0.01,batch=2 final:rest,batch=8")
+    assert config.batches == BatchSizes(((0, 8),))
+
+
+@pytest.mark.parametrize(
+    ("consumed", "ahead"),
+    [
+        (0, ((0, 4), (32, 6), (50, 8))),
+        (31, ((0, 4), (32, 6), (50, 8))),
+        (32, ((32, 6), (50, 8))),
+        (49, ((32, 6), (50, 8))),
+        (50, ((50, 8),)),
+        (10**6, ((50, 8),)),
+    ],
+)
+def test_batches_ahead(consumed: int, ahead: tuple[tuple[int, int], ...]) -> None:
+    assert BatchSizes(((0, 4), (32, 6), (50, 8))).ahead(consumed) == ahead
 
 
 @given(st.data())
@@ -412,7 +439,10 @@ def test_everything_changes_with_the_same_batch(stages: str, samples: int) -> No
     try:
         config = configured(stages, train_samples=512)
     except UsageError as error:
-        assert re.search("lr=sqrt follows the batch|begins with x2 of the batch before", str(error))
+        assert re.search(
+            "lr=sqrt follows the batch|begins with x2 of the batch before|where batches shrink",
+            str(error),
+        )
         return
     schedule = config.schedule
     assert isinstance(schedule, Staged)
@@ -457,6 +487,43 @@ def test_a_batch_that_goes_past_the_end_of_its_stage_is_of_that_stage() -> None:
         config.values_of_latest(18).rope == 10_000 and config.values_at_samples(18).rope == 20_000
     )
     assert config.values_of_latest(26).rope == 20_000
+
+
+def test_batches_that_begin_between_two_steps() -> None:
+    """Steps begin at 2, 10, ..., the second stage at 34; batches at 0, 8, ..., 32."""
+    stages = "8:0.5,rope=10000 final:rest,rope=20000"
+    args = launch(stages, train_samples=66, skyladder_begin_samples=2)
+    config = config_from_args(args)
+    assert config
+    bases = [config.values_at_samples(at).rope for at in (32, 33, 34, 40)]
+    assert bases == [10_000, 10_000, 20_000, 20_000]
+    assert config.values_of_latest(40).rope == 10_000  # trained from 32 on
+    assert config.values_of_latest(48).rope == 20_000
+    args.skyladder_fingerprint = config.fingerprint
+    for args.consumed_train_samples, base in ((40, 10_000), (48, 20_000)):
+        assert rotary_reached(args) == Rotary(base)
+
+
+def test_batches_that_are_not_the_stages_own() -> None:
+    """Batches of 4, of 8 from 48 on; a step is 8. The batch from 32 has the new base first."""
+    stages = "8:0.5,rope=10000 final:rest,rope=20000"
+    args = launch(stages, step_batch_size_schedule="0:4 3072:8", global_batch_size=4)
+    config = config_from_args(args)
+    assert config and config.batches is None and config.step_samples == 8
+    args.skyladder_fingerprint = config.fingerprint
+    for args.consumed_train_samples, base in ((32, 10_000), (36, 20_000), (40, 20_000)):
+        assert rotary_reached(args) == Rotary(base)
+    now = [32]
+    clock = Clock(config, lambda: now[0])
+    assert clock.window(training=True) == 64
+    now[0] = 36  # the batch from 32 has been trained
+    assert clock.rotary(training=False) == Rotary(20_000)
+
+
+def test_the_latest_batch_of_a_run_resumed_with_another_batch() -> None:
+    sizes = BatchSizes(((0, 4), (32, 8)))
+    assert [sizes.latest_start(at) for at in (32, 40, 44, 52)] == [28, 32, 36, 44]
+    assert BatchSizes(((0, 8),)).latest_start(12) == 4
 
 
 def test_an_export_has_the_base_of_its_own_stage(tmp_path: Path) -> None:

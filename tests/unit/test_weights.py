@@ -109,7 +109,8 @@ def configuration(**values: object) -> Any:
     """Megatron's own, complete."""
     from megatron.core.transformer import TransformerConfig
 
-    return TransformerConfig(hidden_size=HIDDEN, num_layers=LAYERS, num_attention_heads=4, **values)
+    given = {"hidden_size": HIDDEN, "num_layers": LAYERS, "num_attention_heads": 4, **values}
+    return TransformerConfig(**given)
 
 
 @requires_megatron
@@ -126,6 +127,15 @@ def configuration(**values: object) -> Any:
 def test_another_way_to_draw_weights_is_refused(values: dict[str, object], flag: str) -> None:
     with pytest.raises(ValueError, match=f"reference and {flag} both say how weights are drawn"):
         draw_as_reference(configuration(**values), LAYERS)
+
+
+@requires_megatron
+def test_a_hidden_size_at_which_one_std_is_megatrons_own() -> None:
+    """sqrt(2 / 5000) is 0.02, and 1 / sqrt(1000) / 3 is not 0.02 / sqrt(6)."""
+    config = configuration(hidden_size=1000)
+    draw_as_reference(config, LAYERS)
+    assert config.init_method.keywords["std"] == 0.02
+    assert config.output_layer_init_method.keywords["std"] == pytest.approx(0.0105409, rel=1e-5)
 
 
 @requires_megatron

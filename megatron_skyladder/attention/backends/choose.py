@@ -46,6 +46,7 @@ BACKENDS: dict[str, type[Backend]] = {
     "sdpa": SdpaBackend,
 }
 _HOPPER = (9, 0)
+_WIDEST = 256  # channels of a head for which Transformer Engine finds a fused kernel
 
 
 class Heads(NamedTuple):
@@ -119,11 +120,9 @@ def make_backend(name: str, *, config: Any, scale: float, **stock_arguments: Any
     Raises:
         UsageError: what the backend needs is not installed, or the device cannot run it.
     """
-    heads = None
+    heads = Heads(config.kv_channels, config.kv_channels)
     if stock_arguments.get("k_channels") is not None:  # multi-latent attention says so
         heads = Heads(stock_arguments["k_channels"], stock_arguments["v_channels"])
-    elif has_sink(config):
-        heads = Heads(config.kv_channels, config.kv_channels)
     choices = choose_backends(
         name,
         config.params_dtype,
@@ -146,10 +145,8 @@ def make_backend(name: str, *, config: Any, scale: float, **stock_arguments: Any
     return BackendOfCalls(scale, full=full, windows=windows, packed=packed)
 
 
-def _build(name: str, heads: Heads | None, **arguments: Any) -> Backend:
+def _build(name: str, heads: Heads, **arguments: Any) -> Backend:
     backend = BACKENDS[name].build(**arguments)
-    if heads is None:
-        return backend
     width = value_width(name, *heads, _capability())
     assert width is not None, f"{name} was chosen for heads of {heads}"
     return backend if width == heads.value else WidenedValues(backend, width)
@@ -181,7 +178,7 @@ def choose_backends(
             that is installed.
         dtype: of the model's parameters.
         deterministic: whether the model is.
-        heads: sizes of its heads; None: keys and values have the same.
+        heads: sizes of its heads; None: not known, and all kernels are taken to have them.
         softmax_type: Megatron's; but for the default the softmax has a sink.
 
     Raises:
@@ -281,6 +278,11 @@ def _unfit(name: str, call: Call, model: Model) -> str | None:
             f"{name} for keys of {heads.key} channels and values of {heads.value} on compute "
             f"capability {capability[0]}.{capability[1]}: it has no kernel for them, which "
             "flash and varlen have up to 256 channels, and sdpa for any"
+        )
+    if name == "te" and call is not Call.FULL and heads is not None and max(heads) > _WIDEST:
+        return (
+            f"te for heads of {max(heads)} channels: above {_WIDEST} it would attend unfused, which"
+            " runs out of memory"
         )
     if name == "fa4" and deterministic and capability[0] == 12:
         return "fa4 in --deterministic-mode on compute capability 12: it has no such backward"

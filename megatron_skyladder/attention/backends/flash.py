@@ -11,7 +11,7 @@ passes differ between builds, of which there are no releases: `ladder.kernels` r
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,12 +19,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megatron_skyladder.attention import sinks
 from megatron_skyladder.attention.backends.base import Backend, require_arguments, window_size
 from megatron_skyladder.attention.segments import Segments
+from megatron_skyladder.errors import UsageError
 
+_MOST_SEGMENTS = 65_535  # of a call of FlashAttention 2, which has them in the grid's second axis
 _CACHE_ENABLED = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 
 
 class _Flash(Backend):
     """A library whose call is ``attend``; deterministic as the model asks."""
+
+    most_segments: int | None = None  # that one call takes
 
     def __init__(self, scale: float, *, deterministic: bool) -> None:
         super().__init__(scale)
@@ -40,8 +44,9 @@ class _Flash(Backend):
     def _import() -> Any:
         raise NotImplementedError
 
-    @staticmethod
-    def _offsets(segments: Segments) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    def _offsets(self, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        if self.most_segments is not None and len(segments.lengths_q) > self.most_segments:
+            _refuse(segments, self.most_segments)
         return (
             segments.cu_seqlens_q_device,
             segments.cu_seqlens_k_device,
@@ -50,8 +55,23 @@ class _Flash(Backend):
         )
 
 
+def _refuse(segments: Segments, most: int) -> NoReturn:
+    num_segments, num_tokens = len(segments.lengths_q), int(segments.cu_seqlens_q[-1])
+    what = "windows and documents leave"
+    fits = "Give a longer window, a smaller --micro-batch-size"
+    if segments.grid is not None:
+        what = f"windows of {segments.grid} tokens leave"
+        fits = f"Give windows of {-(-num_tokens // most)} tokens or more"
+    raise UsageError(
+        f"{what} {num_segments} segments in the {num_tokens} tokens of an attention call, and "
+        f"FlashAttention 2 takes {most} at most. {fits}, or --skyladder-attention-backend sdpa."
+    )
+
+
 class FlashBackend(_Flash):
     """``flash_attn_varlen_func`` of flash-attn 2; with a sink, the two passes behind it."""
+
+    most_segments: int | None = _MOST_SEGMENTS
 
     @staticmethod
     def _import() -> Any:
@@ -134,6 +154,8 @@ class FlashBackend(_Flash):
 class FlashHopperBackend(FlashBackend):
     """``flash_attn_varlen_func`` of FlashAttention 3: the same call; old builds return more."""
 
+    most_segments = None  # its scheduler counts tiles in one number
+
     @staticmethod
     def _import() -> Any:
         from flash_attn_interface import flash_attn_varlen_func
@@ -205,6 +227,8 @@ class VarlenBackend(_Flash):
     and number of tokens: one per window of a ladder. --deterministic-mode reaches FlashAttention
     through torch.use_deterministic_algorithms.
     """
+
+    most_segments = _MOST_SEGMENTS
 
     @staticmethod
     def _import() -> Any:

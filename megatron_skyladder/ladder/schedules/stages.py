@@ -454,6 +454,17 @@ class Staged(GivenWindows):
         self._check_last("stages", stages[-1].window)
         object.__setattr__(self, "stages", self._with_values(stages))
         object.__setattr__(self, "of_run", None)
+        self._check_batches()
+
+    def _check_batches(self) -> None:
+        """Refuse batches that shrink: Megatron's training loop ends where they do."""
+        for (_, before), (_, after) in itertools.pairwise(self.batches()):
+            if after < before:
+                raise SettingError(
+                    f"$stages goes from a batch of {before} samples to one of {after}, and "
+                    f"Megatron stops where batches shrink. Give the later stage batch={before} or "
+                    f"more, or the one before it batch={after} or less."
+                )
 
     def _with_shares(self, stages: Sequence[Stage]) -> list[Stage]:
         """Turn tokens and the rest into shares of the run."""

@@ -21,7 +21,7 @@ from megatron_skyladder.attention import recurrent
 from megatron_skyladder.attention.core_attention import SkyLadderAttention
 from megatron_skyladder.attention.rotary import is_rotary, whole_embedding
 from megatron_skyladder.ladder.clock import Clock
-from megatron_skyladder.runtime import document_mask
+from megatron_skyladder.runtime import document_mask, pipeline
 from megatron_skyladder.runtime.probe import gradients, questions, statement, states, words
 from megatron_skyladder.runtime.probe.gradients import Attend
 from megatron_skyladder.runtime.probe.moments import Moment, Moments
@@ -114,8 +114,8 @@ class Passes:
         Every attention answers in the place of what it computes; see `traces` for the rest.
         """
         moments = [self._times.begins, self._times.evaluates]
-        # interleaved schedules want a multiple of the pipeline's length
-        moments += moments[-1:] * (-len(moments) % self._trainer.groups.pp.size())
+        missing = pipeline.num_microbatches(self._model, len(moments)) - len(moments)
+        moments += moments[-1:] * missing
         chunks = range(len(self._model))
         iterators = [iter([(chunk, moment) for moment in moments]) for chunk in chunks]
         with self._asking(), torch.no_grad():
