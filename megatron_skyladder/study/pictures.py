@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_skyladder.report import images
 from megatron_skyladder.study.records import Record
-from megatron_skyladder.study.results import Arm
+from megatron_skyladder.study.results import NOTHING, Arm
 
 
 def draw(arms: Sequence[Arm], path: Path) -> None:
@@ -64,7 +64,7 @@ def draw(arms: Sequence[Arm], path: Path) -> None:
         if keys:
             axes.set_xscale("log", base=2)
             axes.set_xticks(keys, [f"{key:,}" for key in keys])
-    copying.set_ylim(bottom=0)
+    copying.set_ylim(0, max(NOTHING, copying.get_ylim()[1]))  # chance is not drawn out
     figure.legend(
         *by_tokens.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
     )

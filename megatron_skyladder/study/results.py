@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_skyladder.study.records import Record
 
 NOISE = 0.01  # nats: what the paper counts as no difference; used until seeds say more
+NOTHING = 1.0  # percent: below, a model has not learnt to copy
 BEYOND = 0.25  # of the time between the reference's runs: so far a line through them is drawn out
 _LENGTH_AND_FOLDER = frozenset(
     ("--train-iters", "--save", "--load", "--data-cache-path", "--save-retain-interval")

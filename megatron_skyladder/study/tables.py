@@ -20,6 +20,10 @@ A span of {span} random tokens stands twice in held-out text. How many tokens of
 (without the first {cue}) are the likeliest ones to the model, by the distance between the copies in
 tokens; {samples} sequences. Guessing gets {chance:.2f} %."""
 
+NOTHING_COPIED = """
+No model gets {bar:g} % at any distance: at this scale none has learnt to copy, and the test says
+nothing about windows."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -119,6 +123,11 @@ def copying_part(given: Given) -> str:
         samples=options.samples,
         chance=100 / (given.study.vocab_size - 1),
     )
+    best = max(
+        100 * it.accuracy for arm in arms for run in arm.records for it in run.copying.values()
+    )
+    if best < results.NOTHING:
+        text += NOTHING_COPIED.format(bar=results.NOTHING)
     return f"\n{text}\n\n{markdown(rows)}"
 
 

@@ -474,6 +474,7 @@ def test_the_page_of_some_runs(tmp_path: Path) -> None:
     assert "| `twin` | 0.07 | +16.7 | - | - |" in text
     assert "*Equal time* needs constant runs of two lengths" in text
     assert "| `ladder` | 37.5 (25.0 to 50.0) |" in text  # copying
+    assert "none has learnt to copy" not in text
     assert "- 2026-11-29 06:00, `broken-seed1`: exit code 2" in text
     assert "| `broken` | 1 | not finished |" in text
     assert "the timing runs, which put all arms on one clock, have not" in text.replace("\n", " ")
@@ -535,12 +536,14 @@ def test_equal_time_on_the_page(tmp_path: Path) -> None:
         _record("short", 1, (4.4,), (200.0,)),
         QUICK.records[0],
     ):
+        record = replace(record, copying={16: Copied(0.009, 8.0)})
         records.write(_of_study(config, record), tmp_path / "study" / queue.RECORDS)
     pytest.importorskip("matplotlib")
     assert main(["study", str(config), "--write", "--output", str(tmp_path / "study")]) == 0
     shown = (tmp_path / "docs/experiments.md").read_text()
     words = " ".join(shown.split())
     assert "linear between `ladder` and `short`, runs of 30 and 10 steps." in words
+    assert "No model gets 1 % at any distance: at this scale none has learnt to copy," in words
     assert "16.7 % less time; better at equal time (-0.400)." in words
     assert "| `twin` | 0.07 | +16.7 | -0.400 | -0.400 |" in shown
     assert "| `short` | 0.06 | +33.3 |  |  |" in shown
