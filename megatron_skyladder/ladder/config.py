@@ -295,11 +295,11 @@ def _warn_of_default(given: Iterable[str], naming: Naming) -> None:
     """Say that windows grow, where whoever starts a baseline may have wanted figures alone."""
     names = sorted(given)
     if names and not set(names) - MEASURES:
-        text = (
+        _warn(
             f"{' and '.join(f'${name}' for name in names)} alone: the window grows by the default "
-            "schedule. For the whole context throughout, add $schedule=constant."
+            "schedule. For the whole context throughout, add $schedule=constant.",
+            naming,
         )
-        logger.warning("%s", rename(text, naming))
 
 
 def _preset(name: str | None) -> Preset:
