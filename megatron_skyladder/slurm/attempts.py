@@ -94,7 +94,8 @@ class RunFolder:
     def flags(self) -> dict[str, str]:
         """Megatron's flags with their values; none before there are settings.
 
-        Of Bridge's overrides, those of the section ``checkpoint``, which has Megatron's names.
+        Of Bridge's overrides, those of the section ``checkpoint``, which has Megatron's names, but
+        for what is set to null, which is Bridge's word for nothing.
         """
         try:
             settings = Settings.read(self.path)
@@ -106,7 +107,7 @@ class RunFolder:
         return {
             f"--{name.replace('_', '-')}": value
             for (section, _, name), value in split
-            if section == "checkpoint"
+            if section == "checkpoint" and value.lower() not in ("null", "~")
         }
 
     def newest_checkpoint(self) -> int:

@@ -184,6 +184,13 @@ def test_where_a_run_of_bridge_begins(run: Run) -> None:
     assert loads[-1] == f"checkpoint.load={run.folder.checkpoints}"
 
 
+@pytest.mark.parametrize("nothing", ["null", "NULL", "~"])
+def test_a_run_of_bridge_that_loads_nothing_has_its_own_folder(run: Run, nothing: str) -> None:
+    words = command_words(run, f"checkpoint.load={nothing}", entry=BRIDGE_ENTRY)
+    loads = [word for word in words if word.startswith("checkpoint.load=")]
+    assert loads[-1] == f"checkpoint.load={run.folder.checkpoints}"
+
+
 def test_checkpoints_of_bridge_are_looked_for_where_its_overrides_say(run: Run) -> None:
     overrides = (
         *("--recipe", "r", "checkpoint.non_persistent_ckpt_type=global"),
