@@ -179,10 +179,10 @@ def own_window_left_out_of_keys() -> None:
     get = segments.MaskCache.get
     made: dict[Any, Any] = {}
 
-    def kept(self: Any, mask: Any, rows: Any) -> Any:
+    def kept(self: Any, mask: Any, rows: Any, part: Any) -> Any:
         key = mask.data_ptr(), mask._version, replace(rows, own_window=None)
         if key not in made or made[key][0] is not mask:
-            made[key] = mask, get(self, mask, rows)
+            made[key] = mask, get(self, mask, rows, part)
         return made[key][1]
 
     segments.MaskCache.get = kept

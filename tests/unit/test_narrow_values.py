@@ -49,7 +49,9 @@ def test_how_wide_values_have_to_be(
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_equal_heads_stay_as_they_are(name: str) -> None:
-    assert value_width(name, 320, 320, AMPERE) == 320
+    assert value_width(name, 128, 128, HOPPER) == 128
+    # wider than the libraries' kernels are; Megatron's own call and sdpa say for themselves
+    assert value_width(name, 320, 320, HOPPER) == (320 if name in ("te", "sdpa") else None)
 
 
 @requires_megatron
