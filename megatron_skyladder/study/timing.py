@@ -1,8 +1,9 @@
 """What the steps of an arm take by the clock of the timing runs, which is one for all arms.
 
 Arms are trained for hours beside other work, on cores that share caches and memory, so the CPU time
-that an arm took says as much about its neighbours as about its windows. A timing run is a short
-ramp over all windows. Each step of an arm counts what steps of such a window took there.
+that an arm took says as much about its neighbours as about its windows. A timing run is short and
+goes up and down over all windows several times, so that its own neighbours, who come and go, meet
+short and long ones alike. Each step of an arm counts what steps of such a window took there.
 """
 
 from __future__ import annotations
