@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import fcntl
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.files import write_text
+from megatron_skyladder.files import sha256, write_text
 
 MANIFEST = "MANIFEST.json"
 LOCK = ".manifest.lock"
@@ -108,7 +107,7 @@ class DataFolder:
         """Return whether a file is there as it was prepared."""
         entry = self.entries.get(name)
         path = self.path / name
-        return entry is not None and path.is_file() and _sha256(path) == entry.sha256
+        return entry is not None and path.is_file() and sha256(path) == entry.sha256
 
     def write(
         self,
@@ -131,7 +130,7 @@ class DataFolder:
                 path=name,
                 task=task,
                 rows=len(lines),
-                sha256=_sha256(path),
+                sha256=sha256(path),
                 source=source,
                 details=details or {},
                 date=datetime.date.today().isoformat(),
@@ -201,8 +200,3 @@ def _read_manifest(path: Path) -> dict[str, Entry]:
         raise UsageError(
             f"{path} is no manifest of prepared data: {error}. Prepare into another folder."
         ) from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

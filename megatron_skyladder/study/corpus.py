@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.files import whole, write_text
+from megatron_skyladder.files import sha256, whole, write_text
 from megatron_skyladder.study.extract import plain_text
-from megatron_skyladder.study.packages import Package, sha256
+from megatron_skyladder.study.packages import Package
 
 logger = logging.getLogger(__name__)
 

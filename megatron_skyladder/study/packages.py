@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import gzip
-import hashlib
 import logging
 import shutil
 import subprocess
@@ -99,11 +98,6 @@ class Package:
         for name, data in sorted(_READERS[self.kind](path, is_wanted)):
             text = gzip.decompress(data) if name.endswith(_COMPRESSED) else data
             yield name.removesuffix(_COMPRESSED), text.decode("utf-8", errors="replace")
-
-
-def sha256(path: Path) -> str:
-    """Return a file's hash."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _only_file(folder: Path) -> Path | None:
