@@ -14,7 +14,7 @@ SLOW := report_browser check_gpu examples engine study_runs slurm_node benchmark
 SLURM_TOOLS := munged slurmctld slurmd sbatch shellcheck ip
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client shellcheck iproute2
 
-.PHONY: help install demo study newcomer test test-quick test-releases test-te test-slurm test-bridge test-evaluate browser bench docs check format lint types clean
+.PHONY: help install demo study newcomer test test-quick test-releases test-te test-slurm test-fa4 test-main test-bridge test-evaluate browser bench docs check format lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -19,6 +19,10 @@ _INTEGERS = (  # what the schedule is made of, beside our own flags
     *("--seq-length", "--global-batch-size", "--train-iters", "--train-samples"),
     *("--context-parallel-size", "--log-interval", "--num-layers"),
 )
+_OF_HEADS = (  # which kernels have them
+    *("--hidden-size", "--num-attention-heads", "--kv-channels"),
+    *("--qk-head-dim", "--qk-pos-emb-head-dim", "--v-head-dim"),
+)
 _OF_LAYERS = (  # which of them are local
     *("--window-size", "--window-attn-skip-freq"),
     *("--hybrid-layer-pattern", "--hybrid-override-pattern"),
@@ -44,13 +48,15 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     pasted.add_source_flags(parser)
     megatron = parser.add_argument_group(
         "Megatron's flags",
-        "These decide the schedule; all others are compared, and looked up in the table of flags "
-        "that matter.",
+        "These decide the schedule and the kernels; all others are compared, and looked up in the "
+        "table of flags that matter.",
     )
-    for flag in _INTEGERS:
+    for flag in (*_INTEGERS, *_OF_HEADS):
         megatron.add_argument(flag, type=argument(whole), metavar="N")
     for flag in _OF_LAYERS:
         megatron.add_argument(flag, metavar="LAYERS")
+    megatron.add_argument("--multi-latent-attention", action="store_true")
+    megatron.add_argument("--softmax-type", metavar="NAME")
     parser.set_defaults(context_parallel_size=1)
     megatron.add_argument("--step-batch-size-schedule", metavar="TOKENS:SAMPLES ...")
     add_arguments(parser)

@@ -122,7 +122,7 @@ def row_statistics(document_starts: np.ndarray, seq_length: int) -> dict[str, An
 
     Args:
         document_starts: int, [num_documents + 1], first token of each document and the total.
-        seq_length: tokens in a row.
+        seq_length: tokens of a sequence.
     """
     num_rows = int(document_starts[-1]) // seq_length
     boundaries = np.unique(document_starts)

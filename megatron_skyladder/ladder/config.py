@@ -55,7 +55,7 @@ class SkyLadderConfig:
 
     Args:
         schedule: the window as a function of the step.
-        seq_length: tokens in a row.
+        seq_length: tokens of a sequence.
         step_samples: training samples that make one step of the schedule: the (final) global
             batch size.
         begin_samples: consumed samples at which the schedule's step 0 lies.

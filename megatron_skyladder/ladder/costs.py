@@ -482,7 +482,7 @@ def step_time(
     """Return the time of a step from the achieved rate.
 
     Args:
-        seq_length: tokens in a row.
+        seq_length: tokens of a sequence.
         batch_tokens: tokens in a global batch.
         flops_per_second: of all GPUs together, in a run with the full window, by Megatron's count
             (GPUs times the "throughput per GPU" in its log).

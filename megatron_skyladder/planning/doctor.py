@@ -22,10 +22,11 @@ from typing import Any
 from megatron_skyladder import __version__
 from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
 from megatron_skyladder.ladder.flags import STEP_BATCHES, config_from_args, is_requested
+from megatron_skyladder.ladder.kernels import VANILLA
 from megatron_skyladder.megatron_bridge import releases as bridge_releases
 from megatron_skyladder.megatron_lm import from_environment, releases
 from megatron_skyladder.megatron_lm.releases import Megatron, MegatronMismatchError
-from megatron_skyladder.planning import stage_plan, verdict
+from megatron_skyladder.planning import model_flags, stage_plan, verdict
 from megatron_skyladder.planning.launch import Launch
 from megatron_skyladder.planning.pasted import Pasted
 from megatron_skyladder.runtime.ending import TRACEBACK_VARIABLE
@@ -98,7 +99,7 @@ def examine(flags: argparse.Namespace, pasted: Pasted) -> Report:
     if has_torch(report):
         report.try_to(lambda: _device(report), "the device")
         report.try_to(lambda: _backend(report, flags, launch_flags), "the attention backend")
-        report.try_to(lambda: _kernels(report, launch_flags), "the attention kernels")
+        report.try_to(lambda: _kernels(report, flags, launch_flags), "the attention kernels")
     else:
         report.run["device"] = report.run["attention backend"] = "unknown without torch"
     report.run["flags"] = " ".join(launch_flags) or "none given"
@@ -277,11 +278,13 @@ def _backend(report: Report, flags: argparse.Namespace, launch_flags: list[str])
 
     in_float32 = launch_flags and not {"--bf16", "--fp16"}.intersection(launch_flags)
     dtype = torch.float32 if in_float32 else torch.bfloat16
+    sizes = model_flags.head_sizes(flags)
     choices = backends.choose_backends(
         flags.skyladder_attention_backend or "auto",
         dtype,
         deterministic="--deterministic-mode" in launch_flags,
-        softmax_type=_softmax_type(launch_flags) or "vanilla",
+        heads=sizes and backends.Heads(*sizes),
+        softmax_type=flags.softmax_type or VANILLA,
     )
     by_reason: dict[tuple[str, str], list[str]] = {}
     for choice in choices:
@@ -292,14 +295,7 @@ def _backend(report: Report, flags: argparse.Namespace, launch_flags: list[str])
     )
 
 
-def _softmax_type(launch_flags: list[str]) -> str | None:
-    """Return what Megatron's flag says, where it is given."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--softmax-type")
-    return parser.parse_known_args(launch_flags)[0].softmax_type
-
-
-def _kernels(report: Report, launch_flags: list[str]) -> None:
+def _kernels(report: Report, flags: argparse.Namespace, launch_flags: list[str]) -> None:
     """Versions of what runs on a GPU, and what Transformer Engine would take there."""
     import torch
 
@@ -313,12 +309,17 @@ def _kernels(report: Report, launch_flags: list[str]) -> None:
         return
     kind = torch.float16 if "--fp16" in launch_flags else torch.bfloat16
     deterministic = "--deterministic-mode" in launch_flags
-    softmax_type = _softmax_type(launch_flags)
-    sink: dict[str, Any] = {} if softmax_type is None else {"softmax_type": softmax_type}
-    chosen = facts.te_sub_backends(qkv_dtype=kind, deterministic=deterministic, **sink)
+    model: dict[str, Any] = {"qkv_dtype": kind, "deterministic": deterministic}
+    if flags.softmax_type is not None:
+        model["softmax_type"] = flags.softmax_type
+    sizes = model_flags.head_sizes(flags)
+    if sizes is not None:
+        model["head_dim_qk"], model["head_dim_v"] = sizes
+    chosen = facts.te_sub_backends(**model)
     for call, name in (chosen or {}).items():
         report.run[f"Transformer Engine, {call}"] = name
-        if name == facts.UNFUSED and not sink:  # with one SkyLadder takes another kernel
+        # with a sink SkyLadder takes another kernel
+        if name == facts.UNFUSED and flags.softmax_type in (None, VANILLA):
             report.notes.append(
                 f"Transformer Engine would attend unfused for {call} calls, which runs out of "
                 "memory on long sequences. Install a flash-attn that it takes, or another kernel: "

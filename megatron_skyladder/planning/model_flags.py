@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.costs import (
@@ -66,7 +67,7 @@ SWITCHES = {
     "--moe-shared-expert-gate": "a gate on what shared experts return",
     "--use-rotary-position-embeddings": "RoPE (old name)",
 }
-DEFAULTS = {  # Megatron's
+DEFAULTS: dict[str, Any] = {  # Megatron's
     "num_query_groups": 1,
     "make_vocab_size_divisible_by": 128,
     "normalization": "LayerNorm",
@@ -149,6 +150,26 @@ def decoder_shape(flags: argparse.Namespace, notes: list[str]) -> DecoderShape:
         latent=_latent(flags),
         prediction_heads=_prediction_heads(flags),
     )
+
+
+def head_sizes(flags: argparse.Namespace) -> tuple[int, int] | None:
+    """Return the channels of a head of queries and keys, and of values; None: not known.
+
+    Args:
+        flags: what is not given may be None, and is then Megatron's default.
+    """
+    if flags.multi_latent_attention:
+        plain, rotary, value = (
+            getattr(flags, name) or DEFAULTS[name]
+            for name in ("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+        )
+        return plain + rotary, value
+    if flags.kv_channels:
+        return flags.kv_channels, flags.kv_channels
+    if not flags.hidden_size or not flags.num_attention_heads:
+        return None
+    size = flags.hidden_size // flags.num_attention_heads
+    return size, size
 
 
 def _check_given(flags: argparse.Namespace, pattern: str) -> None:

@@ -29,7 +29,7 @@ class PackedRows:
         starts: int64 [num_pieces], where in its row a piece begins, in tokens.
         ends: int64 [num_pieces], its exclusive end in the same sequence.
         num_rows: sequences that the pieces fill.
-        seq_length: tokens in a row.
+        seq_length: tokens of a sequence.
     """
 
     starts: np.ndarray
@@ -172,7 +172,7 @@ def measure(data_path: Sequence[str], seq_length: int, *, flag: str = "--data-pa
 
     Args:
         data_path: its words.
-        seq_length: tokens in a row.
+        seq_length: tokens of a sequence.
         flag: that gave them, for messages.
 
     Raises:

@@ -35,7 +35,7 @@ class Case:
     """Rows of one micro-batch and their mask.
 
     Args:
-        seq_length: tokens in a row.
+        seq_length: tokens of a sequence.
         window_len: tokens.
         ends: of each row's documents, exclusive; None: documents are not masked.
         num_rows: rows.

@@ -12,6 +12,7 @@ from test_compat import write_megatron
 from test_patching import write_tree
 
 from megatron_skyladder.cli import main
+from megatron_skyladder.cli.doctor import add_parser
 from megatron_skyladder.planning import doctor
 from megatron_skyladder.planning.doctor import Report, disagreements
 from megatron_skyladder.planning.pasted import Pasted
@@ -96,6 +97,46 @@ def test_kernels_on_a_gpu(tmp_path, megatron, capsys, monkeypatch):
     assert not [note for note in report["notes"] if "unfused" in note]
     chosen = report["run"]["attention backend"]
     assert "no fa3 with a softmax sink" in chosen or "no FlashAttention 3" in chosen
+
+
+MLA = ["--multi-latent-attention", "--qk-head-dim=256", "--qk-pos-emb-head-dim=64"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "channels"),
+    [
+        (["--hidden-size=2560", "--num-attention-heads=8"], (320, 320)),
+        (["--hidden-size=2560", "--num-attention-heads=8", "--kv-channels=64"], (64, 64)),
+        (MLA, (320, 128)),
+        ([*MLA, "--v-head-dim=256", "--kv-channels=64"], (320, 256)),
+        (["--multi-latent-attention"], (192, 128)),
+        (["--hidden-size=2560"], None),
+    ],
+)
+def test_heads_of_the_launch_decide_too(tmp_path, megatron, capsys, monkeypatch, flags, channels):
+    """FlashAttention 2, in torch and alone, has heads of up to 256 channels, of one size."""
+    from megatron_skyladder.attention.backends import facts
+
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    code, report = ask(capsys, *LAUNCH, *flags, "--skyladder-attention-backend=varlen")
+    problems = " ".join(report["problems"])
+    if channels is None or max(channels) <= 256:
+        assert code == 0 and report["run"]["attention backend"].startswith("varlen")
+    else:
+        assert (
+            code == 1 and f"keys of {channels[0]} channels and values of {channels[1]}" in problems
+        )
+
+    asked = {}
+    monkeypatch.setattr(facts, "te_sub_backends", lambda **given: asked.update(given))
+    monkeypatch.delenv("SKYLADDER_DEVICE")
+    gpu = {"is_available": True, "device_count": 1, "get_device_name": "NVIDIA H100"}
+    gpu["get_device_capability"] = (9, 0)
+    for name, value in gpu.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value: value)
+    ask(capsys, *LAUNCH, *flags)
+    asked_for = (asked["head_dim_qk"], asked["head_dim_v"]) if "head_dim_v" in asked else None
+    assert asked_for == channels
 
 
 def test_what_was_measured_is_said(tmp_path, megatron, capsys, monkeypatch):
@@ -425,9 +466,7 @@ def test_what_one_part_raises_does_not_hide_the_others(tmp_path, megatron, monke
         raise doctor.MegatronMismatchError("no Megatron is installed")
 
     monkeypatch.setattr(doctor.releases, "installed", broken)
-    flags = argparse.Namespace(
-        skyladder_attention_backend=None, seq_length=None, global_batch_size=None
-    )
-    report = doctor.examine(flags, Pasted())
+    parser = add_parser(argparse.ArgumentParser().add_subparsers(), "")
+    report = doctor.examine(parser.parse_args([]), Pasted())
     assert report.problems == ["no Megatron is installed"]
     assert "attention backend" in report.run and report.installed["megatron"] == "none"

@@ -36,7 +36,7 @@ def needed_tails(
     Args:
         cu_seqlens: int [num_fragments + 1], over all rows; no fragment crosses a row's end.
         cp_size: ranks of the group.
-        seq_length: tokens in a row, a multiple of 2 * cp_size.
+        seq_length: tokens of a sequence, a multiple of 2 * cp_size.
         sliding_window: see `first_visible`.
 
     Returns:

@@ -9,6 +9,7 @@ from megatron_skyladder.attention.backends.base import Backend, from_thd, to_thd
 from megatron_skyladder.attention.backends.choose import (
     BACKENDS,
     Choice,
+    Heads,
     choose_backends,
     make_backend,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "Choice",
+    "Heads",
     "choose_backends",
     "from_thd",
     "make_backend",
