@@ -19,10 +19,12 @@ from megatron_skyladder.study.settings import Planned, Study
 from megatron_skyladder.study.tables import (
     Given,
     at_equal_time,
+    best_rate,
     copying_part,
     date,
     losses,
     markdown,
+    rates,
     runs,
     times,
 )
@@ -195,7 +197,7 @@ def _parameters(study: Study) -> int:
 def _verdicts(given: Given) -> str:
     planned = [run for run in given.study.runs if run.is_compared]
     done = [it for it in given.found if it.is_compared and it.is_whole]
-    lines = [f"{len(done)} of {len(planned)} runs have finished."]
+    lines = [f"{len(done)} of {len(planned)} runs have finished.", _handicap(given)]
     reference = given.reference
     compared = []
     if reference is not None:
@@ -214,7 +216,7 @@ def _verdicts(given: Given) -> str:
     if not compared:
         lines.append("Nothing can be compared yet.")
     missing = [name for name in given.study.arms if name not in {arm.name for arm in given.arms}]
-    text = _wrapped(" ".join(lines))
+    text = _wrapped(" ".join(filter(None, lines)))
     if compared:
         text += "\n" + "\n".join(compared) + "\n"
     if missing:
@@ -259,20 +261,31 @@ def _failures(given: Given) -> str:
 
 
 def _sweep(given: Given) -> str:
-    tried = [run for run in given.study.runs if run.is_sweep]
-    if not tried:
+    rows = rates(given)
+    if len(rows) == 1:
         return "No other rate was tried.\n"
-    found = {record.name: record for record in given.found}
-    rows = [["learning rate", "steps", "validation loss"]]
-    for run in tried:
-        record = found.get(run.name)
-        loss = "not finished" if record is None else f"{record.last.loss:.4f}"
-        rows.append([run.value("--lr"), f"{run.train_iters:,}", loss])
     text = (
-        "Tried with the constant window, so that it is not handicapped; all arms train with "
-        f"{_main(given.study).value('--lr')}."
+        f"Chosen for the constant window, so that it is not handicapped: all arms train with "
+        f"{_main(given.study).value('--lr')}. Each run has a whole learning-rate schedule, and the "
+        "last validations of runs of as many steps are of the same text."
     )
     return f"{_wrapped(text)}\n{markdown(rows)}"
+
+
+def _handicap(given: Given) -> str:
+    """Return a sentence where a rate was tried that suits the reference better; else nothing."""
+    best = best_rate(given)
+    if best is None:
+        return ""
+    main = _main(given.study)
+    rate, steps = best
+    if float(rate) == float(main.value("--lr")):
+        return ""
+    return (
+        f"**With the learning rate {rate}, `{main.arm}` came to a lower loss in {steps:,} steps "
+        f"than with {main.value('--lr')}, with which all arms train. So differences to it are "
+        "larger than they would be to a tuned baseline.**"
+    )
 
 
 def _text(given: Given) -> str:
@@ -302,8 +315,9 @@ def _text(given: Given) -> str:
 
 
 def _commands(given: Given) -> str:
-    rows = [["arm", "its flags"]]
-    rows += [[f"`{name}`", f"`{flags}`"] for name, flags in given.study.arms.items()]
+    rows = [["run", "its own flags"]]
+    others = {run.arm: run.own for run in given.study.runs if not run.is_compared}
+    rows += [[f"`{name}`", f"`{flags}`"] for name, flags in (given.study.arms | others).items()]
     about = (
         "Every run is Megatron's trainer in one process, with `SKYLADDER_DEVICE=cpu` and "
         "`OMP_NUM_THREADS=1`, in the study's folder; `skyladder study --run` starts it. Each "

@@ -240,10 +240,11 @@ class Queue:
             return
         record = records.record_of(training, measured)
         records.write(record, self.output / RECORDS)
-        loss = record.loss if record.losses else record.last.loss
+        loss = record.loss if record.is_compared else record.last.loss
         self.say(f"{planned.name}: finished, validation loss {loss:.4f}")
 
     def _fail(self, planned: Planned, what: str, where: str = "") -> None:
+        what = what.replace(str(self.output), ".")  # the page has it too
         self.failures[planned.name] = what
         (self.output / RECORDS).mkdir(exist_ok=True)
         row = {"time": now(), "run": planned.name, "what": what}

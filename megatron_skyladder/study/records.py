@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from megatron_skyladder import __version__
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.files import write_text
 from megatron_skyladder.report.runlog import Iteration, read_run
+from megatron_skyladder.study import commands
 from megatron_skyladder.study.settings import Planned
 from megatron_skyladder.study.training import Training, read_rows, step_seconds
 
@@ -172,10 +172,15 @@ def record_of(training: Training, measured: Measured) -> Record:
         for record in log.validations
         if record.loss is not None and record.dataset == "validation"
     ]
-    if missing or not checked or checked[-1].iteration != planned.train_iters:
+    lacks = [f"step {missing[0]}"] if missing else []
+    if len(missing) > 1:
+        lacks = [f"{len(missing)} steps from {missing[0]} to {missing[-1]}"]
+    if not checked or checked[-1].iteration != planned.train_iters:
+        lacks.append("the last validation")
+    if lacks:
         raise ValueError(
-            f"{training.log} does not show a whole run: steps missing: {missing[:3]}, validations: "
-            f"{[record.iteration for record in checked]}."
+            f"{training.log} lacks {' and '.join(lacks)}, so the run has no record. Move "
+            f"{training.folder} away to train it anew."
         )
     return Record(
         arm=planned.arm,
@@ -284,28 +289,15 @@ def check(found: Sequence[Record], runs: Sequence[Planned], folder: Path, corpus
         corpus = corpus or record.corpus
         differs = "other text" if record.corpus != corpus else ""
         command = Training(run, folder, "").command()
-        if record.command != command:
-            words = [word for word in (*command, *record.command) if word.startswith("--")]
-            changed = [
-                word
-                for word in dict.fromkeys(words)
-                if _values(record.command, word) != _values(command, word)
-            ]
-            differs = f"other flags ({', '.join(changed) or 'their order'})"
+        changed = commands.differences(command, record.command, but=commands.FOLDER)
+        if changed:
+            differs = f"other flags ({', '.join(changed)})"
         if differs:
             raise UsageError(
                 f"{folder / record.name}{SUFFIX} is of a run with {differs} than the study's, so "
                 "they cannot be compared. Give the arm another name, or move the record and the "
                 "run's folder away to train it anew."
             )
-
-
-def _values(command: Sequence[str], flag: str) -> list[str]:
-    return [
-        " ".join(itertools.takewhile(lambda word: not word.startswith("--"), command[place + 1 :]))
-        for place, word in enumerate(command)
-        if word == flag
-    ]
 
 
 def _copied(values: Mapping[str, Any]) -> dict[int, Copied]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from megatron_skyladder.study import commands
 from megatron_skyladder.study.records import Record
 
 NOISE = 0.01  # nats: what the paper counts as no difference; used until seeds say more
 NOTHING = 1.0  # percent: below, a model has not learnt to copy
 BEYOND = 0.25  # of the time between the reference's runs: so far a line through them is drawn out
-_LENGTH_AND_FOLDER = frozenset(
-    ("--train-iters", "--save", "--load", "--data-cache-path", "--save-retain-interval")
-)
 
 
 @dataclass(frozen=True)
@@ -152,18 +150,8 @@ def _loss(record: Record, length: int | None) -> float | None:
 
 def is_shorter(record: Record, reference: Record) -> bool:
     """Return whether a run is the reference with another number of steps."""
-    return _without_steps(record.command) == _without_steps(reference.command)
-
-
-def _without_steps(command: Sequence[str]) -> list[str]:
-    """Return the words that make a run what it is; its length and its folder are not among them."""
-    left, words = [], iter(command)
-    for word in words:
-        if word in _LENGTH_AND_FOLDER:
-            next(words, None)
-        else:
-            left.append(word)
-    return left
+    but = commands.FOLDER | commands.LENGTH
+    return not commands.differences(record.command, reference.command, but)
 
 
 @dataclass(frozen=True)

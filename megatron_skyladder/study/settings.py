@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.study import commands
 from megatron_skyladder.study.packages import Package
 
 EVAL_LENGTHS = "--skyladder-eval-lengths"
@@ -60,6 +61,7 @@ class Planned:
         arm: its name in the file.
         seed: of weights and data order.
         flags: of Megatron and SkyLadder, those of every run first, the arm's and --seed behind.
+        own: the arm's alone, as text.
         is_sweep: whether it tries a setting, and is no arm of the comparison.
         is_timing: whether it measures how long a step takes, and is no arm either.
     """
@@ -67,6 +69,7 @@ class Planned:
     arm: str
     seed: int
     flags: tuple[str, ...]
+    own: str = ""
     is_sweep: bool = False
     is_timing: bool = False
 
@@ -86,10 +89,10 @@ class Planned:
         Raises:
             UsageError: it is not given.
         """
-        places = [place for place, word in enumerate(self.flags) if word == flag]
-        if not places or places[-1] + 1 == len(self.flags):
+        given = commands.values(self.flags).get(flag)
+        if not given:
             raise UsageError(f"[training] gives no {flag}, which a study has to know.")
-        return self.flags[places[-1] + 1]
+        return given[0]
 
     @property
     def train_iters(self) -> int:
@@ -257,11 +260,12 @@ def _planned(
         raise UsageError(
             f"{path} has {word} in [queue]. Give ARM:SEED, with an arm of: {', '.join(known)}."
         )
-    flags = (*common, *known[arm].split(), "--seed", seed)
+    own = known[arm].split()
     return Planned(
         arm,
         int(seed),
-        flags,
+        (*common, *own, "--seed", seed),
+        " ".join(own),
         is_sweep=arm in sections["sweep"],
         is_timing=arm in sections["timing"],
     )

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_skyladder.study import results, timing
+from megatron_skyladder.study import commands, results, timing
 from megatron_skyladder.study.records import Record
 from megatron_skyladder.study.results import Arm, Figure
-from megatron_skyladder.study.settings import CUE, Study
+from megatron_skyladder.study.settings import CUE, Planned, Study
 
 NONE = "-"  # a cell that has no run yet
 
@@ -172,7 +172,7 @@ def runs(given: Given) -> list[list[str]]:
         starts = [it["time"] for it in record.events if it["event"] == "started"]
         ends = [it["time"] for it in record.events if it["event"] == "finished"]
         seconds = record.seconds
-        loss = record.loss if record.losses else record.last.loss
+        loss = record.loss if record.is_compared and record.losses else record.last.loss
         rows.append(
             [
                 *(f"`{record.arm}`", str(record.seed)),
@@ -183,6 +183,54 @@ def runs(given: Given) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def rates(given: Given) -> list[list[str]]:
+    """Return the runs at several learning rates, arms that were tried at others among them."""
+    found = {record.name: record for record in given.found}
+    rows = [["run", "steps", "learning rate", "validation loss"]]
+    for run in sorted(_tried(given.study), key=lambda it: (it.train_iters, _rate(it))):
+        record = found.get(run.name)
+        loss = "not finished" if record is None else f"{record.last.loss:.4f}"
+        rows.append([f"`{run.arm}`", f"{run.train_iters:,}", run.value("--lr"), loss])
+    return rows
+
+
+def best_rate(given: Given) -> tuple[str, int] | None:
+    """Return the rate with the lowest loss of the reference's window, and after how many steps.
+
+    Returns:
+        Of the longest runs of which one has the rate of the arms; None where there are none.
+    """
+    main = next((run for run in given.study.runs if run.is_compared), None)
+    if main is None:
+        return None
+    found = {record.name: record for record in given.found}
+    alike = [
+        run
+        for run in given.study.runs
+        if run.name in found
+        and not commands.differences(run.flags, main.flags, commands.RATE | commands.LENGTH)
+    ]
+    for steps in sorted({run.train_iters for run in alike}, reverse=True):
+        runs = [run for run in alike if run.train_iters == steps]
+        if len(runs) > 1 and any(_rate(run) == _rate(main) for run in runs):
+            best = min(runs, key=lambda run: found[run.name].last.loss)
+            return best.value("--lr"), steps
+    return None
+
+
+def _tried(study: Study) -> list[Planned]:
+    swept = [run for run in study.runs if run.is_sweep]
+    return [
+        run
+        for run in study.runs
+        if any(not commands.differences(run.flags, it.flags, commands.RATE) for it in swept)
+    ]
+
+
+def _rate(run: Planned) -> float:
+    return float(run.value("--lr"))
 
 
 def _against(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_skyladder.study import commands
 from megatron_skyladder.study.records import Record
 
 Kind = tuple[str, bool]  # the mask, and whether documents are masked
@@ -39,10 +40,9 @@ class Costs:
 
 def kind_of(record: Record) -> Kind:
     """Return what decides, beside the window, what a step of a run takes."""
-    flag = "--skyladder-mask"
-    words = record.command
-    mask = words[words.index(flag) + 1] if flag in words else "local"
-    return mask, "--skyladder-intra-document" in words
+    given = commands.values(record.command)
+    (mask,) = given.get("--skyladder-mask", ("local",))
+    return mask, "--skyladder-intra-document" in given
 
 
 def costs_of(records: Sequence[Record]) -> dict[Kind, Costs]:

@@ -147,7 +147,8 @@ class Training:
             )
         threading.Thread(target=_end_group, args=(self._process,), daemon=True).start()
         self._note("started", self.saved_iteration)
-        with self._process as process, self.log.open("a", encoding="utf-8") as log:
+        with self._process as process, self.log.open("a", 1, encoding="utf-8") as log:
+            # line by line: what a killed queue holds back would be missing from the run's record
             assert process.stdout is not None
             _Steps(self.folder, process.pid, on_step).follow(process.stdout, log.write)
         return self._end(process.returncode)

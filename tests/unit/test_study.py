@@ -184,7 +184,7 @@ def test_the_study_of_the_repository() -> None:
     assert {run.arm for run in study.runs if run.is_compared} == set(study.arms)
     for arm in ("constant", "linear-32", "linear-8", "pow2"):
         assert f"{arm}-seed2" in names
-    main_run = study.runs[0]
+    main_run = next(run for run in study.runs if run.is_compared)
     assert main_run.value("--seed") == "1" and main_run.seq_length == 2048
     assert 8e6 <= main_run.train_iters * main_run.step_tokens <= 12e6
     assert 4e6 <= page._parameters(study) <= 8e6
@@ -340,7 +340,10 @@ def test_records_of_another_study_are_refused(tmp_path: Path) -> None:
         for it in (CONSTANT.records[0], QUICK.records[0])
     )
     records.check([one, two], runs, tmp_path)
-    command = list(one.command)
+    command = [*one.command[:2], *one.command[4:], *one.command[2:4]]  # another order
+    command[command.index("--save") + 1] = "runs/name-of-then"
+    overruled = [*command[:2], "--lr", "1", *command[2:]]
+    records.check([replace(one, command=overruled), two], runs, tmp_path)
     command[command.index("--lr") + 1] = "7"
     with pytest.raises(UsageError, match=r"ladder-seed1.json is of .* other flags \(--lr\)"):
         records.check([replace(one, command=command), two], runs, tmp_path)
@@ -435,6 +438,41 @@ def test_scores_leave_the_cue_out() -> None:
     assert loss == pytest.approx((total - 1 + total) / 2)
 
 
+def test_the_learning_rate_on_the_page(tmp_path: Path) -> None:
+    """A better one is said; the longest runs decide, of one window, and in order of the rate."""
+    pytest.importorskip("matplotlib")
+    config = write_study(tmp_path, "other:1 ladder:1 high:1 short:1 short-high:1")
+    ladder = "--skyladder-start-window 8 --skyladder-expand-fraction 0.5"
+    sweep = f"""
+[sweep]
+high = {ladder} --lr 6e-3
+other = --skyladder-schedule constant --lr 6e-3
+short = {ladder} --train-iters 30
+short-high = {ladder} --lr 6e-3 --train-iters 30
+
+[arms]"""
+    config.write_text(config.read_text().replace("\n[arms]", sweep))
+
+    def add(*runs: tuple[str, float]) -> str:
+        for arm, loss in runs:
+            record = replace(_record(arm, 1, (9.0, loss), (1.0, 2.0)), is_sweep=arm != "ladder")
+            records.write(_of_study(config, record), tmp_path / "study" / queue.RECORDS)
+        assert main(["study", str(config), "--write", "--output", str(tmp_path / "study")]) == 0
+        return " ".join((tmp_path / "docs/experiments.md").read_text().split())
+
+    text = add(("short", 5.0), ("short-high", 4.0), ("high", 1.0), ("other", 0.5))
+    assert "**With the learning rate 6e-3, `ladder` came to a lower loss in 30 steps than" in text
+    text = add(("ladder", 0.9))
+    assert "came to a lower loss" not in text
+    assert "all arms train with 3e-3." in text
+    table = text[text.index("| run | steps | learning rate") :].partition(" ## ")[0]
+    assert table.split(" | --- | ")[-1].endswith(
+        "| `short` | 30 | 3e-3 | 12.0000 | | `short-high` | 30 | 6e-3 | 11.0000 | "
+        "| `ladder` | 60 | 3e-3 | 7.9000 | | `other` | 60 | 6e-3 | 7.5000 | "
+        "| `high` | 60 | 6e-3 | 8.0000 |"
+    )
+
+
 def test_a_record_comes_back_whole(tmp_path: Path) -> None:
     record = CONSTANT.records[0]
     assert records.read(records.write(record, tmp_path)) == record
@@ -464,7 +502,9 @@ def test_the_page_of_some_runs(tmp_path: Path) -> None:
     append_row(output / queue.RECORDS / records.FAILURES, failure)
     assert main(["study", str(config), "--write", "--output", str(output)]) == 0
     text = (tmp_path / "docs/experiments.md").read_text()
-    assert "3 of 4 runs have finished. Differences below 0.010 are noise here: the paper's" in text
+    words = " ".join(text.split())
+    assert "3 of 4 runs have finished. **With the learning rate 1e-3, `ladder` came to" in words
+    assert "Differences below 0.010 are noise here: the paper's" in words
     verdict = text[text.index("- `twin` against") :].partition("\n\n")[0]
     assert " ".join(verdict.split()) == (
         "- `twin` against `ladder`, one seed: better at equal tokens (-0.200 nats); 16.7 % less "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -15,6 +16,8 @@ from tiny_study import write_study
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.report.runlog import read_run
 from megatron_skyladder.study import preparation, queue, records, settings
+from megatron_skyladder.study.records import Measured
+from megatron_skyladder.study.training import Training
 from megatron_skyladder.testing import requires_megatron
 
 pytestmark = requires_megatron
@@ -29,6 +32,8 @@ def _call(config: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def _stop_at(going: queue.Queue, last: int, times: int, name: str, iteration: int) -> None:
     if iteration == last:
+        log = going.output / "runs" / name / "train.log"
+        assert f" iteration {last:8}/" in log.read_text()  # nothing is held back for a kill to lose
         for _ in range(times):
             going.stop()
 
@@ -94,6 +99,17 @@ def test_a_study_from_beginning_to_end(tmp_path: Path) -> None:
     assert "`broken-seed1`: exit code 2 after step 0" in text and f"{output}/" not in text
     assert (study.records / "losses.png").stat().st_size > 10_000
 
+    run = next(it for it in study.runs if it.arm == "twin")
+    log = output / "runs/twin-seed1/train.log"
+    lines = log.read_text().splitlines(keepends=True)
+    for cut, lacks in (
+        (r" iteration +5/", "train.log lacks step 5, so"),
+        (r" iteration +[56]/|loss at iteration 60", "2 steps from 5 to 6 and the last validation,"),
+    ):
+        log.write_text("".join(line for line in lines if not re.search(cut, line)))
+        with pytest.raises(ValueError, match=f"{lacks} .* Move .*twin-seed1 away to train it anew"):
+            records.record_of(Training(run, output, made["identity"]), Measured())
+
 
 def test_one_queue_in_a_folder(tmp_path: Path) -> None:
     with queue.locked(tmp_path):
@@ -115,3 +131,5 @@ def test_a_run_does_not_go_on_with_other_flags(tmp_path: Path) -> None:
     going = queue.Queue(settings.read(config), tmp_path / "study", "x", lambda text: None)
     going._one(run)
     assert "was begun with other flags or other text" in going.failures["ladder-seed1"]
+    kept = (tmp_path / "study/records/failures.jsonl").read_text()
+    assert "see ./runs/ladder-seed1/settings.json" in kept and str(tmp_path) not in kept
