@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_skyladder.demo.runs import RATE
 from megatron_skyladder.files import write_text
 from megatron_skyladder.terminal import Progress
 
@@ -34,6 +35,13 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "--train-iters", type=int, default=160, help="steps of 4,096 tokens (default: 160)"
     )
     parser.add_argument(
+        "--lr",
+        type=float,
+        default=RATE,
+        help=f"learning rate of both runs (default: {RATE}, the best that was tried for the "
+        "constant window)",
+    )
+    parser.add_argument(
         "--fresh", action="store_true", help="forget what an earlier call has finished"
     )
     return parser
@@ -47,12 +55,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--train-iters={args.train_iters} is too short to see anything: 40 or more."
         )
+    if not args.lr > 0:
+        raise ValueError(f"--lr={args.lr}: give a learning rate above 0.")
     _check_packages()
     output = Path(args.output).resolve()
-    runs = [Run(name, output / name, args.train_iters) for name in SCHEDULES]
+    runs = [Run(name, output / name, args.train_iters, args.lr) for name in SCHEDULES]
     _forget_other_settings(output, args)
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "settings", f"{args.train_iters}\n")
+    write_text(output / "settings", _settings(args))
     data_prefix, tokenizer = _prepare(output)
     for training in runs:
         if training.is_finished():
@@ -89,12 +99,16 @@ def _check_packages() -> None:
 
 
 def _forget_other_settings(output: Path, args: argparse.Namespace) -> None:
-    """Remove finished runs of another length; nothing else of the folder."""
+    """Remove finished runs of another length or learning rate; nothing else of the folder."""
     settings = output / "settings"
-    changed = settings.exists() and settings.read_text().strip() != str(args.train_iters)
+    changed = settings.exists() and settings.read_text() != _settings(args)
     if args.fresh or changed:
         for name in ("constant", "skyladder"):
             shutil.rmtree(output / name, ignore_errors=True)
+
+
+def _settings(args: argparse.Namespace) -> str:
+    return f"{args.train_iters} steps, learning rate {args.lr}\n"
 
 
 def _prepare(output: Path) -> tuple[Path, Path]:

@@ -15,6 +15,7 @@ from megatron_skyladder.report.runlog import RunLog
 
 LABELS = {"constant": "constant window", "skyladder": "SkyLadder"}
 _SMOOTHING_STEPS = 10
+_SPAN = 0.2  # nats that the panel of losses by length has at least
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,9 @@ def plot(constant: Outcome, ladder: Outcome, path: Path) -> None:
     by_length.set_xscale("log", base=2)
     lengths = list(constant.loss_by_length())
     by_length.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    low, high = by_length.get_ylim()
+    if high - low < _SPAN:  # or what is nothing would look like much
+        by_length.set_ylim((low + high - _SPAN) / 2, (low + high + _SPAN) / 2)
     window.legend(frameon=False)
     faster = 1 - ladder.seconds / constant.seconds
     figure.suptitle(
