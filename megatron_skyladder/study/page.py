@@ -158,7 +158,7 @@ def page(given: Given, config: Path, picture: str | None) -> str:
 
 
 def _clock(given: Given) -> str:
-    names = dict.fromkeys(run.arm for run in given.study.runs if run.is_timing)
+    names = dict.fromkeys(record.arm for record in given.found if record.is_timing)
     text = UNTIMED if given.retimed is None else TIMED.format(names="`, `".join(names))
     return _wrapped(f"{text} {_equal_time(given)}".replace("\n", " "))
 
