@@ -15,7 +15,7 @@ from megatron_skyladder.planning import model_flags, run_flags
 from megatron_skyladder.study import records, results
 from megatron_skyladder.study.records import Record
 from megatron_skyladder.study.results import Arm, Figure
-from megatron_skyladder.study.settings import Planned, Study
+from megatron_skyladder.study.settings import Study
 from megatron_skyladder.study.tables import (
     Given,
     at_equal_time,
@@ -172,7 +172,7 @@ def _equal_time(given: Given) -> str:
 
 
 def _limits(study: Study) -> str:
-    main = _main(study)
+    main = study.main
     return LIMITS.format(
         parameters=f"{_parameters(study) / 1e6:.1f}",
         tokens=f"{main.train_iters * main.step_tokens / 1e6:.1f}",
@@ -180,16 +180,11 @@ def _limits(study: Study) -> str:
     )
 
 
-def _main(study: Study) -> Planned:
-    """Return the first run that is compared; the first one where none is."""
-    return next((run for run in study.runs if run.is_compared), study.runs[0])
-
-
 def _parameters(study: Study) -> int:
     """Count the weights as ``skyladder plan`` does, embedding and output included."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     run_flags.add_run_flags(parser)
-    words = [*_main(study).flags, "--vocab-size", str(study.vocab_size)]
+    words = [*study.main.flags, "--vocab-size", str(study.vocab_size)]
     flags, _ = parser.parse_known_args(words)
     return model_flags.decoder_shape(run_flags.complete(flags), []).num_parameters
 
@@ -266,7 +261,7 @@ def _sweep(given: Given) -> str:
         return "No other rate was tried.\n"
     text = (
         f"Chosen for the constant window, so that it is not handicapped: all arms train with "
-        f"{_main(given.study).value('--lr')}. Each run has a whole learning-rate schedule, and the "
+        f"{given.study.main.value('--lr')}. Each run has a whole learning-rate schedule, and the "
         "last validations of runs of as many steps are of the same text."
     )
     return f"{_wrapped(text)}\n{markdown(rows)}"
@@ -277,7 +272,7 @@ def _handicap(given: Given) -> str:
     best = best_rate(given)
     if best is None:
         return ""
-    main = _main(given.study)
+    main = given.study.main
     rate, steps = best
     if float(rate) == float(main.value("--lr")):
         return ""

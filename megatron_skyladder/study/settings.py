@@ -152,6 +152,11 @@ class Study:
     arms: dict[str, str]
     copying: Copying
 
+    @property
+    def main(self) -> Planned:
+        """The first run that is compared; the first one where none is."""
+        return next((run for run in self.runs if run.is_compared), self.runs[0])
+
 
 def read(path: Path) -> Study:
     """Read a study.

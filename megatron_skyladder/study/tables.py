@@ -202,9 +202,7 @@ def best_rate(given: Given) -> tuple[str, int] | None:
     Returns:
         Of the longest runs of which one has the rate of the arms; None where there are none.
     """
-    main = next((run for run in given.study.runs if run.is_compared), None)
-    if main is None:
-        return None
+    main = given.study.main
     found = {record.name: record for record in given.found}
     alike = [
         run
