@@ -16,6 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_skyladder.cli import main as skyladder
@@ -30,8 +31,11 @@ from megatron_skyladder.ladder.kernels import (
 from megatron_skyladder.ladder.presets import SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import SCHEDULES, all_settings, schedules_with
 from megatron_skyladder.ladder.settings import SettingError, rename
+from megatron_skyladder.study import page as study_page
+from megatron_skyladder.study import settings as study_settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+STUDY = REPOSITORY / "examples/study.ini"
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 TOKENS = 100_000_000_000
 START, SHARE = 32, 0.64
@@ -189,6 +193,14 @@ def _planned(flags: str, length: int) -> dict:
     return json.loads(printed.getvalue())
 
 
+def study_verdicts() -> str:
+    """Return what the study's records say of the arms that have several seeds."""
+    study = study_settings.read(STUDY)
+    given = study_page.read(replace(study, records=REPOSITORY / study.records))
+    arms = [run.arm for run in study.runs]
+    return study_page.verdicts(given, [name for name in study.arms if arms.count(name) > 1]).strip()
+
+
 def message_list() -> str:
     """Return the errors of the package, with ... for what a run fills in, by part."""
     parts = []
@@ -249,6 +261,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sinks": sink_table,
     "predicted savings": saving_table,
     "messages": message_list,
+    "study": study_verdicts,
 }
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_skyladder.files import write_text
@@ -91,12 +91,8 @@ skyladder study --write     # this page, from the records
 """
 
 
-def write(study: Study, config: Path) -> None:
-    """Write the page and its picture from the records.
-
-    Args:
-        study: with the folder of records and the name of the page.
-        config: the study's file, which the page names.
+def read(study: Study) -> Given:
+    """Read the records of a study.
 
     Raises:
         UsageError: a record is of a run with other flags or other text.
@@ -105,13 +101,25 @@ def write(study: Study, config: Path) -> None:
     found = [it for it in records.read_all(study.records, names) if it.name in names]
     records.check(found, study.runs, study.records)
     corpus = study.records / records.CORPUS
-    given = Given(
+    return Given(
         study,
         found,
         read_rows(study.records / records.FAILURES),
         json.loads(corpus.read_text(encoding="utf-8")) if corpus.exists() else None,
     )
-    picture = None
+
+
+def write(study: Study, config: Path) -> None:
+    """Write the page and its picture from the records.
+
+    Args:
+        study: with the folder of records and the name of the page.
+        config: the study's file, which the page names.
+
+    Raises:
+        UsageError: as `read`.
+    """
+    given, picture = read(study), None
     if given.arms:
         from megatron_skyladder.study.pictures import draw
 
@@ -129,7 +137,8 @@ def page(given: Given, config: Path, picture: str | None) -> str:
         HEAD.format(records=study.records.as_posix(), config=config.as_posix()),
         _limits(study),
         "\n## What came out\n\n",
-        _verdicts(given),
+        verdicts(given, study.arms),
+        _missing(given),
     ]
     if given.arms:
         parts += [
@@ -189,7 +198,16 @@ def _parameters(study: Study) -> int:
     return model_flags.decoder_shape(run_flags.complete(flags), []).num_parameters
 
 
-def _verdicts(given: Given) -> str:
+def verdicts(given: Given, arms: Collection[str]) -> str:
+    """Return how many runs have finished, and how arms compare with the reference.
+
+    Args:
+        given: what is known.
+        arms: those that are compared; the others are left out.
+
+    Returns:
+        Paragraph and list as Markdown, in lines of 100 characters.
+    """
     planned = [run for run in given.study.runs if run.is_compared]
     done = [it for it in given.found if it.is_compared and it.is_whole]
     lines = [f"{len(done)} of {len(planned)} runs have finished.", _handicap(given)]
@@ -206,17 +224,19 @@ def _verdicts(given: Given) -> str:
             )
         lines.append(f"Differences below {noise.nats:.3f} are noise here: {why}")
         for arm in given.arms:
-            if arm is not reference:
+            if arm is not reference and arm.name in arms:
                 compared += _verdict(given, arm, reference, noise.nats)
     if not compared:
         lines.append("Nothing can be compared yet.")
-    missing = [name for name in given.study.arms if name not in {arm.name for arm in given.arms}]
     text = _wrapped(" ".join(filter(None, lines)))
-    if compared:
-        text += "\n" + "\n".join(compared) + "\n"
-    if missing:
-        text += "\n" + _wrapped(f"Not finished yet: {', '.join(f'`{it}`' for it in missing)}.")
-    return text
+    return text + ("\n" + "\n".join(compared) + "\n" if compared else "")
+
+
+def _missing(given: Given) -> str:
+    missing = [name for name in given.study.arms if name not in {arm.name for arm in given.arms}]
+    if not missing:
+        return ""
+    return "\n" + _wrapped(f"Not finished yet: {', '.join(f'`{it}`' for it in missing)}.")
 
 
 def _verdict(given: Given, arm: Arm, reference: Arm, noise: float) -> list[str]:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_skyladder.study import page as study_page
+from megatron_skyladder.study import settings
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "tools"))
 import write_tables  # noqa: E402
@@ -51,6 +54,15 @@ def test_tables_are_the_codes() -> None:
         text=True,
     )
     assert done.returncode == 0, f"run python tools/write_tables.py: {done.stdout}{done.stderr}"
+
+
+def test_the_studys_page_is_of_its_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    config = Path("examples/study.ini")
+    study = settings.read(config)
+    picture = (study.records / study_page.PICTURE).relative_to(study.page.parent)
+    text = study_page.page(study_page.read(study), config, str(picture))
+    assert text == study.page.read_text("utf-8"), "run skyladder study --write"
 
 
 def test_a_page_with_a_wrong_mark_is_refused() -> None:
