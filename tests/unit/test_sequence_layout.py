@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from megatron_skyladder.ladder.fragments import fragment_cu_seqlens
 from megatron_skyladder.ladder.sequence_layout import (
+    Kind,
     Layout,
+    LayoutRule,
     Piece,
     _shells,
     by_fragments,
@@ -159,6 +162,39 @@ def test_cuts_on_tiles_cost_little_over_a_ramp() -> None:
     assert np.mean(found) <= 1.01 and max(found) <= 1.03
     zigzags = [imbalance(zigzag(LENGTH, 4), keys_seen(grid(LENGTH, w))) for w in RAMP]
     assert np.mean(zigzags) > 1.3  # what it is for
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_windows_of_whole_tiles_are_cut_on_tiles(cp_size: int) -> None:
+    """Where kernels compute tiles of 128 x 128; a short sequence is cut where work is equal."""
+    for window_len in RAMP:
+        starts = [piece.start for piece in by_window(LENGTH, cp_size, window_len).pieces]
+        assert not any(start % window_len % 128 for start in starts), window_len
+    pieces = by_window(1024, cp_size, 384).pieces
+    assert any(piece.start % 384 % 128 for piece in pieces)
+
+
+@pytest.mark.parametrize("cp_size", [2, 3])
+def test_a_rule_answers_for_each_sequence(cp_size: int) -> None:
+    """Three sequences of 48 tokens, windows of 20: documents end at 7, 30; nowhere; at 1 and 47."""
+    lengths = [[7, 13, 10, 10, 8], [20, 20, 8], [1, 19, 20, 7, 1]]
+    cu_seqlens = np.cumsum([0, *chain.from_iterable(lengths)])
+
+    def pieces(kind: Kind, offsets: np.ndarray | None, *, sliding: bool = False) -> list[Any]:
+        layouts = LayoutRule(kind, 48, cp_size, 20, sliding).layouts(3, offsets)
+        return [layout.pieces for layout in layouts]
+
+    of_documents = [by_fragments(each, cp_size).pieces for each in lengths]
+    assert len(set(of_documents)) == 3
+    assert pieces(Kind.SEQUENCE, cu_seqlens) == of_documents
+    of_windows = [by_window(48, cp_size, 20).pieces] * 3
+    assert pieces(Kind.SEQUENCE, None) == pieces(Kind.WINDOW, cu_seqlens) == of_windows
+    for kind in (Kind.SEQUENCE, Kind.WINDOW):
+        slid = pieces(kind, cu_seqlens, sliding=True)
+        assert slid == [by_positions(48, cp_size, 20).pieces] * 3
+    for sliding in (False, True):
+        found = pieces(Kind.ZIGZAG, cu_seqlens, sliding=sliding)
+        assert found == [zigzag(48, cp_size).pieces] * 3
 
 
 @pytest.mark.parametrize("mean", [300, 1200, 6000])
