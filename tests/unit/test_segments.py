@@ -174,3 +174,20 @@ def test_a_mask_that_carries_both_is_split_once(monkeypatch):
         assert documents.cu_seqlens_q.tolist() == [0, 6, 12]
     assert len(splits) == 2
     assert cache.get(mask[:5], rows).cu_seqlens_q.tolist() == [0, 4, 6, 8, 12]
+
+
+def test_a_mask_of_fragments_alone_stands_for_both():
+    mask = torch.tensor([0, 4, 8, 12], dtype=torch.int32)
+    cache, rows = MaskCache(), rows_of(4, 12, 1)
+    for part in Part:
+        assert cache.get(mask, rows, part).cu_seqlens_q.tolist() == [0, 4, 8, 12]
+
+
+def test_the_oldest_masks_are_forgotten_first():
+    cache = MaskCache()
+    masks = [torch.tensor([0, end, 800], dtype=torch.int32) for end in range(1, 601)]
+    made = [cache.get(mask, rows_of(800, 800, 1)) for mask in masks]
+    kept = segments_module._KEPT_MASKS
+    latest = [cache.get(mask, rows_of(800, 800, 1)) for mask in masks[-kept:]]
+    assert all(one is other for one, other in zip(latest, made[-kept:], strict=True))
+    assert cache.get(masks[-kept - 1], rows_of(800, 800, 1)) is not made[-kept - 1]
