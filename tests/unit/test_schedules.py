@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from megatron_skyladder.ladder.schedules import (
     Staged,
     WindowSchedule,
 )
+from megatron_skyladder.ladder.settings import SettingError
 
 FAR = 10**9
 
@@ -281,6 +282,21 @@ def test_windows_lie_between_start_and_final(schedule: WindowSchedule, step: int
     if isinstance(schedule, Points):
         lowest = min(point.window for point in schedule.points)
     assert lowest <= schedule.window_at(step) <= schedule.final_window
+
+
+@given(schedules(), st.data())
+def test_what_moves_a_window_is_in_the_line(schedule: WindowSchedule, data: st.DataObject) -> None:
+    """A resume compares the lines: no setting may change a window and be left out of them."""
+    other = data.draw(schedules([schedule.schedule]))
+    names = [field.name for field in fields(schedule)]
+    changed = [name for name in names if getattr(schedule, name) != getattr(other, name)]
+    for name in changed:
+        try:
+            one = replace(schedule, **{name: getattr(other, name)})
+        except SettingError:  # the two do not go together
+            continue
+        same_windows = (schedule.windows(0, 3000) == one.windows(0, 3000)).all()
+        assert same_windows or schedule.describe() != one.describe(), name
 
 
 @given(schedules(GROWING), STEPS, STEPS)
