@@ -404,12 +404,26 @@ def test_segments_say_what_window_at_says(schedule: WindowSchedule, total_steps:
     assert all(a[2] != b[2] for a, b in itertools.pairwise(segments))  # runs are whole
 
 
-@given(schedules(), st.integers(0, 3000), st.integers(0, 200))
-@example(WindowSchedule(alpha=Fraction(1, 10**15), final_window=2**31 - 1), 10**15, 5)  # no int64
-@example(WindowSchedule("points", points="0:1 1:final", total_steps=10**15), 10**15 - 2, 5)
+@pytest.mark.parametrize("name", SCHEDULES)
+@given(st.data(), st.integers(0, 200) | st.integers(0, 3000), st.integers(0, 300))
 def test_many_windows_at_once_are_those_of_each_step(
-    schedule: WindowSchedule, first: int, count: int
+    name: str, data: st.DataObject, first: int, count: int
 ) -> None:
+    _check_at_once(data.draw(schedules([name])), first, count)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "first"),
+    [
+        (WindowSchedule(alpha=Fraction(1, 10**15), final_window=2**31 - 1), 10**15),
+        (WindowSchedule("points", points="0:1 1:final", total_steps=10**15), 10**15 - 2),
+    ],
+)
+def test_windows_beyond_what_an_int64_holds(schedule: WindowSchedule, first: int) -> None:
+    _check_at_once(schedule, first, 5)
+
+
+def _check_at_once(schedule: WindowSchedule, first: int, count: int) -> None:
     windows = schedule.windows(first, first + count)
     assert windows.dtype == np.int64
     assert windows.tolist() == [schedule.window_at(first + step) for step in range(count)]
@@ -429,9 +443,7 @@ def test_windows_at_once_do_not_overflow(
     settings = {"num_cycles": cycles} if "num_cycles" in SCHEDULES[name].settings() else {}
     rate = Fraction(1, 2**rate_bits)
     schedule = WindowSchedule(name, 1, 2**span_bits, alpha=rate, **settings)  # type: ignore[arg-type]
-    first = int(schedule.ramp_steps * place)
-    windows = [schedule.window_at(step) for step in range(first, first + 5)]
-    assert schedule.windows(first, first + 5).tolist() == windows
+    _check_at_once(schedule, int(schedule.ramp_steps * place), 5)
 
 
 @pytest.mark.parametrize("total_steps", [0, -1])
