@@ -194,11 +194,13 @@ def _planned(flags: str, length: int) -> dict:
 
 
 def study_verdicts() -> str:
-    """Return what the study's records say of the arms that have several seeds."""
+    """Return what the study's records say of the schedules that have several seeds."""
     study = study_settings.read(STUDY)
     given = study_page.read(replace(study, records=REPOSITORY / study.records))
-    arms = [run.arm for run in study.runs]
-    return study_page.verdicts(given, [name for name in study.arms if arms.count(name) > 1]).strip()
+    planned = [run.arm for run in study.runs]
+    arms = [arm for arm in given.arms if planned.count(arm.name) > 1]
+    names = [arm.name for arm in arms if not given.is_reference(arm)]
+    return study_page.verdicts(given, names).strip()
 
 
 def message_list() -> str:
