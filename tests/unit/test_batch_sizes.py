@@ -26,6 +26,7 @@ def test_growth_is_read_as_megatron_reads_it():
     assert growing("0:4 1K:8, 2.56k:16").stages == ((0, 4), (15, 8), (40, 16))
     assert growing("250B:1536 0:768", 8192).stages == ((0, 768), (30_517_578, 1536))
     assert growing("0:4 1K:8").final == 8
+    assert growing("0:1 1.5M:2 1T:3", 8192).stages == ((0, 1), (183, 2), (122_070_312, 3))
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,19 @@ def test_windows(stages: str, windows: str) -> None:
     assert schedule.moves() == set() and schedule.values_at(3) == StageValues()
 
 
+@pytest.mark.parametrize(
+    ("stages", "steps"),
+    [
+        ("8:0.5 final:0.5", 4),
+        ("8..final:1", 8),
+        ("8:rest ..final:0.5", 8),
+        ("8:1/3 final:2/3", 8 / 3),
+    ],
+)
+def test_windows_move_until_the_last_stage_or_to_the_end_of_it(stages: str, steps: float) -> None:
+    assert float(configured(stages).schedule.ramp_steps) == steps
+
+
 def test_only_windows_that_grow_are_rounded() -> None:
     args = launch("24:0.25 ..56:0.5 final:rest")
     args.skyladder_round_to = "pow2"
