@@ -248,7 +248,7 @@ def _verdict(given: Given, arm: Arm, reference: Arm, noise: float) -> list[str]:
     if loss is None:
         return []
     word = _word(loss, noise)
-    seeds = "one seed" if len(loss.values) == 1 else f"{len(loss.values)} seeds"
+    seeds = _seeds(loss)
     tokens = arm.records[0].tokens
     at = "at equal tokens"
     if tokens != reference.records[0].tokens:
@@ -261,8 +261,13 @@ def _verdict(given: Given, arm: Arm, reference: Arm, noise: float) -> list[str]:
         text += f"; {abs(100 * saved.mean):.1f} % {more} time"
     alike = None if given.is_reference(arm) else at_equal_time(given, arm)
     if alike is not None:
-        text += f"; {_word(alike, noise)} at equal time ({alike.text(3, signed=True)})"
+        fewer = "" if len(alike.values) == len(loss.values) else f", {_seeds(alike)}"
+        text += f"; {_word(alike, noise)} at equal time ({alike.text(3, signed=True)}{fewer})"
     return [_wrapped(text + ".", indent="  ").rstrip()]
+
+
+def _seeds(found: Figure) -> str:
+    return "one seed" if len(found.values) == 1 else f"{len(found.values)} seeds"
 
 
 def _word(difference: Figure, noise: float) -> str:
