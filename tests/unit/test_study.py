@@ -587,6 +587,14 @@ def test_equal_time_on_the_page(tmp_path: Path) -> None:
     assert "16.7 % less time; better at equal time (-0.400)." in words
     assert "| `twin` | 0.07 | +16.7 | -0.400 | -0.400 |" in shown
     assert "| `short` | 0.06 | +33.3 |  |  |" in shown
+    config.write_text(
+        config.read_text().replace("ladder:1 twin:1", "ladder:1 ladder:2 twin:1 twin:2")
+    )
+    for record in (CONSTANT.records[1], replace(QUICK.records[0], seed=2)):
+        records.write(_of_study(config, record), tmp_path / "study" / queue.RECORDS)
+    assert main(["study", str(config), "--write", "--output", str(tmp_path / "study")]) == 0
+    words = " ".join((tmp_path / "docs/experiments.md").read_text().split())
+    assert "against `ladder`, 2 seeds:" in words and "at equal time (-0.400, one seed)." in words
 
 
 def test_the_page_of_a_queue_without_arms(tmp_path: Path) -> None:
