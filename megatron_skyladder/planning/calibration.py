@@ -1,20 +1,25 @@
 """Step times out of a Megatron console log, split into what the window changes and what not.
 
 A run under a growing window measures its own cost model: time = fixed + attention * fraction,
-fitted by least squares over the log's lines.
+fitted by least squares over the log's lines. The log's fraction is the mean of all ranks; where
+context-parallel ranks differ, a step waits for the busiest one, so the fraction is made its own.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from megatron_skyladder.ladder.costs import StepTime
-from megatron_skyladder.report.runlog import Iteration, RunLog, read_run
+from megatron_skyladder.report.runlog import Iteration, RunLog
+
+# (window, what a query of local layers sees at most) -> attention work of the busiest
+# context-parallel rank over the mean one's
+OverMean = Callable[[int, int | None], float]
 
 _OUTLIER = 5.0  # times the median deviation: a step that compiled, or waited for a file system
 
@@ -23,7 +28,7 @@ class Point(NamedTuple):
     """One line of a log.
 
     seconds: of an iteration, on average over those the line stands for.
-    fraction: their mean attention work relative to full causal.
+    fraction: their mean attention work relative to full causal, on the busiest rank.
     """
 
     seconds: float
@@ -79,27 +84,30 @@ class Calibration:
         return math.sqrt(max(0.0, variance))
 
 
-def calibrate(path: str | Path) -> Calibration:
-    """Fit a step time to the console log of a run, or to the logs in its folder.
+def calibrate(run: RunLog, over_mean: OverMean | None = None) -> Calibration:
+    """Fit a step time to the log of a run.
+
+    Args:
+        run: what `runlog.read_run` returns.
+        over_mean: how unequal the ranks' work was; None: all had the same.
 
     Raises:
-        ValueError: there is no log of a run with windows, or too few of them, or time does not
-            grow with the work.
+        ValueError: it says nothing about windows, or has too few of them, or time does not grow
+            with the work.
     """
-    run = read_run(path)
-    points, batch = _points(run)
+    points, batch = _points(run, over_mean)
     windows = {point.window for point in points}
     if len({point.fraction for point in points}) < 2 or len(points) < 3:
         raise ValueError(
-            f"{path} has {len(points)} usable lines with {len(windows)} window lengths (its first "
-            "line does not count). Calibration needs at least 3 lines and 2 windows: train for "
-            "longer, or with a lower --log-interval."
+            f"{run.path} has {len(points)} usable lines with {len(windows)} window lengths (its "
+            "first line does not count). Calibration needs at least 3 lines and 2 windows: train "
+            "for longer, or with a lower --log-interval."
         )
     kept = _without_outliers(points)
     fit, spread, covariance = _fit(kept)
     if fit.fixed <= 0 or fit.attention < 0:
         raise ValueError(
-            f"{path}: steps do not get slower with the window ({len(kept)} lines give "
+            f"{run.path}: steps do not get slower with the window ({len(kept)} lines give "
             f"{fit.attention * 1e3:.1f} ms for full attention and {fit.fixed * 1e3:.1f} ms for the "
             "rest). Give a log that covers short and long windows, or --device instead."
         )
@@ -115,7 +123,7 @@ def calibrate(path: str | Path) -> Calibration:
     )
 
 
-def _points(run: RunLog) -> tuple[list[Point], int]:
+def _points(run: RunLog, over_mean: OverMean | None) -> tuple[list[Point], int]:
     """Return the lines of the last batch size and GPUs, without the first; and that size."""
     lines = [line for line in run.iterations if _is_usable(line)]
     if not lines:
@@ -127,15 +135,24 @@ def _points(run: RunLog) -> tuple[list[Point], int]:
     gpus = lines[-1].num_gpus
     lines = [line for line in lines if (_batch(line), line.num_gpus) == (batch, gpus)]
     points = []
-    for before, line in itertools.pairwise(lines):
-        assert line.attention_fraction is not None and before.attention_fraction is not None
+    fractions = [_fraction(line, over_mean) for line in lines]
+    for (before, latest), line in zip(itertools.pairwise(fractions), lines[1:], strict=True):
         # A line's time is the mean over its steps, its window that of the last one: the mean work
         # lies between the two lines, half a step closer to this one.
         steps = line.num_iterations
-        behind = line.attention_fraction - before.attention_fraction
-        fraction = line.attention_fraction - behind * (steps - 1) / (2 * steps)
+        fraction = latest - (latest - before) * (steps - 1) / (2 * steps)
         points.append(Point(line.elapsed_ms / 1e3, fraction, line.window or 0))
     return points, batch
+
+
+def _fraction(line: Iteration, over_mean: OverMean | None) -> float:
+    """Return the attention work of a line's last iteration on the busiest rank."""
+    assert line.attention_fraction is not None
+    if over_mean is None or line.window is None:
+        return line.attention_fraction
+    local_window = line.values.get("skyladder/local_window")
+    own = None if local_window is None else int(local_window)
+    return line.attention_fraction * over_mean(line.window, own)
 
 
 def _is_usable(line: Iteration) -> bool:

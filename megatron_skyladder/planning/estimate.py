@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -175,6 +176,17 @@ class Plan:
         """Attention work of the busiest context-parallel rank over the mean one's, of the run."""
         return 1.0 if self.context_parallel_size == 1 else self._busiest_rank.over_mean
 
+    def over_mean(self, window: int, local_window: int | None = None) -> float:
+        """Return the busiest rank's attention work over the mean one's at a window.
+
+        Args:
+            window: tokens.
+            local_window: what a query of a local layer sees at most; None: all of its own window.
+        """
+        if self.context_parallel_size == 1:
+            return 1.0
+        return parallel_costs(self, window, local_window).max_over_mean
+
     def timed_fraction_at(self, step: int) -> float:
         """Return the attention work at a step that time goes by: the busiest rank's."""
         if self.context_parallel_size == 1:
@@ -185,10 +197,7 @@ class Plan:
     def timed_fractions(self) -> tuple[float, float]:
         """Attention work (without the ladder, with it) that time goes by: the busiest rank's."""
         constant, ladder = self.constant_fraction, self.mean_fraction
-        if self.context_parallel_size == 1:
-            return constant, ladder
-        full = parallel_costs(self, self.config.seq_length).max_over_mean
-        return constant * full, ladder * self.busiest_over_mean
+        return constant * self.over_mean(self.config.seq_length), ladder * self.busiest_over_mean
 
     def flops(self, pairs: Fraction | float) -> float:
         """Return the run's FLOPs, by the paper's count, for these mean pairs of a sequence."""
@@ -252,19 +261,18 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
     assert config is not None
     shape, not_counted = _shape(flags, pasted, notes)
     documents = _documents(flags, config, notes)
-    time = time_model(flags, shape, notes)
     total_steps = run_flags.total_steps(flags)
     _note_layout(flags, notes)
     _note_final_window(config, notes)
     notes += stage_plan.notes(config, flags.stage_batches)
     _note_local_layers(config, notes)
-    return Plan(
+    plan = Plan(
         name,
         config,
         shape,
         total_steps,
         documents,
-        time,
+        None,
         notes,
         flags.context_parallel_size,
         flags.tensor_model_parallel_size,
@@ -273,6 +281,8 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
         flags.device or "",
         flags.stage_batches,
     )
+    # ranks as unequal as in the plan: what `calibrate` fits, `timed_fractions` multiplies with
+    return replace(plan, time=time_model(flags, shape, notes, functools.cache(plan.over_mean)))
 
 
 def _shape(

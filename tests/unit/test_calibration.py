@@ -11,6 +11,7 @@ import pytest
 
 from megatron_skyladder.planning.calibration import calibrate
 from megatron_skyladder.planning.time_model import TimeModel
+from megatron_skyladder.report.runlog import read_run
 
 
 def log_line(iteration: int, milliseconds: float, fraction: float, *, batch: int = 8) -> str:
@@ -40,7 +41,7 @@ def write(path: Path, lines: list[str]) -> Path:
 def test_an_exact_log_gives_its_two_parts_back(tmp_path: Path) -> None:
     """600 ms whatever the window, 400 ms for full attention; the first line is compilation."""
     lines = started([(step, 600 + 400 * step / 20, step / 20) for step in range(1, 21)])
-    found = calibrate(write(tmp_path / "log", ["using world size: 8, data", *lines]))
+    found = calibrate(read_run(write(tmp_path / "log", ["using world size: 8, data", *lines])))
     assert found.step_time.fixed == pytest.approx(0.6, abs=1e-4)
     assert found.step_time.attention == pytest.approx(0.4, abs=1e-4)
     assert found.spread == pytest.approx(0, abs=1e-4)
@@ -56,7 +57,7 @@ def test_the_folder_of_a_slurm_run(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         write(folder / "rank.0000.log", ["using world size: 8, data", head])
         write(folder / "rank.0007.log", lines)
-    found = calibrate(tmp_path)
+    found = calibrate(read_run(tmp_path))
     assert found.num_gpus == 8
     assert found.step_time.fixed == pytest.approx(0.6, abs=1e-4)
     assert found.step_time.attention == pytest.approx(0.4, abs=1e-4)
@@ -69,7 +70,7 @@ def test_a_line_stands_for_its_whole_interval(tmp_path: Path) -> None:
         return sum(600 + 400 * step / 100 for step in range(last - 9, last + 1)) / 10
 
     lines = [log_line(last, mean(last), last / 100) for last in range(10, 101, 10)]
-    found = calibrate(write(tmp_path / "log", lines))
+    found = calibrate(read_run(write(tmp_path / "log", lines)))
     assert found.step_time.fixed == pytest.approx(0.6, abs=1e-3)
     assert found.step_time.attention == pytest.approx(0.4, abs=1e-3)
     assert found.num_gpus is None
@@ -79,7 +80,7 @@ def test_slow_first_lines_and_outliers_are_left_out(tmp_path: Path) -> None:
     times = [(step, 600 + 20 * step, step / 20) for step in range(1, 20)]
     lines = started(times[:11]) + started(times[7:])  # started again after step 7
     lines += [log_line(20, 30_000, 1.0)]  # waited for a checkpoint to be written
-    found = calibrate(write(tmp_path / "log", lines))
+    found = calibrate(read_run(write(tmp_path / "log", lines)))
     assert found.step_time.fixed == pytest.approx(0.6, abs=1e-4)
     assert found.step_time.attention == pytest.approx(0.4, abs=1e-4)
     assert found.num_dropped == 3
@@ -91,7 +92,7 @@ def test_attempts_on_other_gpus_are_left_out(tmp_path: Path) -> None:
     fast = [(i, 600 + 40 * (i - 10), (i - 10) / 10) for i in range(11, 21)]
     size = "using world size: {}, data-parallel size: 1"
     lines = [size.format(4), *started(slow), size.format(8), *started(fast)]
-    found = calibrate(write(tmp_path / "log", lines))
+    found = calibrate(read_run(write(tmp_path / "log", lines)))
     assert found.num_gpus == 8 and found.num_lines < 10
     assert found.step_time.fixed == pytest.approx(0.6, abs=1e-3)
     assert found.step_time.attention == pytest.approx(0.4, abs=1e-3)
@@ -100,7 +101,7 @@ def test_attempts_on_other_gpus_are_left_out(tmp_path: Path) -> None:
 def test_other_batch_sizes_are_left_out(tmp_path: Path) -> None:
     lines = [log_line(step, 300 + 10 * step, step / 40, batch=4) for step in range(1, 20)]
     lines += [log_line(step, 600 + 10 * step, step / 40) for step in range(20, 40)]
-    found = calibrate(write(tmp_path / "log", lines))
+    found = calibrate(read_run(write(tmp_path / "log", lines)))
     assert found.batch == 8
     assert found.step_time.attention == pytest.approx(0.4, abs=1e-4)
 
@@ -115,7 +116,7 @@ def test_the_stated_spread_covers_the_truth(tmp_path: Path) -> None:
             log_line(step, 600 + 400 * step / 50 + noise.gauss(0, 20), step / 50)
             for step in range(1, 51)
         ]
-        found = calibrate(write(tmp_path / "log", lines))
+        found = calibrate(read_run(write(tmp_path / "log", lines)))
         error = found.saved_error(0.64, 1.0)
         assert 0 < error < 0.01
         assert 0.010 < found.spread < 0.030
@@ -128,7 +129,7 @@ def test_error_of_the_saving_by_hand(tmp_path: Path, fraction: float, baseline: 
     """Against fits drawn by their covariance: how far apart are the savings they give?"""
     noise = random.Random(1)
     lines = [log_line(i, 600 + 20 * i + noise.gauss(0, 10), i / 20) for i in range(1, 21)]
-    found = calibrate(write(tmp_path / "log", lines))
+    found = calibrate(read_run(write(tmp_path / "log", lines)))
     mean = (found.step_time.fixed, found.step_time.attention)
     var_fixed, var_attention, both = found.covariance
     matrix = [[var_fixed, both], [both, var_attention]]
@@ -146,7 +147,7 @@ def test_the_range_is_that_of_the_runs_own_baseline(tmp_path: Path) -> None:
     """Documents leave 40 % of the work, the ladder 30 %: the range is around what that saves."""
     noise = random.Random(1)
     lines = [log_line(i, 600 + 20 * i + noise.gauss(0, 10), i / 20) for i in range(1, 21)]
-    found = calibrate(write(tmp_path / "log", lines))
+    found = calibrate(read_run(write(tmp_path / "log", lines)))
     time = TimeModel(found.step_time, (found.step_time,), found, None, None, "log")
     low, high = time.saved_range(0.3, 0.4)
     assert (low + high) / 2 == pytest.approx(found.step_time.saved(0.3, 0.4))
@@ -178,4 +179,4 @@ def test_the_range_is_that_of_the_runs_own_baseline(tmp_path: Path) -> None:
 )
 def test_useless_logs_are_refused(tmp_path: Path, lines: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        calibrate(write(tmp_path / "run.log", lines))
+        calibrate(read_run(write(tmp_path / "run.log", lines)))

@@ -472,6 +472,98 @@ def test_a_log_of_another_batch_is_scaled(
     assert any("The log's batch has 4 sequences" in note for note in plan["notes"])
 
 
+def logged(settings: dict[str, int]) -> list[str]:
+    """Return arguments as Megatron prints them."""
+    return [f"  {name} {'.' * (48 - len(name))} {value}" for name, value in settings.items()]
+
+
+OF_LAUNCH = {"num_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "seq_length": 2048}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seq_length": 8192}, "seq_length 8192 (planned: 2048)"),
+        ({"num_layers": 24, "hidden_size": 64}, "num_layers 24 (planned: 2), hidden_size 64 (pl"),
+        ({"num_attention_heads": 8}, "num_attention_heads 8 (planned: 4)"),
+    ],
+)
+def test_a_log_of_another_model_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, settings: dict[str, int], message: str
+) -> None:
+    """Its seconds would be taken for this model's."""
+    path = tmp_path / "run.log"
+    write_log(path, batch=8)
+    times = path.read_text()
+    flags = f"{LAUNCH} --calibrate {path}"
+    path.write_text("\n".join([*logged(OF_LAUNCH | settings), times]))
+    found = refused(capsys, flags)
+    assert f"is of another run: {message}" in found and "Give a log of this model" in found
+    path.write_text("\n".join([*logged(OF_LAUNCH), times]))
+    assert plan_json(capsys, flags)["time"]["step_seconds"]["fixed"] == pytest.approx(0.6, rel=1e-4)
+
+
+def test_a_log_without_arguments_is_judged_by_its_windows(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Megatron Bridge prints none of Megatron's arguments; this log goes up to 2,000 tokens."""
+    write_log(tmp_path / "run.log", batch=8)
+    flags = LAUNCH.replace("2048", "1024")
+    assert "is of another run: windows of up to 2000 tokens (planned: 1024)" in refused(
+        capsys, f"{flags} --calibrate {tmp_path}/run.log"
+    )
+
+
+ZIGZAG = f"{LAUNCH} --context-parallel-size 2 --skyladder-context-parallel-layout zigzag"
+
+
+def zigzag_work(window: int) -> tuple[int, int]:
+    """Return the visible pairs of each of two ranks, token by token."""
+    pairs = [0, 0]
+    for token in range(2048):
+        rank = (0, 1, 1, 0)[token // 512]
+        pairs[rank] += token % window + 1
+    return pairs[0], pairs[1]
+
+
+def write_zigzag_log(path: Path, *, ranks: int | None = 2) -> None:
+    """Write a log whose steps take 600 ms and as long as the busier rank's attention, up to 400."""
+    windows = range(128, 2049, 128)
+    lines = [] if ranks is None else logged(OF_LAUNCH | {"context_parallel_size": ranks})
+    for step, window in enumerate(windows, 2):
+        work = zigzag_work(window)
+        lines.append(
+            f" iteration {step}/ 20 | elapsed time per iteration (ms): "
+            f"{600 + 400 * max(work) / max(zigzag_work(2048))} | global batch size: 8 | "
+            f"skyladder/window: {window} | "
+            f"skyladder/attention_fraction: {sum(work) / sum(zigzag_work(2048))} |"
+        )
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize("ranks", [2, None])
+def test_a_calibrated_step_waits_for_the_busiest_rank(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, ranks: int | None
+) -> None:
+    """The log says the mean work of the ranks; one that prints no arguments is the plan's."""
+    assert zigzag_work(1536)[1] > 1.7 * zigzag_work(1536)[0]  # far from equal
+    write_zigzag_log(tmp_path / "run.log", ranks=ranks)
+    time = plan_json(capsys, f"{ZIGZAG} --calibrate {tmp_path}/run.log")["time"]
+    assert time["step_seconds"]["fixed"] == pytest.approx(0.6, rel=1e-4)
+    assert time["step_seconds"]["attention_at_full_window"] == pytest.approx(0.4, rel=1e-4)
+    assert time["step_seconds"]["spread"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_log_of_other_ranks_is_taken_as_it_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_zigzag_log(tmp_path / "run.log", ranks=1)
+    plan = plan_json(capsys, f"{ZIGZAG} --calibrate {tmp_path}/run.log")
+    assert plan["time"]["step_seconds"]["spread"] > 0.01
+    [note] = [note for note in plan["notes"] if "laid out otherwise" in note]
+    assert "context_parallel_size 1 (planned: 2)" in note
+
+
 # --- documents ----------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from megatron_skyladder.report.groups import Group, group_runs
 from megatron_skyladder.report.page import write_report
 from megatron_skyladder.report.panels import smoothed, spread, thinned
 from megatron_skyladder.report.pictures import PICTURES, Picture, throughput
-from megatron_skyladder.report.runlog import parse
+from megatron_skyladder.report.runlog import parse, read_run
 from megatron_skyladder.report.sentences import sentences
 from megatron_skyladder.report.stability import Stability, loss_ratios, stability
 from megatron_skyladder.report.tables import (
@@ -329,7 +329,8 @@ def test_a_damaged_log_still_calibrates(runs: list[Run], tmp_path: Path) -> None
     lines[30] = damaged(lines[30], "nan", 0.0)
     lines[40] = damaged(lines[40], "inf", 0.0)
     (tmp_path / "damaged.log").write_text("\n".join(lines))
-    expected, found = calibrate(whole), calibrate(tmp_path / "damaged.log")
+    expected = calibrate(read_run(whole))
+    found = calibrate(read_run(tmp_path / "damaged.log"))
     assert found.step_time.fixed == pytest.approx(expected.step_time.fixed, rel=0.01)
 
 
