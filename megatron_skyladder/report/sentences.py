@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_skyladder.report.comparable import other_settings, other_validation
 from megatron_skyladder.report.curves import Run
 from megatron_skyladder.report.groups import Group
 from megatron_skyladder.report.panels import SAME, SIGNIFICANT, Curve
@@ -22,6 +23,7 @@ from megatron_skyladder.report.tables import (
     tokens_text,
 )
 
+MOST_NAMES = 4  # of arguments in a sentence
 STEP_BACK = 1.2  # a smoothed loss this far above its lowest is a spike worth a look
 
 
@@ -69,6 +71,10 @@ def _of_run(place: int, run: Run, first: Group, pictures: Collection[str]) -> Se
         verdict, clear = _better(run, first)
         parts.append(f"{_saved(run, first)} and {verdict}")
         look += ["validation-loss", "loss-by-length"] if clear else ["training-loss"]
+        if others := other_settings(run.log, first.runs[0].log):
+            parts.append(
+                f"differs in {_named(others)} too, so the schedule alone does not tell why"
+            )
     ratios = loss_ratios(run.losses)
     late = ratios[len(ratios) // 10 :]
     if not run.has_diverged and np.isfinite(late).any() and np.nanmax(late) > STEP_BACK:
@@ -111,6 +117,11 @@ def _saved(run: Run, first: Group) -> str:
 
 def _better(run: Run, first: Group) -> tuple[str, bool]:
     """Return how a run's validation loss stands, and whether validation tells it."""
+    if others := other_validation(run.log, first.runs[0].log):
+        return (
+            f"validates otherwise ({_named(others)}), so nothing says whether it is better",
+            False,
+        )
     difference = _difference(run, first)
     if difference is None:
         return "shares no validation with it, so nothing says whether it is better", False
@@ -183,6 +194,8 @@ def _of_seeds(place: int, group: Group, first: Group, pictures: Collection[str])
 
 def _against(first: Group, group: Group, curves: list[Curve]) -> list[str]:
     """Return how seeds stand against the first group, at tokens that all of both have seen."""
+    if other_validation(group.runs[0].log, first.runs[0].log):
+        return []
     others = _validations_of(first)
     found = _at_equal_tokens([*curves, *others]) if others else None
     if found is None:
@@ -216,6 +229,14 @@ def _at_equal_tokens(curves: Sequence[Curve]) -> tuple[float, np.ndarray] | None
 
 def _at_the_end(curves: Sequence[Curve], tokens: float) -> bool:
     return all(tokens >= x[-1] * (1 - SAME) for x, _ in curves)
+
+
+def _named(names: Sequence[str]) -> str:
+    """Return the names, few of many."""
+    shown = [*names[:MOST_NAMES]]
+    if len(names) > MOST_NAMES:
+        shown.append(f"{len(names) - MOST_NAMES} more")
+    return " and ".join([*([", ".join(shown[:-1])] if shown[1:] else []), shown[-1]])
 
 
 def _less(share: float) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_skyladder.report.comparable import other_validation
 from megatron_skyladder.report.curves import Run
 from megatron_skyladder.report.groups import PLACES
 from megatron_skyladder.report.runlog import Validation
@@ -101,6 +102,8 @@ def _against_first(runs: Sequence[Run]) -> list[Row]:
 
 def saving_at_equal_loss(run: Run, first: Run, axis: str) -> float | None:
     """Return how much less a run needs to get to the first one's last validation loss."""
+    if other_validation(run.log, first.log):
+        return None
     target = final_loss(first, "validation")
     records = run.validations()
     if target is None or not records:

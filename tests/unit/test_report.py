@@ -447,6 +447,66 @@ def test_the_opening_on_runs_that_cannot_be_compared_at_their_ends(runs: list[Ru
     assert "nothing says whether it is better" in said([runs[0], without])["w"]
 
 
+CAUTION = "too, so the schedule alone does not tell why"
+OTHERWISE = "so nothing says whether it is better"
+
+
+def beside(runs: list[Run], first: dict[str, str], second: dict[str, str]) -> str:
+    """Return what is said of the ladder beside the constant window, with arguments of their own."""
+    constant = with_settings(runs[0], "constant", **first)
+    return said([constant, with_settings(runs[1], "ladder", **second)])["ladder"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "caution"),
+    [
+        ({}, {"lr": "0.001"}, f"differs in lr {CAUTION}"),
+        ({}, {"lr": "4.0e-4", "skyladder_alpha": "1", "log_interval": "7"}, ""),
+        ({}, {"num_layers": "4", "train_iters": "5"}, f"in num_layers and train_iters {CAUTION}"),
+        (
+            {},
+            dict.fromkeys(("hidden_size", "lr", "min_lr", "num_layers", "train_iters"), "9"),
+            f"differs in num_layers, hidden_size, train_iters, lr and 1 more {CAUTION}",
+        ),
+        ({"clip_grad": "1.0"}, {}, ""),  # one log lacks it
+        ({"data_path": "['/a/text_document']"}, {"data_path": "['/b/text_document']"}, ""),
+        (
+            {"data_path": "['/a/text']", "valid_data_path": "['/a/held-out']"},
+            {"data_path": "['/a/more']", "valid_data_path": "['/b/held-out']"},
+            f"differs in data_path {CAUTION}",
+        ),
+    ],
+)
+def test_the_opening_names_what_else_differs(
+    runs: list[Run], first: dict[str, str], second: dict[str, str], caution: str
+) -> None:
+    text = beside(runs, first, second)
+    assert "is better by 0.0300 in validation loss; it had the loss" in text
+    assert caution in text and bool(caution) == (CAUTION in text)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [
+        ({}, {"seq_length": "4096"}, "seq_length"),
+        ({"split": "99,1,0"}, {"split": "98,2,0"}, "split"),
+        ({"data_path": "['/a/text']"}, {"data_path": "['/a/other']"}, "data_path"),
+        ({"valid_data_path": "None"}, {"valid_data_path": "['/a/text']"}, "valid_data_path"),
+        ({"tokenizer_type": "A"}, {"tokenizer_type": "B"}, "tokenizer_type"),
+    ],
+)
+def test_losses_of_other_texts_are_not_compared(
+    runs: list[Run], first: dict[str, str], second: dict[str, str], named: str
+) -> None:
+    text = beside(runs, first, second)
+    assert f"validates otherwise ({named}), {OTHERWISE}" in text and "better by" not in text
+    constant = with_settings(runs[0], "constant", **first)
+    seeds = [with_settings(runs[1], f"s-{n}", seed=str(n), **second) for n in range(3)]
+    assert "against constant" not in said([constant, *seeds])["s (3 seeds)"]
+    labels = {row.label for row in summary([constant, seeds[0]])}
+    assert "Time against constant" in labels and "Same loss: time" not in labels
+
+
 def test_the_opening_on_seeds(runs: list[Run]) -> None:
     seeds = [
         with_settings(runs[1], f"s-{n}", seed=str(n), shift=shift)

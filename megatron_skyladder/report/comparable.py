@@ -1,0 +1,75 @@
+"""What runs differ in besides their schedules, where their losses are set side by side.
+
+By the arguments that their logs print; one that a log lacks (Megatron Bridge prints none, releases
+have others) is not compared.
+"""
+
+from __future__ import annotations
+
+import re
+
+from megatron_skyladder.report.runlog import RunLog
+
+# How a model learns, and what it is: each of them moves losses by itself.
+LEARNING = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "num_experts",
+    "data_path",
+    "global_batch_size",
+    "train_iters",
+    "train_samples",
+    "optimizer",
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_decay_iters",
+    "lr_decay_samples",
+    "lr_warmup_iters",
+    "lr_warmup_samples",
+    "lr_warmup_fraction",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "clip_grad",
+    "hidden_dropout",
+    "attention_dropout",
+    "init_method_std",
+    "rotary_base",
+    "bf16",
+    "fp16",
+    "fp8",
+)
+_TEXT = ("tokenizer_type", "tokenizer_model", "seq_length")
+_DATA = ("data_path", "split")
+_OWN_DATA = "valid_data_path"
+_NOTHING = {"", "None"}
+
+_FOLDERS = re.compile(r"[^\s'\",\[\]]*/")  # data that lies elsewhere is the same by its name
+
+
+def other_settings(log: RunLog, reference: RunLog) -> list[str]:
+    """Return the arguments in which two runs learn differently."""
+    return [name for name in LEARNING if _differs(log, reference, name)]
+
+
+def other_validation(log: RunLog, reference: RunLog) -> list[str]:
+    """Return the arguments by which two runs validate on something else.
+
+    Where these differ, the difference of two validation losses says nothing.
+    """
+    has_own = any(run.settings.get(_OWN_DATA, "") not in _NOTHING for run in (log, reference))
+    names = (*_TEXT, _OWN_DATA) if has_own else (*_TEXT, *_DATA)
+    return [name for name in names if _differs(log, reference, name)]
+
+
+def _differs(log: RunLog, reference: RunLog, name: str) -> bool:
+    if name not in log.settings or name not in reference.settings:
+        return False
+    if None not in (numbers := (log.number(name), reference.number(name))):
+        return numbers[0] != numbers[1]
+    texts = {_FOLDERS.sub("", run.settings[name]) for run in (log, reference)}
+    return len(texts) > 1
