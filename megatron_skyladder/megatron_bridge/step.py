@@ -21,7 +21,7 @@ from megatron_skyladder.ladder import clock
 from megatron_skyladder.megatron_bridge.adapter import MegatronBridge
 from megatron_skyladder.runtime.document_mask import HostTap, training_mask
 from megatron_skyladder.runtime.evaluation import Taps
-from megatron_skyladder.runtime.sequence_mean import SequenceMean
+from megatron_skyladder.runtime.sequence_mean import over_sequences
 
 if TYPE_CHECKING:
     from megatron.bridge.training.state import GlobalState
@@ -36,7 +36,6 @@ class ForwardStep:
 
     def __init__(self, bridge: MegatronBridge) -> None:
         self._bridge = bridge
-        self._mean = SequenceMean()
         self.is_running = False  # while a model is called from here: the callbacks look
         self.first_batches: dict[int, dict[str, Any]] | None = {}  # by chunk; None: no more
         self.taps: Taps | None = None  # while an evaluation is recorded
@@ -116,5 +115,5 @@ class ForwardStep:
         )
         if model.training:
             per_token = get_model_config(model).calculate_per_token_loss
-            return loss if per_token else self._mean.of(loss)
+            return loss if per_token else over_sequences(loss)
         return loss if self.taps is None else self.taps.keeping_losses(loss)

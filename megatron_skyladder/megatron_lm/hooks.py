@@ -247,9 +247,7 @@ def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _training_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    from megatron_skyladder.runtime.sequence_mean import SequenceMean
-
-    mean = SequenceMean()
+    from megatron_skyladder.runtime import sequence_mean
 
     def train_step(
         forward_step_func: Any,
@@ -265,7 +263,7 @@ def _training_step(original: Callable[..., Any]) -> Callable[..., Any]:
         if _moves("rate_factor"):
             stage_rates.begin_step(opt_param_scheduler, options.consumed_train_samples)
         if not options.calculate_per_token_loss:  # else Megatron counts over all ranks
-            forward_step_func = mean.wrap(forward_step_func)
+            forward_step_func = sequence_mean.with_mean_over_sequences(forward_step_func)
         return original(
             forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, *args, **kwargs
         )

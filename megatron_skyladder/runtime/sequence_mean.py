@@ -10,14 +10,15 @@ padding, or any other loss mask it does not. Two ranks, ``x`` does not count:
     rank       0       | 1             the mean of the means  ((a+b+c+d) / 4 + e / 1) / 2
 
 So each rank divides by the count of all of them instead, times their number, because the average
-over ranks that follows divides by it again. ``--calculate-per-token-loss`` counts over all ranks by
-itself. What is logged is a sum over all ranks divided by a count over all ranks, in any case.
+over ranks that follows divides by it again. A loss function may count over all ranks by itself (a
+fork's, or Megatron's up to 0.12): then both are larger by the same factor, and their quotient
+stays. ``--calculate-per-token-loss`` needs none of this. What is logged is a sum over all ranks
+divided by a count over all ranks, in any case.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -25,62 +26,43 @@ import torch
 
 from megatron_skyladder.runtime import trainer
 
-logger = logging.getLogger(__name__)
 
+def over_sequences(loss_func: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a loss function that counts the tokens of whole sequences.
 
-class SequenceMean:
-    """Makes loss functions count the tokens of whole sequences.
-
-    Forks may have a loss function that does so itself (Megatron's did, up to 0.12). Whether it does
-    is looked at once, on the first micro-batch: it returns more tokens than its rank holds then.
+    Where there is no context parallelism it is returned as it is.
     """
+    if trainer.current().groups.cp.size() == 1:
+        return loss_func
+    return functools.partial(_loss, loss_func)
 
-    def __init__(self) -> None:
-        self._counts_itself: bool | None = None
 
-    def wrap(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return Megatron's ``forward_step_func`` with another loss function.
+def with_mean_over_sequences(forward_step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron's ``forward_step_func`` with such a loss function."""
+    if trainer.current().groups.cp.size() == 1:
+        return forward_step
 
-        Where there is no context parallelism it is returned as it is.
-        """
-        if trainer.current().groups.cp.size() == 1:
-            return forward_step
+    @functools.wraps(forward_step)
+    def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        output, loss_func = forward_step(*args, **kwargs)
+        return output, over_sequences(loss_func)
 
-        @functools.wraps(forward_step)
-        def with_sequence_mean(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            output, loss_func = forward_step(*args, **kwargs)
-            return output, self.of(loss_func)
+    return wrapped
 
-        return with_sequence_mean
 
-    def of(self, loss_func: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a loss function that counts the tokens of whole sequences.
+def _loss(loss_func: Callable[..., Any], losses: torch.Tensor, **kwargs: Any) -> Any:
+    """Call the loss function and return its values, summed loss and count corrected.
 
-        Where there is no context parallelism it is returned as it is.
-        """
-        if trainer.current().groups.cp.size() == 1:
-            return loss_func
-        return functools.partial(self._loss, loss_func)
-
-    def _loss(self, loss_func: Callable[..., Any], losses: torch.Tensor, **kwargs: Any) -> Any:
-        """Call the loss function and return its values, summed loss and count corrected.
-
-        Args:
-            loss_func: returns a summed loss, a count and what is logged; or two values, of which
-                the first is a mean already.
-            losses: per token, of this rank's part of the sequences.
-        """
-        values = loss_func(losses, **kwargs)
-        if not isinstance(values, (tuple, list)) or len(values) != 3:
-            return values
-        loss, num_tokens, report = values
-        if self._counts_itself is None:
-            self._counts_itself = int(num_tokens) > losses.numel()
-            if self._counts_itself:
-                logger.info("the loss function counts tokens over the context-parallel ranks")
-        if self._counts_itself:
-            return values
-        total = torch.as_tensor(num_tokens, device=loss.device).detach().clone()
-        group = trainer.current().groups.cp
-        torch.distributed.all_reduce(total, group=group)
-        return loss * group.size(), total, report
+    Args:
+        loss_func: returns a summed loss, a count and what is logged; or two values, of which the
+            first is a mean already.
+        losses: per token, of this rank's part of the sequences.
+    """
+    values = loss_func(losses, **kwargs)
+    if not isinstance(values, (tuple, list)) or len(values) != 3:
+        return values
+    loss, num_tokens, report = values
+    total = torch.as_tensor(num_tokens, device=loss.device).detach().clone()
+    group = trainer.current().groups.cp
+    torch.distributed.all_reduce(total, group=group)
+    return loss * group.size(), total, report

@@ -63,7 +63,7 @@ def mean_of_means() -> None:
     """Divide each context-parallel rank's loss by its own count, as Megatron does."""
     from megatron_skyladder.runtime import sequence_mean
 
-    sequence_mean.SequenceMean.wrap = lambda self, forward_step: forward_step  # type: ignore
+    sequence_mean.with_mean_over_sequences = lambda forward_step: forward_step
 
 
 def fail_between_steps() -> None:
