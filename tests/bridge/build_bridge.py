@@ -7,9 +7,10 @@ The new environment sees every package of the given one, 5.5 GB of torch include
 again: an environment that is already right is left alone.
 
 Bridge itself and energon are installed without their dependencies, because those ask for packages
-that only GPUs can use and for another transformers; what an import of Bridge really needs is named
-here. Transformer Engine and nvidia-resiliency-ext are left out on purpose: what of Bridge imports
-them is served by `megatron_skyladder.cpu.bridge`.
+that only GPUs can use; what an import of Bridge really needs is named here, and transformers as
+Bridge asks for it, which is older than the given environment's. Transformer Engine and
+nvidia-resiliency-ext are left out on purpose: what of Bridge imports them is served by
+`megatron_skyladder.cpu.bridge`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ logger = logging.getLogger("build_bridge")
 ROOT = Path(__file__).resolve().parents[2]
 
 PYTHON = (3, 12)  # Bridge's own limit: >=3.12,<3.13
-WITHOUT_DEPENDENCIES = ("megatron-bridge==0.6.2", "megatron-energon==7.4.1")
+WITHOUT_DEPENDENCIES = (
+    *("megatron-bridge==0.6.2", "megatron-energon==7.4.1"),
+    *("transformers==5.12.1", "tokenizers==0.22.2", "huggingface-hub==1.33.0"),
+)
 NEEDED_AT_IMPORT = (
     *("nvidia-modelopt==0.47.0", "hydra-core>=1.3.4,<1.4", "einops", "tensorboard", "datasets"),
     *("diffusers", "webdataset", "multi-storage-client", "pillow", "filetype", "braceexpand"),
