@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_skyladder.report.comparable import other_text
 from megatron_skyladder.report.curves import Run, finite
 from megatron_skyladder.report.groups import Group
 from megatron_skyladder.report.panels import (
@@ -34,7 +35,8 @@ def loss_by_length(groups: list[Group]) -> list[Panel]:
     """Show the last validation's losses by context length and by position.
 
     Seeds are taken at tokens that all of a group have seen, differences at those that both groups
-    have: losses of runs that have come less far say nothing about the runs.
+    have: losses of runs that have come less far say nothing about the runs. Nor do differences of
+    losses on other texts: there are none.
     """
     first = groups[0]
     # up to which tokens a run is looked at: as far as its seeds have come, and the first group too
@@ -60,6 +62,8 @@ def loss_by_length(groups: list[Group]) -> list[Panel]:
             record = _last_until(run, both_end[run.name])
             losses = getattr(record, kind) if record else {}
             x, y = _by_key(losses, keys)
+            if other_text(run.log, first.runs[0].log):
+                return x, np.full_like(y, np.nan)
             if record is None:
                 return x, y
             (tokens,) = run.at(run.tokens, [record])
@@ -135,6 +139,8 @@ def _minus_first(
 
     def difference(run: Run) -> Curve:
         x, y = curve(run)
+        if other_text(run.log, groups[0].runs[0].log):
+            return x, np.full_like(y, np.nan)
         return x, y - np.interp(x, at, known, left=np.nan, right=np.nan)
 
     return difference

@@ -43,7 +43,7 @@ LEARNING = (
     "fp16",
     "fp8",
 )
-_TEXT = ("tokenizer_type", "tokenizer_model", "seq_length")
+_TOKENS = ("tokenizer_type", "tokenizer_model")
 _DATA = ("data_path", "split")
 _OWN_DATA = "valid_data_path"
 _NOTHING = {"", "None"}
@@ -57,12 +57,18 @@ def other_settings(log: RunLog, reference: RunLog) -> list[str]:
 
 
 def other_validation(log: RunLog, reference: RunLog) -> list[str]:
-    """Return the arguments by which two runs validate on something else.
+    """Return the arguments by which two runs validate on something else, text or its length.
 
     Where these differ, the difference of two validation losses says nothing.
     """
+    length = ["seq_length"] if _differs(log, reference, "seq_length") else []
+    return length + other_text(log, reference)
+
+
+def other_text(log: RunLog, reference: RunLog) -> list[str]:
+    """Return those that make it another text; losses at a context length need no more."""
     has_own = any(run.settings.get(_OWN_DATA, "") not in _NOTHING for run in (log, reference))
-    names = (*_TEXT, _OWN_DATA) if has_own else (*_TEXT, *_DATA)
+    names = (*_TOKENS, _OWN_DATA) if has_own else (*_TOKENS, *_DATA)
     return [name for name in names if _differs(log, reference, name)]
 
 

@@ -13,7 +13,7 @@ from report_logs import BATCH, GPUS, SEQ_LENGTH, STEPS, write_log
 from megatron_skyladder.cli import main
 from megatron_skyladder.ladder.schedules import WindowSchedule
 from megatron_skyladder.planning.calibration import calibrate
-from megatron_skyladder.report.by_length import loss_by_length
+from megatron_skyladder.report.by_length import loss_by_length, loss_by_length_over_training
 from megatron_skyladder.report.curves import Run, axes_of, load_runs
 from megatron_skyladder.report.groups import Group, group_runs
 from megatron_skyladder.report.page import write_report
@@ -505,6 +505,24 @@ def test_losses_of_other_texts_are_not_compared(
     assert "against constant" not in said([constant, *seeds])["s (3 seeds)"]
     labels = {row.label for row in summary([constant, seeds[0]])}
     assert "Time against constant" in labels and "Same loss: time" not in labels
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kept"),
+    [({"split": "9,1,0"}, {"split": "8,2,0"}, False), ({}, {"seq_length": "4096"}, True)],
+)
+def test_differences_by_length_are_of_one_text(
+    runs: list[Run], first: dict[str, str], second: dict[str, str], kept: bool
+) -> None:
+    pair = [
+        with_settings(runs[0], "constant", **first),
+        with_settings(runs[1], "ladder", **second),
+    ]
+    panels = loss_by_length(group_runs(pair))
+    assert [line.name for line in panels[0].lines] == ["constant", "ladder"]
+    over_training = loss_by_length_over_training(group_runs(pair))
+    for panel in (*panels[2:], *over_training):
+        assert [line.name for line in panel.lines][1:] == ["ladder"] * kept
 
 
 def test_the_opening_on_seeds(runs: list[Run]) -> None:
