@@ -75,7 +75,8 @@ class SkyLadderConfig:
             ``zigzag``. No part of the fingerprint: it changes no mask.
         allow_unfinished: whether the schedule may be longer than its ``total_steps``.
         local_layers: the model's layers with a sliding window of their own, for what is counted;
-            None: it has none. No part of the fingerprint: the model's, as its sizes are.
+            None: it has none. No part of the fingerprint: the model's, as its sizes are; a resume
+            compares it beside the fingerprint, and ``seq_length``.
         local_schedule: the own window of these layers as a function of the step (`local_ladder`),
             in training; None: it is always the model's.
 

@@ -163,7 +163,7 @@ def goes_on(one: SkyLadderConfig, other: SkyLadderConfig, options: Any, first: i
         options: Megatron's arguments of the run that goes on: its batches, and where it ends.
         first: consumed samples.
     """
-    for name in ("seq_length", "mask", "intra_document", "recurrent_state"):
+    for name in ("seq_length", "local_layers", "mask", "intra_document", "recurrent_state"):
         if getattr(one, name) != getattr(other, name):
             return False
     if _over_samples(one) == _over_samples(other):

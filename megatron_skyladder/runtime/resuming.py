@@ -6,11 +6,14 @@ Messages speak of settings as of flags; a trainer that calls them otherwise tran
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import clock
+from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.continuation import Checkpoint, Flags, flags_that_keep, goes_on
+from megatron_skyladder.ladder.local_layers import LocalLayers
 from megatron_skyladder.ladder.settings import SAME_ON_ALL_RANKS
 
 SPEC_MODULE = "megatron_skyladder.layer_specs"
@@ -41,8 +44,46 @@ def check(checkpoint: Checkpoint, options: Any) -> None:
             )
     elif wanted is None:
         _check_end(checkpoint, options)
-    elif saved != wanted.fingerprint:
+    elif saved != wanted.fingerprint or _other_model(checkpoint, wanted, options):
         _check_change(checkpoint, wanted, options)
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """What decides masks and is Megatron's to set: no fingerprint has it.
+
+    Args:
+        before, after: it, as text.
+        keep: what to give for what it was.
+    """
+
+    before: str
+    after: str
+    keep: str
+
+
+def _other_model(
+    checkpoint: Checkpoint, wanted: SkyLadderConfig, options: Any
+) -> list[_Difference]:
+    """Return how sequences and local layers differ from the checkpoint's, where it is known."""
+    saved = checkpoint.config()
+    if saved is None or getattr(options, "skip_train", False):
+        return []
+    found = []
+    if saved.seq_length != wanted.seq_length:
+        before, after = (f"sequences of {each.seq_length} tokens" for each in (saved, wanted))
+        found.append(_Difference(before, after, f"--seq-length {saved.seq_length}"))
+    if saved.local_layers != wanted.local_layers:
+        before, after = (_local_text(each.local_layers) for each in (saved, wanted))
+        keep = "--window-size and --window-attn-skip-freq as they were"
+        found.append(_Difference(before, after, keep))
+    return found
+
+
+def _local_text(local: LocalLayers | None) -> str:
+    if local is None:
+        return "no local layers"
+    return f"{local.num_local} of {local.num_layers} layers local, with {local.window} tokens"
 
 
 def _check_end(checkpoint: Checkpoint, options: Any) -> None:
@@ -73,9 +114,15 @@ def _check_end(checkpoint: Checkpoint, options: Any) -> None:
 
 def _check_change(checkpoint: Checkpoint, wanted: Any, options: Any) -> None:
     saved = checkpoint.config()
-    texts = f"\n  checkpoint: {checkpoint.fingerprint}\n  this run:   {wanted.fingerprint}\n"
+    model = _other_model(checkpoint, wanted, options)
+    before = "; ".join([checkpoint.fingerprint or "", *(each.before for each in model)])
+    after = "; ".join([wanted.fingerprint, *(each.after for each in model)])
+    texts = f"\n  checkpoint: {before}\n  this run:   {after}\n"
     keeping = flags_that_keep(checkpoint, options)
     keep = written(keeping, options) if keeping else "the checkpoint's flags and length of the run"
+    if model:
+        own = [] if checkpoint.fingerprint == wanted.fingerprint else [keep]
+        keep = ", ".join([*(each.keep for each in model), *own])
     if saved and goes_on(saved, wanted, options, checkpoint.consumed_samples):
         logger.warning(
             "the checkpoint was trained under another schedule, but from here on the windows are "
@@ -85,7 +132,9 @@ def _check_change(checkpoint: Checkpoint, wanted: Any, options: Any) -> None:
             extra=SAME_ON_ALL_RANKS,
         )
         return
-    change = f"at {checkpoint.consumed_samples} samples {_change(saved, wanted, checkpoint)}"
+    moved = [f"{each.before} become {each.after}" for each in model]
+    moved = moved or [_change(saved, wanted, checkpoint)]
+    change = f"at {checkpoint.consumed_samples} samples {', '.join(moved)}"
     if getattr(options, "skyladder_allow_schedule_change", None):
         logger.warning(
             "schedule changed on resume, as allowed: %s.%s",
