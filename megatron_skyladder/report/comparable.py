@@ -10,8 +10,8 @@ import re
 
 from megatron_skyladder.report.runlog import RunLog
 
-# How a model learns, and what it is: each of them moves losses by itself.
-LEARNING = (
+# What a model is, how it learns and is measured: each of them moves losses by itself.
+OTHERS = (
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -19,6 +19,7 @@ LEARNING = (
     "num_query_groups",
     "num_experts",
     "data_path",
+    "train_data_path",
     "global_batch_size",
     "train_iters",
     "train_samples",
@@ -42,18 +43,22 @@ LEARNING = (
     "bf16",
     "fp16",
     "fp8",
+    "eval_iters",
 )
-_TOKENS = ("tokenizer_type", "tokenizer_model")
-_DATA = ("data_path", "split")
+_TOKENS = ("tokenizer_type", "tokenizer_model", "vocab_size", "vocab_file", "merge_file")
+_DATA = ("data_path", "data_args_path", "per_split_data_args_path", "split")
 _OWN_DATA = "valid_data_path"
 _NOTHING = {"", "None"}
 
-_FOLDERS = re.compile(r"[^\s'\",\[\]]*/")  # data that lies elsewhere is the same by its name
+# Data that lies elsewhere is the same by its name, a file that is often called alike by its folder's
+# too.
+_OFTEN_CALLED_ALIKE = (".model", ".json", ".txt")
+_PATH = re.compile(r"[^\s'\",\[\]]*/[^\s'\",\[\]]*")
 
 
 def other_settings(log: RunLog, reference: RunLog) -> list[str]:
-    """Return the arguments in which two runs learn differently."""
-    return [name for name in LEARNING if _differs(log, reference, name)]
+    """Return the arguments in which two runs learn, or are measured, differently."""
+    return [name for name in OTHERS if _differs(log, reference, name)]
 
 
 def other_validation(log: RunLog, reference: RunLog) -> list[str]:
@@ -77,5 +82,10 @@ def _differs(log: RunLog, reference: RunLog, name: str) -> bool:
         return False
     if None not in (numbers := (log.number(name), reference.number(name))):
         return numbers[0] != numbers[1]
-    texts = {_FOLDERS.sub("", run.settings[name]) for run in (log, reference)}
+    texts = {_PATH.sub(_place, run.settings[name]) for run in (log, reference)}
     return len(texts) > 1
+
+
+def _place(path: re.Match[str]) -> str:
+    parts = path[0].rstrip("/").split("/")
+    return "/".join(parts[-2:]) if parts[-1].endswith(_OFTEN_CALLED_ALIKE) else parts[-1]

@@ -110,6 +110,9 @@ def _saved(run: Run, first: Group) -> str:
     if change is None:
         return f"has no times to compare with {first.name}"
     amount = duration(abs(run.seconds[-1] - seconds))
+    gpus, theirs = run.log.num_gpus, first.runs[0].log.num_gpus
+    if gpus and theirs and gpus != theirs:
+        amount += f", on {gpus} GPUs where it had {theirs}"
     if change <= 0:
         return f"saved {-100 * change:.1f} % of the time of {first.name} ({amount})"
     return f"took {100 * change:.1f} % more time than {first.name} ({amount})"

@@ -469,12 +469,20 @@ def beside(runs: list[Run], first: dict[str, str], second: dict[str, str]) -> st
             f"differs in num_layers, hidden_size, train_iters, lr and 1 more {CAUTION}",
         ),
         ({"clip_grad": "1.0"}, {}, ""),  # one log lacks it
-        ({"data_path": "['/a/text_document']"}, {"data_path": "['/b/text_document']"}, ""),
+        ({"data_path": "['/a/v1.2_text']"}, {"data_path": "['/b/v1.2_text']"}, ""),
         (
             {"data_path": "['/a/text']", "valid_data_path": "['/a/held-out']"},
             {"data_path": "['/a/more']", "valid_data_path": "['/b/held-out']"},
             f"differs in data_path {CAUTION}",
         ),
+        ({"train_data_path": "['/a/x']"}, {"train_data_path": "['/a/y']"}, "in train_data_path"),
+        ({"eval_iters": "60"}, {"eval_iters": "600"}, f"differs in eval_iters {CAUTION}"),
+        (
+            {"tokenizer_model": "/a/llama/tokenizer.model", "data_args_path": "/a/web/blend.txt"},
+            {"tokenizer_model": "/b/llama/tokenizer.model", "data_args_path": "/b/web/blend.txt"},
+            "",
+        ),
+        ({"tokenizer_model": "hub/starcoder"}, {"tokenizer_model": "/b/starcoder/"}, ""),
     ],
 )
 def test_the_opening_names_what_else_differs(
@@ -485,6 +493,12 @@ def test_the_opening_names_what_else_differs(
     assert caution in text and bool(caution) == (CAUTION in text)
 
 
+def test_the_opening_says_where_time_is_of_more_gpus(runs: list[Run]) -> None:
+    more = Run("more", replace(runs[1].log, num_gpus=32))
+    assert "h, on 32 GPUs where it had 8) and is better" in said([runs[0], more])["more"]
+    assert "GPUs where" not in said(runs)["ladder"]
+
+
 @pytest.mark.parametrize(
     ("first", "second", "named"),
     [
@@ -493,6 +507,18 @@ def test_the_opening_names_what_else_differs(
         ({"data_path": "['/a/text']"}, {"data_path": "['/a/other']"}, "data_path"),
         ({"valid_data_path": "None"}, {"valid_data_path": "['/a/text']"}, "valid_data_path"),
         ({"tokenizer_type": "A"}, {"tokenizer_type": "B"}, "tokenizer_type"),
+        (
+            {"tokenizer_model": "/tok/one/tokenizer.model"},
+            {"tokenizer_model": "/tok/two/tokenizer.model"},
+            "tokenizer_model",
+        ),
+        ({"tokenizer_model": "llama/"}, {"tokenizer_model": "starcoder/"}, "tokenizer_model"),
+        ({"vocab_size": "512"}, {"vocab_size": "1024"}, "vocab_size"),
+        (
+            {"per_split_data_args_path": "/data/const.json"},
+            {"per_split_data_args_path": "/data/other.json"},
+            "per_split_data_args_path",
+        ),
     ],
 )
 def test_losses_of_other_texts_are_not_compared(
