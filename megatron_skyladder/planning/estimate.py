@@ -282,7 +282,8 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
         flags.stage_batches,
     )
     # ranks as unequal as in the plan: what `calibrate` fits, `timed_fractions` multiplies with
-    return replace(plan, time=time_model(flags, shape, notes, functools.cache(plan.over_mean)))
+    over_mean = functools.cache(plan.over_mean)
+    return replace(plan, time=time_model(flags, shape, config, notes, over_mean))
 
 
 def _shape(

@@ -9,22 +9,16 @@ from typing import NamedTuple
 
 from megatron_skyladder.ladder import costs
 from megatron_skyladder.ladder.batch_sizes import batch_sizes
+from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.costs import DecoderShape, StepTime
 from megatron_skyladder.ladder.fragments import window_pairs
 from megatron_skyladder.ladder.numbers import argument, real, whole
 from megatron_skyladder.planning.calibration import Calibration, OverMean, calibrate
 from megatron_skyladder.planning.devices import DEVICES, device
-from megatron_skyladder.report.runlog import RunLog, read_run
+from megatron_skyladder.planning.log_check import check_log, has_the_same_ranks
+from megatron_skyladder.report.runlog import read_run
 
 _FP8_SPEEDUP = 2.0  # of every device in the table that has FP8
-# Arguments that a log prints: a step of another model is another step, and on as many GPUs laid out
-# in another way it takes another time.
-_MODEL = ("seq_length", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-_LAYOUT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-)
 DEFAULT_MFU = 0.4  # a common share for Megatron; the paper's 1B run at 8K comes to 0.49
 
 
@@ -99,6 +93,7 @@ def add_time_flags(parser: argparse.ArgumentParser) -> None:
 def time_model(
     flags: argparse.Namespace,
     shape: DecoderShape | None,
+    config: SkyLadderConfig,
     notes: list[str],
     over_mean: OverMean,
 ) -> TimeModel | None:
@@ -107,6 +102,7 @@ def time_model(
     Args:
         flags: completed.
         shape: the model, or None where it cannot be counted; a log does without.
+        config: of the plan.
         notes: gets what the reader has to know about the time.
         over_mean: how unequal the work of context-parallel ranks is.
 
@@ -115,7 +111,10 @@ def time_model(
     """
     _check_time_flags(flags)
     if flags.calibrate:
-        return _calibrated(flags, notes, over_mean)
+        run = read_run(flags.calibrate)
+        check_log(run, flags, shape, config, notes)
+        fit = calibrate(run, over_mean if has_the_same_ranks(run, flags) else None)
+        return _calibrated(flags, fit, notes)
     if not (flags.device or flags.tflops) or shape is None:
         return None
     speed = _speed(flags, shape, notes)
@@ -180,12 +179,7 @@ def _speed(flags: argparse.Namespace, shape: DecoderShape, notes: list[str]) -> 
     return _Speed(peak * mfu, speedup, basis)
 
 
-def _calibrated(flags: argparse.Namespace, notes: list[str], over_mean: OverMean) -> TimeModel:
-    run = read_run(flags.calibrate)
-    _check_model(flags, run)
-    _note_layout(flags, run, notes)
-    same_ranks = not _differences(_LAYOUT[-1:], flags, run)
-    fit = calibrate(run, over_mean if same_ranks else None)
+def _calibrated(flags: argparse.Namespace, fit: Calibration, notes: list[str]) -> TimeModel:
     if fit.num_gpus and flags.gpus and fit.num_gpus != flags.gpus:
         raise ValueError(
             f"--gpus={flags.gpus}, but {flags.calibrate} is of a run on {fit.num_gpus}. Leave "
@@ -210,37 +204,6 @@ def _calibrated(flags: argparse.Namespace, notes: list[str], over_mean: OverMean
             f"windows, {fit.spread * 1e3:.1f} ms of spread"
         ),
     )
-
-
-def _differences(names: tuple[str, ...], flags: argparse.Namespace, run: RunLog) -> list[str]:
-    """Return what both the log and the plan have and that differs, as text."""
-    both = [(name, run.number(name), getattr(flags, name, None)) for name in names]
-    return [
-        f"{name} {logged:g} (planned: {planned})"
-        for name, logged, planned in both
-        if logged is not None and planned is not None and logged != planned
-    ]
-
-
-def _check_model(flags: argparse.Namespace, run: RunLog) -> None:
-    differences = _differences(_MODEL, flags, run)
-    longest = max((line.window or 0 for line in run.iterations), default=0)
-    if longest > flags.seq_length and not differences:  # Bridge prints no arguments
-        differences = [f"windows of up to {longest} tokens (planned: {flags.seq_length})"]
-    if differences:
-        raise ValueError(
-            f"--calibrate={flags.calibrate} is of another run: {', '.join(differences)}. Give a "
-            "log of this model and sequence length, or --device instead."
-        )
-
-
-def _note_layout(flags: argparse.Namespace, run: RunLog, notes: list[str]) -> None:
-    differences = _differences(_LAYOUT, flags, run)
-    if differences:
-        notes.append(
-            f"The log's GPUs are laid out otherwise: {', '.join(differences)}. Its times are taken "
-            "as they are."
-        )
 
 
 def _check_time_flags(flags: argparse.Namespace) -> None:

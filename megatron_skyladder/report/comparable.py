@@ -50,8 +50,8 @@ _DATA = ("data_path", "data_args_path", "per_split_data_args_path", "split")
 _OWN_DATA = "valid_data_path"
 _NOTHING = {"", "None"}
 
-# Data that lies elsewhere is the same by its name, a file that is often called alike by its folder's
-# too.
+# Data that lies elsewhere is the same by its name; what is often called alike, by its folder's
+# name too.
 _OFTEN_CALLED_ALIKE = (".model", ".json", ".txt")
 _PATH = re.compile(r"[^\s'\",\[\]]*/[^\s'\",\[\]]*")
 

@@ -33,6 +33,7 @@ _ATTEMPT = re.compile(r"- arguments -")
 _FINGERPRINT = re.compile(
     r"SkyLadder: (.*; step of \d+ samples; .* mask; documents (?:not )?masked.*)"
 )
+_PADDED_VOCAB = re.compile(r"> padded vocab \(size: \d+\).*\(new size: (\d+)\)")
 _WORLD_SIZE = re.compile(r"using world size: (\d+)")
 _AT_LENGTH = re.compile(r"skyladder/loss_at_(\d+)$")
 _AT_POSITIONS = re.compile(r"skyladder/loss_positions_(\d+)_(\d+)$")
@@ -126,6 +127,7 @@ class RunLog:
         settings: Megatron's arguments as text, those of the last attempt.
         schedule: what SkyLadder printed at the start, or None where it was off.
         num_gpus: the world size of the last attempt, if the log says.
+        padded_vocab_size: rows of the embedding, if the log says.
         num_attempts: how often the run was started.
         total_iterations: of the whole run, if the log says.
     """
@@ -136,6 +138,7 @@ class RunLog:
     settings: dict[str, str] = field(default_factory=dict)
     schedule: str | None = None
     num_gpus: int | None = None
+    padded_vocab_size: int | None = None
     num_attempts: int = 0
     total_iterations: int | None = None
 
@@ -324,6 +327,8 @@ def _add_validation(run: RunLog, match: re.Match[str]) -> None:
 def _note_setting(run: RunLog, line: str) -> None:
     if match := _FINGERPRINT.search(line):
         run.schedule = match[1].strip()
+    elif match := _PADDED_VOCAB.search(line):
+        run.padded_vocab_size = int(match[1])
     elif match := _WORLD_SIZE.search(line):
         run.num_gpus = int(match[1])
     elif match := _SETTING.match(line):

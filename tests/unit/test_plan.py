@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -472,7 +473,7 @@ def test_a_log_of_another_batch_is_scaled(
     assert any("The log's batch has 4 sequences" in note for note in plan["notes"])
 
 
-def logged(settings: dict[str, int]) -> list[str]:
+def logged(settings: dict[str, Any]) -> list[str]:
     """Return arguments as Megatron prints them."""
     return [f"  {name} {'.' * (48 - len(name))} {value}" for name, value in settings.items()]
 
@@ -486,6 +487,9 @@ OF_LAUNCH = {"num_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "seq
         ({"seq_length": 8192}, "seq_length 8192 (planned: 2048)"),
         ({"num_layers": 24, "hidden_size": 64}, "num_layers 24 (planned: 2), hidden_size 64 (pl"),
         ({"num_attention_heads": 8}, "num_attention_heads 8 (planned: 4)"),
+        ({"num_experts": 64}, "num_experts 64 (planned: None)"),
+        ({"multi_latent_attention": "True"}, "multi_latent_attention True (planned: None)"),
+        ({"fp8": "hybrid"}, "fp8 hybrid (planned: None)"),
     ],
 )
 def test_a_log_of_another_model_is_refused(
@@ -499,19 +503,89 @@ def test_a_log_of_another_model_is_refused(
     path.write_text("\n".join([*logged(OF_LAUNCH | settings), times]))
     found = refused(capsys, flags)
     assert f"is of another run: {message}" in found and "Give a log of this model" in found
-    path.write_text("\n".join([*logged(OF_LAUNCH), times]))
-    assert plan_json(capsys, flags)["time"]["step_seconds"]["fixed"] == pytest.approx(0.6, rel=1e-4)
+    right = OF_LAUNCH | {"num_experts": "None", "multi_latent_attention": "False", "fp8": "None"}
+    path.write_text("\n".join([*logged(right), times]))
+    plan = plan_json(capsys, flags)
+    assert plan["time"]["step_seconds"]["fixed"] == pytest.approx(0.6, rel=1e-4)
+    assert not any("prints no arguments" in note for note in plan["notes"])
+    found = refused(capsys, f"{flags} --num-experts 8 --mtp-num-layers 1 --fp8-format hybrid")
+    assert "num_experts None (planned: 8), fp8 None (planned: hybrid)" in found
+
+
+@pytest.mark.parametrize("rows", [512, 131072])
+def test_a_log_says_how_many_rows_the_embedding_has(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, rows: int
+) -> None:
+    """Megatron prints them, wherever they come from; 512 tokens are no more when padded."""
+    path = tmp_path / "run.log"
+    write_log(path, batch=8)
+    line = f"INFO: > padded vocab (size: 500) with 12 dummy tokens (new size: {rows})"
+    path.write_text("\n".join([line, path.read_text()]))
+    if rows == 512:
+        assert plan_json(capsys, f"{LAUNCH} --calibrate {path}")["time"]
+    else:
+        assert "vocabulary of 131072 rows (planned: 512)" in refused(
+            capsys, f"{LAUNCH} --calibrate {path}"
+        )
 
 
 def test_a_log_without_arguments_is_judged_by_its_windows(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Megatron Bridge prints none of Megatron's arguments; this log goes up to 2,000 tokens."""
-    write_log(tmp_path / "run.log", batch=8)
-    flags = LAUNCH.replace("2048", "1024")
+    path = tmp_path / "run.log"
+    write_log(path, batch=8)
+    calibrate = f"--calibrate {path}"
     assert "is of another run: windows of up to 2000 tokens (planned: 1024)" in refused(
-        capsys, f"{flags} --calibrate {tmp_path}/run.log"
+        capsys, f"{LAUNCH.replace('2048', '1024')} {calibrate}"
     )
+    # where sequences are longer, a window leaves less of the work; here it is all
+    assert "attention work of 1 at a window of 2000 (planned: 0.239)" in refused(
+        capsys, f"{LAUNCH.replace('2048', '8192')} {calibrate}"
+    )
+    [note] = [
+        note
+        for note in plan_json(capsys, f"{LAUNCH} {calibrate}")["notes"]
+        if "prints no arguments" in note
+    ]
+    assert "nothing shows that it is of this model" in note
+
+
+def test_a_log_without_local_layers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Half of the planned layers see 128 tokens: the log's work is more than they leave."""
+    path = tmp_path / "run.log"
+    write_log(path, batch=8)
+    local = "--window-size 127,0 --window-attn-skip-freq 2"
+    assert "attention work of 1 at a window of 2000 (planned: 0.5" in refused(
+        capsys, f"{LAUNCH} {local} --calibrate {path}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("masks", "refuses"),
+    [
+        ("local mask; documents not masked", True),
+        ("local mask; documents masked", False),  # these leave less, nobody knows how much
+        ("sliding mask; documents not masked", False),  # its windows leave other work
+    ],
+)
+def test_less_work_than_the_windows_leave(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, masks: str, refuses: bool
+) -> None:
+    path = tmp_path / "run.log"
+    write_log(path, batch=8)
+
+    def a_tenth(match: re.Match[str]) -> str:
+        return f"attention_fraction: {float(match[1]) / 10}"
+
+    text = re.sub(r"attention_fraction: (\S+)", a_tenth, path.read_text())
+    line = f"SkyLadder: linear 32 -> 2048, alpha 1 per step; step of 8 samples; {masks}"
+    path.write_text("\n".join([line, text]))
+    flags = f"{LAUNCH} --calibrate {path}"
+    if refuses:
+        assert "attention work of 0.1 at a window of 2000 (planned: 0.95" in refused(capsys, flags)
+    else:
+        assert plan_json(capsys, flags)["time"]
 
 
 ZIGZAG = f"{LAUNCH} --context-parallel-size 2 --skyladder-context-parallel-layout zigzag"
