@@ -6,9 +6,11 @@ One function for each place. Without a ``--skyladder-*`` flag each leaves everyt
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from typing import Any
 
+from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import flags
 from megatron_skyladder.runtime.console import log_to_console
 
@@ -76,6 +78,8 @@ def watch_sequences(data_iterator: Any, model: Any) -> Any:
     from megatron_skyladder.runtime import document_mask, sequence_order
 
     active = clock.installed()
+    if active is None:
+        _check_switched_on()
     orders = active is not None and active.layout_kind is not Kind.ZIGZAG and model.training
     if data_iterator is None or not (orders or clock.documents_masked()):
         return data_iterator
@@ -87,9 +91,28 @@ def watch(data_iterator: Any) -> Any:
     from megatron_skyladder.ladder import clock
     from megatron_skyladder.runtime import document_mask
 
+    if clock.installed() is None:
+        _check_switched_on()
     if data_iterator is None or not clock.documents_masked():
         return data_iterator
     return document_mask.HostTap(data_iterator)
+
+
+@functools.cache
+def _check_switched_on() -> None:
+    """Refuse to train at the full window where flags are read and the call of `switch_on` is gone.
+
+    Raises:
+        UsageError: it is, which the merge of another branch can do.
+    """
+    from megatron_skyladder.megatron_lm import compat
+
+    if flags.is_requested(compat.args()):
+        raise UsageError(
+            "--skyladder-* flags were given, but nothing switched SkyLadder on: the line that the "
+            "patch inserts into pretrain (megatron/training/training.py) is not there, so training "
+            "would go on at the full window. Apply the patch again: skyladder patch apply DIR."
+        )
 
 
 def document_mask(data_iterator: Any, attention_mask: Any, model: Any) -> Any:

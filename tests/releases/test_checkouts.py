@@ -292,6 +292,21 @@ def test_a_fork_that_takes_exp_of_all_that_it_calls_a_loss(checkouts, data, tmp_
     assert [entry.window for entry in log.iterations] == [1024] * 6
 
 
+@pytest.mark.parametrize("layout", ["one", "pp2"])
+def test_flags_are_refused_where_a_merge_took_the_line_that_switches_on(
+    checkouts, data, layout, tmp_path
+):
+    """The other lines are there: flags parse, and nothing else would read them."""
+    copy = tmp_path / checkouts.name / "merged"  # named as `of_its_own` looks it up
+    shutil.copytree(checkouts / "patched", copy, symlinks=True)
+    training = copy / "megatron" / "training" / "training.py"
+    lines = training.read_text().splitlines(keepends=True)
+    training.write_text("".join(line for line in lines if "skyladder.switch_on()" not in line))
+    assert training.read_text().count("switch_on") == 0
+    _, text = run_script(data, copy, layout, *LADDER, fails=True)
+    assert "nothing switched SkyLadder on" in text and "elapsed time per iteration" not in text
+
+
 def test_what_only_the_patch_starts_is_refused_elsewhere(checkouts, data):
     if not is_only_patched(checkouts):
         pytest.skip("our entry point and --spec start it too")

@@ -238,3 +238,20 @@ def test_without_flags_the_inserted_calls_leave_all_as_it_is(monkeypatch):
     assert patch_calls.watch_sequences(iterator, model) is iterator
     assert patch_calls.watch_sequences(None, model) is None
     assert patch_calls.document_mask(iterator, mask, model) is mask
+
+
+@requires_megatron
+@pytest.mark.parametrize("stage_reads", [True, False])
+def test_flags_that_nothing_switched_on_are_refused(monkeypatch, stage_reads):
+    """A merge took the line out of pretrain and left those that read flags and call these."""
+    from megatron_skyladder.errors import UsageError
+    from megatron_skyladder.megatron_lm import compat, patch_calls
+
+    patch_calls._check_switched_on.cache_clear()  # an earlier call was of a run without flags
+    monkeypatch.setattr(compat, "args", lambda: SimpleNamespace(skyladder_start_window=32))
+    model, iterator = SimpleNamespace(training=True), iter([]) if stage_reads else None
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"nothing switched SkyLadder on.* skyladder patch ap"):
+            patch_calls.watch_sequences(iterator, model)
+        with pytest.raises(UsageError, match=r"nothing switched SkyLadder on"):
+            patch_calls.watch(iterator)
