@@ -222,9 +222,8 @@ def verdicts(given: Given, arms: Collection[str]) -> str:
         why = "the paper's figure; how far seeds lie apart here is not known yet."
         if noise.is_measured:
             why = (
-                "so far apart are an arm's differences of two seeds, at most, or the paper's "
-                f"{results.NOISE} if that is more. Two seeds are few: read a difference near it as "
-                "none."
+                "the most by which an arm's differences of two seeds lie apart, or the paper's "
+                f"{results.NOISE}. Read one near it as none."
             )
         lines.append(f"Differences below {noise.nats:.3f} are noise here: {why}")
         for arm in given.arms:
@@ -247,14 +246,15 @@ def _verdict(given: Given, arm: Arm, reference: Arm, noise: float) -> list[str]:
     loss = results.difference(arm, reference, results.final_difference)
     if loss is None:
         return []
-    word = _word(loss, noise)
     seeds = _seeds(loss)
     tokens = arm.records[0].tokens
     at = "at equal tokens"
     if tokens != reference.records[0].tokens:
         at = f"after {tokens / 1e6:.1f} million tokens"
-    text = f"- `{arm.name}` against `{reference.name}`, {seeds}: {word} {at}"
-    text += f" ({loss.text(3, signed=True)} nats)"
+    text = (
+        f"- `{arm.name}` against `{reference.name}`, {seeds}: {loss.text(3, signed=True)} nats {at}"
+    )
+    text += f", {_word(loss, noise)}"
     saved = results.difference(arm, reference, results.time_saved)
     if saved is not None:
         more = "less" if saved.mean >= 0 else "more"
@@ -262,7 +262,7 @@ def _verdict(given: Given, arm: Arm, reference: Arm, noise: float) -> list[str]:
     alike = None if given.is_reference(arm) else at_equal_time(given, arm)
     if alike is not None:
         fewer = "" if len(alike.values) == len(loss.values) else f", {_seeds(alike)}"
-        text += f"; {_word(alike, noise)} at equal time ({alike.text(3, signed=True)}{fewer})"
+        text += f"; {alike.text(3, signed=True)} at equal time{fewer}, {_word(alike, noise)}"
     return [_wrapped(text + ".", indent="  ").rstrip()]
 
 
@@ -272,7 +272,7 @@ def _seeds(found: Figure) -> str:
 
 def _word(difference: Figure, noise: float) -> str:
     if abs(difference.mean) < noise:
-        return "no difference that exceeds noise"
+        return "within noise"
     return "better" if difference.mean < 0 else "worse"
 
 

@@ -507,7 +507,7 @@ def test_the_page_of_some_runs(tmp_path: Path) -> None:
     assert "Differences below 0.010 are noise here: the paper's" in words
     verdict = text[text.index("- `twin` against") :].partition("\n\n")[0]
     assert " ".join(verdict.split()) == (
-        "- `twin` against `ladder`, one seed: better at equal tokens (-0.200 nats); 16.7 % less "
+        "- `twin` against `ladder`, one seed: -0.200 nats at equal tokens, better; 16.7 % less "
         "time."
     )
     assert "| `ladder` | 0.0 | 2 | 5.150 (5.000 to 5.300) | 4.150 (4.000 to 4.300) |" in text
@@ -584,7 +584,7 @@ def test_equal_time_on_the_page(tmp_path: Path) -> None:
     words = " ".join(shown.split())
     assert "linear between `ladder` and `short`, runs of 30 and 10 steps." in words
     assert "No model gets 1 % at any distance: at this scale none has learnt to copy," in words
-    assert "16.7 % less time; better at equal time (-0.400)." in words
+    assert "16.7 % less time; -0.400 at equal time, better." in words
     assert "| `twin` | 0.07 | +16.7 | -0.400 | -0.400 |" in shown
     assert "| `short` | 0.06 | +33.3 |  |  |" in shown
     config.write_text(
@@ -594,7 +594,9 @@ def test_equal_time_on_the_page(tmp_path: Path) -> None:
         records.write(_of_study(config, record), tmp_path / "study" / queue.RECORDS)
     assert main(["study", str(config), "--write", "--output", str(tmp_path / "study")]) == 0
     words = " ".join((tmp_path / "docs/experiments.md").read_text().split())
-    assert "against `ladder`, 2 seeds:" in words and "at equal time (-0.400, one seed)." in words
+    assert (
+        "against `ladder`, 2 seeds:" in words and "-0.400 at equal time, one seed, better." in words
+    )
 
 
 def test_the_page_of_a_queue_without_arms(tmp_path: Path) -> None:
