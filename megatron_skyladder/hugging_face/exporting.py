@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from megatron_skyladder.data import tokenizer_flags
 from megatron_skyladder.files import whole, write_text
-from megatron_skyladder.hugging_face import checking, model_card, weights
+from megatron_skyladder.hugging_face import checking, model_card, vocabulary, weights
 from megatron_skyladder.hugging_face.architecture import (
     PRECISIONS,
     Architecture,
@@ -92,7 +92,7 @@ def export(
         iteration: which one; the latest where it is None.
         tokenizer: flags of `tokenizer_flags.add_arguments` that win over the checkpoint's.
         without_tokenizer: leave the tokenizer out.
-        vocab_size: rows of the embedding to keep, where it is not the tokenizer's size.
+        vocab_size: rows of the embedding to keep, where there are more than tokens.
         dtype: of the weights, one of `PRECISIONS`; the checkpoint's where it is None.
         rope_scaling_factor: of rotary scaling, where the checkpoint leaves it open.
         trust: unpickle types that are not on the list of `pickles`.
@@ -100,7 +100,8 @@ def export(
         on_part: called with the number of finished parts and of all.
 
     Raises:
-        ValueError: it cannot be exported; nothing is left at ``folder``.
+        ValueError: it cannot be exported, or the tokenizer is not that of training; nothing is
+            left at ``folder``.
     """
     source = open_checkpoint(Path(checkpoint), iteration=iteration, trust=trust)
     target = Path(folder)
@@ -108,7 +109,8 @@ def export(
         checking.refuse(source, dtype)
     flags = tokenizer_arguments(source.args, tokenizer)
     model = from_megatron(source.args, 0, rope_scaling_factor)  # refusals before anything else
-    model = replace(model, vocab_size=vocab_size or _vocab_size(flags, without_tokenizer))
+    rows, notes = _vocabulary(source, flags, vocab_size, without_tokenizer)
+    model = replace(model, vocab_size=rows)
     precision = dtype or _dtype_of(source)
     words: Tokenizer | None = None
     if without_tokenizer:
@@ -123,7 +125,7 @@ def export(
         "config": config,
         "tokenizer": _hashes(words.files if words else {}),
     }
-    notes = model_card.warnings_about(model_card.ladder_of(source))
+    notes += model_card.warnings_about(model_card.ladder_of(source))
     is_new = not is_finished(target, settings)
     if is_new:
         card = model_card.model_card(source, model, precision)
@@ -185,9 +187,19 @@ def _with_tokenizer(
     return model, words
 
 
-def _vocab_size(flags: Namespace, without_tokenizer: bool) -> int:
-    if without_tokenizer and flags.vocab_size:
-        return int(flags.vocab_size)
+def _vocabulary(
+    source: Checkpoint, flags: Namespace, given: int | None, without_tokenizer: bool
+) -> tuple[int, list[str]]:
+    """Return the rows of the embedding to keep, and notes on the tokenizer they are counted by."""
+    if without_tokenizer and (given or flags.vocab_size):
+        return int(given or flags.vocab_size), []
+    num_tokens = _num_tokens(flags)
+    rows = given or num_tokens
+    notes = vocabulary.compare_with_training(source.args, flags, num_tokens=num_tokens, rows=rows)
+    return rows, notes
+
+
+def _num_tokens(flags: Namespace) -> int:
     if flags.tokenizer_type is None:
         raise ValueError(
             "the checkpoint does not name its tokenizer. Give --tokenizer-type and "

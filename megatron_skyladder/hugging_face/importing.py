@@ -99,9 +99,10 @@ def import_model(
     if longer is None and rotary_base is not None:
         raise ValueError("--rotary-base is for a longer context: give --seq-length as well.")
     divisor = _divisor(model, _num_tokens(Path(source), model), tensor_parallel, divisible_by)
-    padded = _round_up(model.vocab_size, divisor * tensor_parallel)
+    multiple = divisor * tensor_parallel
+    padded = _round_up(model.vocab_size, multiple)
     precision = dtype or tensors.dtype()
-    _write(target, tensors, model, padded, precision, Path(source))
+    _write(target, tensors, model, _arguments(model, padded, multiple, precision, Path(source)))
     flags = _flags(longer or model, target, Path(source), precision, divisor)
     notes = _notes(model, longer, tensor_parallel, padded)
     if longer is not None:  # the preset wants the length that the model was trained with
@@ -131,21 +132,13 @@ class _Layers:
         return self._layer[name].to(self._dtype).unsqueeze(0)
 
 
-def _write(
-    target: Path,
-    tensors: HuggingFaceWeights,
-    model: Architecture,
-    padded: int,
-    dtype: str,
-    source: Path,
-) -> None:
+def _write(target: Path, tensors: HuggingFaceWeights, model: Architecture, args: Namespace) -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     folder = partial / "release"
     folder.mkdir(parents=True)
-    args = _arguments(model, padded, dtype, source)
     common = {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": 0}
-    lazy = _lazy_tensors(tensors, model, padded, getattr(torch, dtype))
+    lazy = _lazy_tensors(tensors, model, args.padded_vocab_size, args.params_dtype)
     torch_dist.write(folder, lazy, _extra_states(model.num_layers), common)
     write_text(partial / TRACKER, "release")
     sync_folder(partial)
@@ -223,8 +216,10 @@ def _extra_states(num_layers: int) -> dict[str, list[None]]:
     return states
 
 
-def _arguments(model: Architecture, padded: int, dtype: str, source: Path) -> Namespace:
-    """Return what Megatron's --use-checkpoint-args and its checks look for."""
+def _arguments(
+    model: Architecture, padded: int, multiple: int, dtype: str, source: Path
+) -> Namespace:
+    """Return what Megatron's --use-checkpoint-args and its checks look for, and our export's."""
     settings = {k: v for _, values in megatron_settings(model) for k, v in values.items()}
     return Namespace(
         **settings,
@@ -232,6 +227,7 @@ def _arguments(model: Architecture, padded: int, dtype: str, source: Path) -> Na
         max_position_embeddings=model.max_positions,
         add_position_embedding=True,
         padded_vocab_size=padded,
+        make_vocab_size_divisible_by=multiple,  # at the tensor-parallel size of 1 below
         params_dtype=getattr(torch, dtype),
         tokenizer_type="HuggingFaceTokenizer",
         tokenizer_model=str(source.resolve()),

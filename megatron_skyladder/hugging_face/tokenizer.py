@@ -1,7 +1,8 @@
 """Megatron's tokenizers as Hugging Face's, checked on sample texts.
 
 The rules of the check: what transformers loads from the folder gives the ids that Megatron's
-tokenizer gave in training, for every sample text. A SentencePiece model is rebuilt as a
+tokenizer of the same flags gives, for every sample text. Whether those flags are the ones of
+training is not its question; see `vocabulary`. A SentencePiece model is rebuilt as a
 ``tokenizer.json``, because transformers 5 reads a bare ``tokenizer.model`` as another tokenizer,
 without an error (up to 5.23 nearly any, from 5.24 on those that normalize characters). Texts that
 spell a special token (``</s>``) are outside of the check: SentencePiece takes them for plain text,
@@ -62,7 +63,7 @@ _SAMPLES = (
 
 
 class TokenizerMismatchError(ValueError):
-    """A sample text gets other ids than in training."""
+    """A sample text gets other ids than from Megatron's tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,10 @@ def _check(
             f"the converted tokenizer ends documents with {loaded.eos_token_id}, Megatron's with "
             f"{reference.eod}. Set eos_token in the tokenizer's tokenizer_config.json."
         )
-    logger.info("tokenizer: %d sample texts get the ids of training", len(texts))
+    logger.info(
+        "tokenizer: %d sample texts get the ids of Megatron's tokenizer of the same flags",
+        len(texts),
+    )
 
 
 def _from_folder(
