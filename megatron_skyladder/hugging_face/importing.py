@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_skyladder.files import write_text
-from megatron_skyladder.hugging_face import torch_dist, weights
+from megatron_skyladder.hugging_face import torch_dist, vocabulary, weights
 from megatron_skyladder.hugging_face.architecture import (
     Architecture,
     extended,
@@ -87,7 +87,8 @@ def import_model(
         rotary_base: for it; see `architecture.extended`.
 
     Raises:
-        ValueError: it cannot be imported; nothing is left at ``folder``.
+        ValueError: it cannot be imported, or the tokenizer has more tokens than it has rows;
+            nothing is left at ``folder``.
     """
     tensors = HuggingFaceWeights(Path(source))
     model = from_hugging_face(tensors.config)
@@ -98,13 +99,15 @@ def import_model(
     longer = None if seq_length is None else extended(model, seq_length, rotary_base)
     if longer is None and rotary_base is not None:
         raise ValueError("--rotary-base is for a longer context: give --seq-length as well.")
-    divisor = _divisor(model, _num_tokens(Path(source), model), tensor_parallel, divisible_by)
+    num_tokens, uncertain = vocabulary.count_tokens(Path(source), model.vocab_size)
+    vocabulary.refuse_tokens_without_rows(Path(source), num_tokens, model.vocab_size)
+    divisor = _divisor(model, num_tokens, tensor_parallel, divisible_by)
     multiple = divisor * tensor_parallel
     padded = _round_up(model.vocab_size, multiple)
     precision = dtype or tensors.dtype()
     _write(target, tensors, model, _arguments(model, padded, multiple, precision, Path(source)))
     flags = _flags(longer or model, target, Path(source), precision, divisor)
-    notes = _notes(model, longer, tensor_parallel, padded)
+    notes = [*_notes(model, longer, tensor_parallel, padded), *uncertain]
     if longer is not None:  # the preset wants the length that the model was trained with
         flags.append("--skyladder-preset extend-context")
         flags.append(f"--skyladder-start-window {model.max_positions}")
@@ -256,20 +259,6 @@ def _flags(model: Architecture, target: Path, source: Path, dtype: str, divisor:
         "--no-load-rng",
     ]
     return flags + {"bfloat16": ["--bf16"], "float16": ["--fp16"]}.get(dtype, [])
-
-
-def _num_tokens(source: Path, model: Architecture) -> int:
-    """Return how many tokens Megatron's HuggingFaceTokenizer counts."""
-    path = source / "tokenizer.json"
-    if not path.is_file():
-        return model.vocab_size
-    try:
-        from tokenizers import Tokenizer as Backend
-    except ImportError:
-        raise ValueError(
-            f"reading {path} needs the package tokenizers: pip install tokenizers."
-        ) from None
-    return int(Backend.from_file(str(path)).get_vocab_size(with_added_tokens=True))
 
 
 def _divisor(model: Architecture, num_tokens: int, tensor_parallel: int, divisible_by: int) -> int:

@@ -8,6 +8,76 @@ from pathlib import Path
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.costs import padded_vocab_size
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def count_tokens(folder: Path, rows: int) -> tuple[int, list[str]]:
+    """Count a Hugging Face folder's tokens as Megatron's HuggingFaceTokenizer does.
+
+    That is len(AutoTokenizer): tokens of tokenizer_config.json or added_tokens.json are among them,
+    which tokenizer.json need not have.
+
+    Args:
+        folder: with a tokenizer or without.
+        rows: of the model's embedding; the number of tokens where nothing else is known.
+
+    Returns:
+        The number, and notes where it is not certain.
+
+    Raises:
+        ValueError: a package is missing.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return rows, []
+    try:
+        from transformers import AutoTokenizer
+
+        # code of the folder's own is not run
+        loaded = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+        return len(loaded), []
+    except Exception as error:
+        path = folder / "tokenizer.json"
+        counted = _count_json(path) if path.is_file() else None
+        how = "were not counted" if counted is None else "were counted in tokenizer.json alone"
+        why = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(". ")
+        note = (
+            f"transformers could not load the tokenizer of {folder}, so its tokens {how} ({why}). "
+            f"Where Megatron finds more than the model's {rows:,} rows, it trains the tokens "
+            "beyond from random rows."
+        )
+        return rows if counted is None else counted, [note]
+
+
+def _count_json(path: Path) -> int:
+    try:
+        from tokenizers import Tokenizer as Backend
+    except ImportError:
+        raise ValueError(
+            f"reading {path} needs the package tokenizers: pip install tokenizers."
+        ) from None
+    return int(Backend.from_file(str(path)).get_vocab_size(with_added_tokens=True))
+
+
+def refuse_tokens_without_rows(folder: Path, num_tokens: int, rows: int) -> None:
+    """Refuse a tokenizer that has more tokens than the model has rows.
+
+    Megatron would make the embedding as large as the tokenizer needs it, and load the checkpoint
+    into the first rows without a word (``allow_shape_mismatch``).
+
+    Raises:
+        UsageError: it has.
+    """
+    if num_tokens > rows:
+        raise UsageError(
+            f"the tokenizer of {folder} has {num_tokens:,} tokens, but the model's embedding only "
+            f"{rows:,} rows: Megatron would train the tokens beyond from rows that nobody trained. "
+            "Put the tokenizer that the model was trained with into the folder, or give each token "
+            f"a row first: with transformers, model.resize_token_embeddings({num_tokens}), then "
+            "model.save_pretrained."
+        )
+
 
 def compare_with_training(
     args: Namespace, flags: Namespace, *, num_tokens: int, rows: int

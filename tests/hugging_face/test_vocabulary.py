@@ -1,8 +1,9 @@
-"""Another tokenizer than that of training is refused where its size shows it."""
+"""Tokenizers of another size than the model is for are refused, out and in."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from argparse import Namespace
 from pathlib import Path
@@ -170,3 +171,54 @@ def test_what_was_compared_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert len(done.notes) == 1
     assert done.notes[0].startswith(f"the tokenizer is HuggingFaceTokenizer {moved}; ")
     assert done.notes[0].endswith("Its 300 tokens fit the checkpoint's 384 rows.")
+
+
+def folder_of(path: Path, rows: int, **settings: object) -> Path:
+    """Write a model of so many rows, and a tokenizer of 300 tokens and what the settings add."""
+    source = write_model(path, Architecture(**{**vars(LLAMA), "vocab_size": rows}))
+    return tiny.make_hf_folder(source, **settings)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "num_tokens"),
+    [
+        (256, {}, 300),  # Megatron would make 384 rows, of which the checkpoint has 256
+        (299, {}, 300),  # of padding: no token had them
+        (300, {"pad_token": "<pad>"}, 301),  # added by transformers, not in tokenizer.json
+    ],
+)
+def test_tokens_without_rows_are_refused(
+    tmp_path: Path, rows: int, settings: dict[str, object], num_tokens: int
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    source = folder_of(tmp_path / "hf", rows, **settings)
+    message = f"has {num_tokens} tokens, but .* {rows} rows: .*resize_token_embeddings"
+    with pytest.raises(UsageError, match=message):
+        import_model(source, tmp_path / "megatron")
+    assert not list(tmp_path.glob("megatron*"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    model.resize_token_embeddings(num_tokens)
+    model.save_pretrained(source)
+    assert import_model(source, tmp_path / "megatron").model.vocab_size == num_tokens
+
+
+def test_tokens_added_to_a_sentencepiece_model_are_counted(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    source = write_model(tmp_path / "hf", LLAMA)
+    tiny.make_sentencepiece(source / "tokenizer.model", **IDENTITY)  # 330, as the model
+    import_model(source, tmp_path / "megatron")
+    (source / "added_tokens.json").write_text(json.dumps({"<pad>": 330}))
+    with pytest.raises(UsageError, match=r"has 331 tokens, but .* 330 rows"):
+        import_model(source, tmp_path / "other")
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_noted(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "hf", 300)
+    config = {"auto_map": {"AutoTokenizer": ["own.Slow", "own.Fast"]}, "tokenizer_class": "Own"}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    done = import_model(source, tmp_path / "megatron")
+    assert "tokens were counted in tokenizer.json alone (" in done.notes[-1]
+    (source / "tokenizer.json").unlink()
+    done = import_model(source, tmp_path / "other")
+    assert "tokens were not counted (" in done.notes[-1]
+    assert "more than the model's 300 rows" in done.notes[-1]
