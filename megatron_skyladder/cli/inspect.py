@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_skyladder.data import tokenizer_flags
 from megatron_skyladder.data.indexed import IndexedReader
-from megatron_skyladder.data.output import read_record
+from megatron_skyladder.data.record import misfit, read_record, record_path
 from megatron_skyladder.data.summary import summarize
 from megatron_skyladder.data.tokenizers import Tokenizer
 from megatron_skyladder.terminal import Progress, Share, table
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command and return the exit code."""
     reader = IndexedReader(args.prefix.removesuffix(".bin").removesuffix(".idx"))
     tokenizer = tokenizer_flags.build_tokenizer(args) if args.tokenizer_type else None
-    eod, source = _eod(args, reader, tokenizer)
+    record, notes = _record(reader.prefix)
+    eod, source = _eod(args, record, tokenizer)
     with Progress("reading", every=None, stays=False) as progress:
         summary = summarize(
             reader,
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
             report=lambda share: progress.show(share, f"{share:4.0%}"),
         )
     summary["eod"]["source"] = source
+    summary["notes"] = notes
     summary["sample"] = _sample(reader, args.document, tokenizer)
     if args.json:
         print(json.dumps(summary, indent=1))
@@ -90,15 +92,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _record(prefix: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return what `skyladder prepare` noted of this pair, and notes where it noted another."""
+    try:
+        record = read_record(prefix)
+    except ValueError as error:
+        return None, [str(error)]
+    different = misfit(prefix, record) if record else ""
+    if not different:
+        return record, []
+    return None, [
+        f"{record_path(prefix)} is the record of another pair ({different}), and is not used. The "
+        "files were replaced since; delete the record, or copy the pair that it is of again."
+    ]
+
+
 def _eod(
-    args: argparse.Namespace, reader: IndexedReader, tokenizer: Tokenizer | None
+    args: argparse.Namespace, record: dict[str, Any] | None, tokenizer: Tokenizer | None
 ) -> tuple[int | None, str]:
     """Return the end-of-document token and where it is known from."""
     if args.eod_id is not None:
         return args.eod_id, "--eod-id"
     if tokenizer is not None:
         return tokenizer.eod, "the tokenizer"
-    record = read_record(reader.prefix)
     if record is not None:
         return record["settings"]["eod"], "skyladder prepare"
     return None, "the token most documents end in"
@@ -132,7 +148,8 @@ def text_report(summary: dict[str, Any]) -> list[str]:
     lengths, rows, eod = summary["lengths"], summary["rows"], summary["eod"]
     lines = [
         f"{summary['prefix']}: {summary['documents']:,} documents, {summary['tokens']:,} tokens "
-        f"({summary['dtype']})"
+        f"({summary['dtype']})",
+        *(f"note: {note}" for note in summary["notes"]),
     ]
     if summary["empty_documents"]:
         lines.append(f"documents without tokens: {summary['empty_documents']:,}")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_skyladder.data.indexed import last_tokens
-from megatron_skyladder.data.output import read_record
+from megatron_skyladder.data.record import misfit, read_record
 
 SAMPLED = 512  # documents, over all pairs
 MIN_SAMPLED = 8  # of each pair
@@ -59,9 +59,15 @@ def _complaint(prefix: str, eod: int, count: int) -> str | None:
 
 
 def _recorded(prefix: str) -> int | None:
-    """Return the token that ``skyladder prepare`` noted, where it appended one."""
+    """Return the token that ``skyladder prepare`` noted, where it appended one.
+
+    None where the pair beside the record is another one: then its own documents alone count.
+    """
     try:
-        settings = (read_record(prefix) or {}).get("settings", {})
+        record = read_record(prefix)
+        if record is None or misfit(prefix, record):
+            return None
     except (ValueError, OSError):
         return None
+    settings = record["settings"]
     return settings.get("eod") if settings.get("append_eod", True) else None

@@ -268,6 +268,33 @@ class IndexedReader:
         return self._document_starts
 
 
+class Counts(NamedTuple):
+    """How much a pair holds, by its index."""
+
+    num_tokens: int
+    num_documents: int
+    dtype: np.dtype
+
+
+def read_counts(prefix: str | Path) -> Counts:
+    """Return how much a pair holds; takes two reads of its index and none of its .bin.
+
+    Args:
+        prefix: path without ``.bin``/``.idx``.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    idx = f"{prefix}.idx"
+    dtype, num_sequences, num_documents = _read_header(idx)
+    if not num_sequences:
+        return Counts(0, num_documents, dtype)
+    lengths = _map(idx, "<i4", HEADER.size, num_sequences)
+    pointers = _map(idx, "<i8", HEADER.size + 4 * num_sequences, num_sequences)
+    num_tokens = int(pointers[-1]) // dtype.itemsize + int(lengths[-1])
+    return Counts(num_tokens, num_documents, dtype)
+
+
 def last_tokens(prefix: str | Path, count: int) -> np.ndarray:
     """Return the last tokens of some documents, spread evenly over a pair.
 

@@ -23,8 +23,14 @@ import numpy as np
 from megatron_skyladder.data.encode import Documents
 from megatron_skyladder.data.identity import differences
 from megatron_skyladder.data.indexed import IndexedWriter, WriterPosition
+from megatron_skyladder.data.record import (
+    is_remainder,
+    misfit,
+    read_record,
+    record_path,
+    write_record,
+)
 from megatron_skyladder.data.sources import START, Place
-from megatron_skyladder.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -246,16 +252,6 @@ def journal_path(prefix: str) -> Path:
     return Path(f"{prefix}.prepare.journal")
 
 
-def read_record(prefix: str) -> dict[str, Any] | None:
-    """Return what `skyladder prepare` noted about a finished pair, None where it made none."""
-    path = Path(f"{prefix}.prepared")
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def write_record(prefix: str, record: dict[str, Any]) -> None:
-    write_text(f"{prefix}.prepared", json.dumps(record, indent=1) + "\n")
-
-
 def partial_files(prefixes: Iterable[str]) -> list[Path]:
     """Return the files that an unfinished run keeps its work in."""
     parts = ("bin", "idx", "lengths", "documents")
@@ -268,8 +264,10 @@ def finished_records(
 ) -> list[dict[str, Any]] | None:
     """Return the records of an earlier run with these settings that is finished, else None.
 
+    A pair of which a file is missing or cut off since is to be prepared anew, from the same input.
+
     Raises:
-        ValueError: the outputs are there already, but made otherwise.
+        ValueError: the outputs are there already, but made otherwise, or others than were noted.
     """
     if journal_path(prefix).exists():
         return None
@@ -277,24 +275,36 @@ def finished_records(
     there = [path for path in paths if Path(f"{path}.bin").exists() or Path(f"{path}.idx").exists()]
     if not there:
         return None
-    records = [record for path in paths if (record := read_record(path))]
+    records = {path: record for path in paths if (record := read_record(path))}
     different = [
         each
-        for record in records
+        for record in records.values()
         for each in differences(record["settings"], settings, same_input=same_input)
     ]
-    if len(records) == len(keys) and not different:
-        return records
-    why = f": {'; '.join(dict.fromkeys(different))}" if different else ""
-    raise ValueError(
-        f"{there[0]}.bin/.idx exist already and were made from other input or with other "
-        f"settings{why}. Delete them, or give another --output-prefix."
-    )
+    if len(records) < len(keys) or different:
+        why = f": {'; '.join(dict.fromkeys(different))}" if different else ""
+        raise ValueError(
+            f"{there[0]}.bin/.idx exist already and were made from other input or with other "
+            f"settings{why}. Delete them, or give another --output-prefix."
+        )
+    misfits = {path: why for path, record in records.items() if (why := misfit(path, record))}
+    for path, why in misfits.items():
+        if not is_remainder(path, records[path]):
+            raise ValueError(
+                f"{path}.bin/.idx are not the pair that {record_path(path)} is of: "
+                f"{why.rstrip('.')}. Something else was put there since. Move it away to prepare "
+                "the data again, or give another --output-prefix."
+            )
+    for path, why in misfits.items():
+        logger.warning("%s was prepared before and is prepared anew: %s", path, why)
+    return None if misfits else list(records.values())
 
 
 def _is_closed(prefix: str) -> bool:
     """Whether a writer got as far as giving both files their names; tidies up after it."""
-    is_closed = Path(f"{prefix}.idx").exists() and not Path(f"{prefix}.bin.partial").exists()
+    partial = (Path(f"{prefix}.{part}.partial") for part in ("bin", "idx"))
+    # the .idx may be an earlier pair's, which is prepared anew: then the new one is still partial
+    is_closed = Path(f"{prefix}.idx").exists() and not any(file.exists() for file in partial)
     if is_closed:
         for part in ("lengths", "documents"):
             Path(f"{prefix}.{part}.partial").unlink(missing_ok=True)

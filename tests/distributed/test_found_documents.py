@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,8 @@ import numpy as np
 import pytest
 from runs import EOD, Run, Trainer
 
-from megatron_skyladder.data.indexed import IndexedWriter
+from megatron_skyladder.data.indexed import IndexedWriter, read_counts
+from megatron_skyladder.data.record import write_record
 from megatron_skyladder.testing import requires_megatron
 
 pytestmark = requires_megatron
@@ -32,7 +32,10 @@ def copied(documents: Path, folder: Path, settings: dict[str, object]) -> Path:
     """Return a copy of the data, with the record of ``skyladder prepare``."""
     for suffix in (".bin", ".idx"):
         shutil.copy(f"{documents}{suffix}", folder / f"recorded{suffix}")
-    (folder / "recorded.prepared").write_text(json.dumps({"settings": settings}))
+    found = read_counts(documents)
+    settings = {"dtype": found.dtype.name, **settings}
+    counts = {"tokens": found.num_tokens, "documents": found.num_documents}
+    write_record(f"{folder}/recorded", {"settings": settings, **counts})
     return folder / "recorded"
 
 

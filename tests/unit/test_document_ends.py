@@ -26,8 +26,10 @@ def write(prefix: Path, ends: list[int | None], *, sequences: int = 1) -> str:
     return str(prefix)
 
 
-def record(prefix: str, **settings: object) -> None:
-    Path(f"{prefix}.prepared").write_text(json.dumps({"settings": settings}))
+def record(prefix: str, *, documents: int = 2, **settings: object) -> None:
+    """Write the record of a pair of documents of two tokens."""
+    noted = {"settings": {"dtype": "uint16", **settings}, "tokens": 4, "documents": documents}
+    Path(f"{prefix}.prepared").write_text(json.dumps(noted))
 
 
 def complaint(prefix: str) -> str | None:
@@ -70,6 +72,17 @@ def test_what_prepare_noted_comes_first(tmp_path: Path) -> None:
     assert complaint(prefix) is None
     record(prefix, eod=EOD, append_eod=True)
     assert complaint(prefix) is None
+
+
+def test_the_record_of_another_pair_is_not_believed(tmp_path: Path) -> None:
+    """The documents of the pair that is there decide, whichever token the record names."""
+    fine, wrong = write(tmp_path / "a", [EOD, EOD]), write(tmp_path / "b", [7, 7])
+    record(fine, documents=3, eod=7, append_eod=True)
+    assert complaint(fine) is None
+    record(wrong, documents=3, eod=EOD, append_eod=True)
+    assert complaint(wrong) == "0 of 2 sampled documents end in it; 2 end in 7"
+    record(wrong, documents=3, eod=8, append_eod=True)
+    assert complaint(wrong) == "0 of 2 sampled documents end in it; 2 end in 7"
 
 
 def test_what_cannot_be_read_is_left_to_the_trainer(tmp_path: Path) -> None:

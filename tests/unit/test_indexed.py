@@ -18,6 +18,7 @@ from megatron_skyladder.data.indexed import (
     WriterPosition,
     best_dtype,
     fit_tokens,
+    read_counts,
 )
 
 # documents as lists of sequences: an empty one, several sequences, the largest uint16
@@ -88,6 +89,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, documents: list, c
     assert reader.document_lengths.tolist() == [len(tokens) for tokens in flat]
     assert reader.sequence_lengths.tolist() == [len(s) for d in documents for s in d]
     assert reader.tokens.tolist() == [token for tokens in flat for token in tokens]
+    assert read_counts(prefix) == (reader.num_tokens, len(reader), reader.dtype)
 
 
 def test_nothing_has_its_name_before_the_end(tmp_path: Path) -> None:

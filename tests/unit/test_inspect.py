@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatron_skyladder.cli import main
 from megatron_skyladder.data import summary
 from megatron_skyladder.data.indexed import IndexedReader, IndexedWriter
-from megatron_skyladder.data.output import write_record
+from megatron_skyladder.data.record import write_record
 
 EOD = 9
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "10"]
@@ -25,6 +25,12 @@ def write(prefix: Path, documents: list[list[int]]) -> str:
         for tokens in documents:
             writer.add_document(tokens)
     return str(prefix)
+
+
+def note(prefix: str, *, tokens: int, documents: int, **settings: Any) -> None:
+    """Write the record of a pair, as `skyladder prepare` does."""
+    settings = {"dtype": "uint16", **settings}
+    write_record(prefix, {"settings": settings, "tokens": tokens, "documents": documents})
 
 
 def inspect(capsys: pytest.CaptureFixture, *flags: str) -> dict[str, Any]:
@@ -105,10 +111,36 @@ def test_where_the_eod_is_known_from(tmp_path: Path, capsys: pytest.CaptureFixtu
         return found["id"], found["source"]
 
     assert eod() == (5, "the token most documents end in")
-    write_record(prefix, {"settings": {"eod": 7}})
+    note(prefix, tokens=6, documents=3, eod=7)
     assert eod() == (7, "skyladder prepare")
     assert eod(*NULL) == (9, "the tokenizer")
     assert eod(*NULL, "--eod-id", "3") == (3, "--eod-id")
+
+
+def test_the_record_of_another_pair_is_not_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    prefix = write(tmp_path / "a", [[1, 5], [2, 5], [3, EOD]])
+    for wrong, why in (
+        ({"tokens": 8, "documents": 3}, "is of 6 tokens, noted were 8"),
+        ({"tokens": 6, "documents": 4}, "is of 3 documents, noted were 4"),
+        ({"tokens": 6, "documents": 3, "dtype": "int32"}, "is of uint16 tokens, noted was int32"),
+    ):
+        note(prefix, eod=7, **wrong)
+        found = inspect(capsys, prefix)
+        assert found["eod"]["id"] == 5
+        assert found["eod"]["source"] == "the token most documents end in"
+        [text] = found["notes"]
+        assert f"a.prepared is the record of another pair ({prefix}.idx {why})" in text
+    assert main(["inspect", prefix]) == 0
+    assert f"note: {text}" in capsys.readouterr().out
+    note(prefix, tokens=6, documents=3, eod=7)
+    assert inspect(capsys, prefix)["notes"] == []
+    for damaged in ("{", "[]", '{"settings": {}}'):
+        Path(f"{prefix}.prepared").write_text(damaged)
+        found = inspect(capsys, prefix)
+        assert found["eod"]["id"] == 5
+        assert "a.prepared is not a record of skyladder prepare: it is damaged" in found["notes"][0]
 
 
 def test_sample(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

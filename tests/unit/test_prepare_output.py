@@ -12,16 +12,17 @@ import pytest
 
 from megatron_skyladder.data import output as output_module
 from megatron_skyladder.data.encode import Documents
+from megatron_skyladder.data.indexed import IndexedWriter
 from megatron_skyladder.data.output import (
     Journal,
     ResumableOutput,
     finished_records,
     journal_path,
-    read_record,
 )
+from megatron_skyladder.data.record import read_record
 from megatron_skyladder.data.sources import Place
 
-SETTINGS = {"inputs": "abc", "eod": 9}
+SETTINGS = {"inputs": "abc", "eod": 9, "dtype": "uint16"}
 KEYS = ["text", "title"]
 NUM_BATCHES = 5
 
@@ -148,7 +149,7 @@ def test_settings_that_a_kill_cut_in_two(tmp_path: Path) -> None:
 def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
     Journal(tmp_path / "j", SETTINGS).close()
     with pytest.raises(ValueError, match="unfinished run with other settings: eod was 9 and is 2;"):
-        Journal(tmp_path / "j", {"inputs": "abc", "eod": 2, "new": 1})
+        Journal(tmp_path / "j", {**SETTINGS, "eod": 2, "new": 1})
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
@@ -175,6 +176,119 @@ def test_outputs_of_another_run_are_not_overwritten(tmp_path: Path, change: str)
         os.remove(tmp_path / "a_title_document.prepared")
     with pytest.raises(ValueError, match="exist already and were made from other input"):
         finished_records(f"{tmp_path}/a", KEYS, settings)
+
+
+TEXT_BIN, TEXT_IDX = "a_text_document.bin", "a_text_document.idx"  # 30 bytes, 10 documents
+
+
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [
+        ({TEXT_BIN: None}, f"{TEXT_BIN} does not exist"),
+        ({TEXT_IDX: None}, f"{TEXT_IDX} does not exist"),
+        ({TEXT_BIN: None, TEXT_IDX: None}, f"{TEXT_BIN} does not exist"),
+        ({TEXT_BIN: 28}, f"{TEXT_BIN} has 28 bytes of 30"),
+        ({TEXT_BIN: 0}, f"{TEXT_BIN} has 0 bytes of 30"),
+        ({TEXT_IDX: 100}, f"{TEXT_IDX} has 100 bytes of 182: it was cut off"),
+        ({TEXT_IDX: 20}, f"{TEXT_IDX} is not an index"),
+        ({TEXT_IDX: 0}, f"{TEXT_IDX} is not an index"),
+        ({TEXT_BIN: 8, TEXT_IDX: 100}, f"{TEXT_IDX} has 100 bytes of 182: it was cut off"),
+    ],
+)
+def test_a_pair_that_is_not_whole_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sizes: dict[str, int | None], why: str
+) -> None:
+    """A file that is gone (None) or cut off to so many bytes."""
+    records = run(tmp_path / "a")
+    expected = snapshot(tmp_path)
+    for name, size in sizes.items():
+        if size is None:
+            os.remove(tmp_path / name)
+        else:
+            os.truncate(tmp_path / name, size)
+    assert run(tmp_path / "a") == records
+    assert snapshot(tmp_path) == expected
+    assert f"a_text_document was prepared before and is prepared anew: {tmp_path}/{why}" in (
+        caplog.text
+    )
+    caplog.clear()
+    assert run(tmp_path / "a") == records and not caplog.text
+
+
+@pytest.mark.parametrize("part", ["bin", "idx"])
+def test_a_crash_while_a_pair_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit_always: None, part: str
+) -> None:
+    """A cut off .idx that is still there is not taken for the new one."""
+    run(tmp_path / "a")
+    expected = snapshot(tmp_path)
+    real = os.replace
+    for last_call in range(1, 7):
+        os.truncate(tmp_path / f"a_text_document.{part}", 20)
+        calls = 0
+
+        def failing(*args: Any, last_call: int = last_call) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls >= last_call:
+                raise OSError("crash")
+            return real(*args)
+
+        monkeypatch.setattr(os, "replace", failing)
+        with pytest.raises(OSError, match="crash"):
+            run(tmp_path / "a")
+        monkeypatch.setattr(os, "replace", real)
+        run(tmp_path / "a")
+        assert snapshot(tmp_path) == expected
+
+
+def other_pair(folder: Path, *documents: int) -> None:
+    """Put a pair with documents of so many tokens in the place of the first key's."""
+    with IndexedWriter(folder / "a_text_document", "<u2") as writer:
+        for length in documents:
+            writer.add_document(np.arange(length))
+
+
+@pytest.mark.parametrize("lost", [None, "bin", "idx"])
+@pytest.mark.parametrize(
+    ("documents", "why"),
+    [
+        ((9, 9), r"idx is of 2 documents, noted were 10"),
+        ((4,) * 10, r"idx is of 40 tokens, noted were 15"),
+    ],
+)
+def test_another_pair_in_the_place_of_ours_is_kept(
+    tmp_path: Path, documents: tuple[int, ...], why: str, lost: str | None
+) -> None:
+    run(tmp_path / "a")
+    other_pair(tmp_path, *documents)
+    if lost:
+        os.remove(tmp_path / f"a_text_document.{lost}")
+        why = f"{lost} does not exist"
+    before = snapshot(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"are not the pair that .*prepared is of: .*{why}\. Some"
+    ):
+        run(tmp_path / "a")
+    assert snapshot(tmp_path) == before
+
+
+def test_files_of_another_kind_in_the_place_of_ours_are_kept(tmp_path: Path) -> None:
+    run(tmp_path / "a")
+    idx = tmp_path / TEXT_IDX
+    for content in (b"another", b"another" * 10):
+        idx.write_bytes(content)
+        with pytest.raises(ValueError, match=r"idx is not an index .* Something else was put"):
+            run(tmp_path / "a")
+        assert idx.read_bytes() == content
+
+
+def test_a_record_that_is_none(tmp_path: Path) -> None:
+    run(tmp_path / "a")
+    for content in ("{", "{}", "[]"):
+        (tmp_path / "a_text_document.prepared").write_text(content)
+        with pytest.raises(ValueError, match=r"prepared is not a record of skyladder prepare: it"):
+            run(tmp_path / "a")
 
 
 def test_partial_files_that_shrank_leave_the_journal_free(tmp_path: Path) -> None:
