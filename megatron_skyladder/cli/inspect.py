@@ -10,7 +10,7 @@ from megatron_skyladder.data import tokenizer_flags
 from megatron_skyladder.data.indexed import IndexedReader
 from megatron_skyladder.data.record import misfit, read_record, record_path
 from megatron_skyladder.data.summary import summarize
-from megatron_skyladder.data.tokenizers import Tokenizer
+from megatron_skyladder.data.tokenizers import Tokenizer, fingerprint
 from megatron_skyladder.terminal import Progress, Share, table
 
 DESCRIPTION = """\
@@ -83,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
             report=lambda share: progress.show(share, f"{share:4.0%}"),
         )
     summary["eod"]["source"] = source
+    if tokenizer is not None:
+        _check_largest(args, summary, tokenizer)
+        notes += _other_tokenizer(record, tokenizer)
     summary["notes"] = notes
     summary["sample"] = _sample(reader, args.document, tokenizer)
     if args.json:
@@ -118,6 +121,33 @@ def _eod(
     if record is not None:
         return record["settings"]["eod"], "skyladder prepare"
     return None, "the token most documents end in"
+
+
+def _check_largest(args: argparse.Namespace, summary: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Raise where the data holds tokens that the tokenizer has not."""
+    largest, highest = summary["eod"]["largest_token"], max(tokenizer.vocab_size - 1, tokenizer.eod)
+    if largest is not None and largest > highest:
+        given = f"--tokenizer-type={args.tokenizer_type}"
+        given += f" --tokenizer-model={args.tokenizer_model}" if args.tokenizer_model else ""
+        raise ValueError(
+            f"{summary['prefix']} holds tokens up to {largest:,}, but {given} has tokens up to "
+            f"{highest:,}: the data was made with another one. Give that one, or leave the "
+            "tokenizer's flags out to see counts and ids alone."
+        )
+
+
+def _other_tokenizer(record: dict[str, Any] | None, tokenizer: Tokenizer) -> list[str]:
+    """Return a note where the data was made with another tokenizer than this, by the record."""
+    noted = record["settings"].get("tokenizer") if record else None
+    given = fingerprint(tokenizer)
+    if noted in (None, given):  # there is none where tokens were prepared, not text
+        return []
+    return [
+        f"the data was prepared with a tokenizer of fingerprint {noted}, and the given one has "
+        f"{given}: other files, other flags, or another version of the tokenizer's library. Texts "
+        "below may not be those of the data, and training needs the tokenizer that it was made "
+        "with."
+    ]
 
 
 def _sample(

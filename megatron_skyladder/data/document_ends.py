@@ -35,6 +35,28 @@ def complaints(prefixes: Sequence[str], eod: int) -> list[tuple[str, str]]:
     return [(prefix, text) for prefix, text in found if text is not None]
 
 
+def message(prefixes: Sequence[str], eod: int, tokenizer: str) -> str | None:
+    """Return what is wrong with data, one line for each of the first few pairs; None: nothing.
+
+    Args:
+        prefixes: paths without ``.bin``/``.idx``.
+        eod: the tokenizer's end-of-document token.
+        tokenizer: its name.
+    """
+    found = complaints(prefixes, eod)
+    if not found:
+        return None
+    lines = [f"\n  {prefix}: {text}" for prefix, text in found[:NAMED]]
+    if len(found) > len(lines):
+        lines.append(f"\n  and {len(found) - len(lines)} more")
+    return (
+        f"the documents of the training data do not end in the tokenizer's end-of-document token "
+        f"({tokenizer}: {eod}), so their ends cannot be found and they are not masked:"
+        f"{''.join(lines)}\nGive the tokenizer that the data were made with, or prepare the data "
+        f"again. To look: skyladder inspect {found[0][0]} --eod-id {eod}"
+    )
+
+
 def _complaint(prefix: str, eod: int, count: int) -> str | None:
     if not (os.path.exists(f"{prefix}.idx") and os.path.exists(f"{prefix}.bin")):
         return None

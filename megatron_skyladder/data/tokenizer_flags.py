@@ -102,6 +102,25 @@ def build_tokenizer(args: argparse.Namespace) -> Tokenizer:
     return BUILDERS[args.tokenizer_type](args)
 
 
+def build_from_files(args: argparse.Namespace) -> Tokenizer | None:
+    """Build the tokenizer these flags describe where its files are here and are read at once.
+
+    transformers, Megatron and the hub are not asked: that takes seconds, or a network.
+
+    Returns:
+        None where it takes more than that, or the files cannot be read.
+    """
+    kind, path = args.tokenizer_type, Path(args.tokenizer_model or "")
+    try:
+        if kind == "HuggingFaceTokenizer":
+            file = path / "tokenizer.json" if path.is_dir() else path
+            special = not args.tokenizer_hf_no_include_special_tokens
+            return _from_json(file, special) if file.is_file() else None
+        return build_tokenizer(args) if kind in _BUILT_AT_ONCE else None
+    except Exception:  # of the libraries, which have no class for it
+        return None
+
+
 def _huggingface(args: argparse.Namespace) -> Tokenizer:
     path = Path(_model(args))
     special = not args.tokenizer_hf_no_include_special_tokens
@@ -224,3 +243,4 @@ BUILDERS: dict[str, Callable[[argparse.Namespace], Tokenizer]] = {
     "TikTokenizer": _tiktoken,
     "NullTokenizer": _null,
 }
+_BUILT_AT_ONCE = {kind for kind, it in BUILDERS.items() if it in (_sentencepiece, _null)}

@@ -18,7 +18,7 @@ from megatron_skyladder.ladder.flags import config_from_args
 from megatron_skyladder.ladder.fragments import window_pairs
 from megatron_skyladder.ladder.presets import PAPER_RUNS, SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import WindowSchedule
-from megatron_skyladder.planning import model_flags, run_flags, stage_plan
+from megatron_skyladder.planning import model_flags, run_flags, stage_plan, tokenizer_check
 from megatron_skyladder.planning.parallel import BusiestRank, busiest_rank, parallel_costs
 from megatron_skyladder.planning.pasted import Pasted
 from megatron_skyladder.planning.time_model import TimeModel, time_model
@@ -233,7 +233,8 @@ class Plan:
         assert self.documents is not None
         other = self
         if documents != self.config.intra_document:
-            other = replace(self, config=replace(self.config, intra_document=documents))
+            config = replace(self.config, intra_document=documents, require_documents=False)
+            other = replace(self, config=config)
         return other.mean_pairs if ladder else other.pairs(self.config.seq_length)
 
 
@@ -260,7 +261,7 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
         config = config_from_args(flags)
     assert config is not None
     shape, not_counted = _shape(flags, pasted, notes)
-    documents = _documents(flags, config, notes)
+    documents = _documents(flags, config, pasted, notes)
     total_steps = run_flags.total_steps(flags)
     _note_layout(flags, notes)
     _note_final_window(config, notes)
@@ -334,7 +335,7 @@ def _note_local_layers(config: SkyLadderConfig, notes: list[str]) -> None:
 
 
 def _documents(
-    flags: argparse.Namespace, config: SkyLadderConfig, notes: list[str]
+    flags: argparse.Namespace, config: SkyLadderConfig, pasted: Pasted, notes: list[str]
 ) -> Documents | None:
     data = _training_data(flags, config, notes)
     if data is None:
@@ -349,7 +350,10 @@ def _documents(
         return None
     documents = measure(data.blend, config.seq_length, flag=data.flag)
     notes += data.notes
-    if not documents.same_end:
+    unmasked = tokenizer_check.note(flags, config, data, pasted.launch.words)
+    if unmasked:
+        notes.append(unmasked)
+    elif not documents.same_end:
         notes.append(
             "The documents do not all end with the same token. Training finds documents by their "
             "end-of-document token: prepare the data with one (--append-eod)."

@@ -178,7 +178,7 @@ def measure(data_path: Sequence[str], seq_length: int, *, flag: str = "--data-pa
     Raises:
         ValueError: a file is missing or empty, or the weights are not numbers above 0.
     """
-    weights, prefixes = _weights_and_prefixes(data_path, flag)
+    weights, prefixes = weights_and_prefixes(data_path, flag)
     readers = [IndexedReader(prefix) for prefix in prefixes]
     for reader in readers:
         if not reader.num_tokens:
@@ -202,6 +202,28 @@ def measure(data_path: Sequence[str], seq_length: int, *, flag: str = "--data-pa
     )
 
 
+def weights_and_prefixes(data_path: Sequence[str], flag: str) -> tuple[list[float], list[str]]:
+    """Split ``--data-path`` as Megatron does: one prefix, several, or weight prefix weight ...
+
+    Args:
+        data_path: its words.
+        flag: that gave them, for messages.
+
+    Raises:
+        ValueError: the weights are not numbers above 0.
+    """
+    try:
+        weights = [float(word) for word in data_path[::2]]
+    except ValueError:
+        return [], list(data_path)
+    if len(data_path) % 2 or min(weights) <= 0:
+        raise ValueError(
+            f"{flag} {' '.join(data_path)} is not a list of weight and prefix. Give PREFIX, "
+            "PREFIX PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ... with weights above 0."
+        )
+    return weights, list(data_path[1::2])
+
+
 def pack(lengths: np.ndarray, seq_length: int, num_rows: int) -> PackedRows:
     """Lay documents out in sequences, in the given order, over again where they are too few."""
     lengths = lengths[lengths > 0]
@@ -223,20 +245,6 @@ def _last_tokens(reader: IndexedReader, count: int = 1000) -> set[int]:
     """Return the last tokens of documents spread over the file."""
     documents = np.unique(np.linspace(0, len(reader) - 1, count).astype(int))
     return {int(reader[index][-1]) for index in documents if reader[index].size}
-
-
-def _weights_and_prefixes(data_path: Sequence[str], flag: str) -> tuple[list[float], list[str]]:
-    """Split ``--data-path`` as Megatron does: one prefix, several, or weight prefix weight ..."""
-    try:
-        weights = [float(word) for word in data_path[::2]]
-    except ValueError:
-        return [], list(data_path)
-    if len(data_path) % 2 or min(weights) <= 0:
-        raise ValueError(
-            f"{flag} {' '.join(data_path)} is not a list of weight and prefix. Give PREFIX, "
-            "PREFIX PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ... with weights above 0."
-        )
-    return weights, list(data_path[1::2])
 
 
 _KEY = 2**31  # above all windows

@@ -50,7 +50,10 @@ def check(config: SkyLadderConfig, data: TrainingData) -> None:
     Raises:
         UsageError: it is so, and --skyladder-require-documents was given.
     """
-    message = _overwritten(data) if data.overwritten else _not_in_the_data(data)
+    if data.overwritten:
+        message: str | None = _overwritten(data)
+    else:
+        message = document_ends.message(data.prefixes, data.end_of_document, data.tokenizer)
     if message is None:
         return
     if config.require_documents:
@@ -64,21 +67,4 @@ def _overwritten(data: TrainingData) -> str:
         f"the tokenizer's padding token is its end-of-document token ({data.end_of_document}), and "
         "with --allow-ambiguous-pad-tokens Megatron's dataset overwrites it, so no document can be "
         "masked. Leave that flag out, or give the tokenizer a padding token of its own."
-    )
-
-
-def _not_in_the_data(data: TrainingData) -> str | None:
-    """Return what is wrong with the data, one line for each of the first few pairs."""
-    eod = data.end_of_document
-    found = document_ends.complaints(data.prefixes, eod)
-    if not found:
-        return None
-    lines = [f"\n  {prefix}: {text}" for prefix, text in found[: document_ends.NAMED]]
-    if len(found) > len(lines):
-        lines.append(f"\n  and {len(found) - len(lines)} more")
-    return (
-        f"the documents of the training data do not end in the tokenizer's end-of-document token "
-        f"({data.tokenizer}: {eod}), so their ends cannot be found and they are not masked:"
-        f"{''.join(lines)}\nGive the tokenizer that the data were made with, or prepare the data "
-        f"again. To look: skyladder inspect {found[0][0]} --eod-id {eod}"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import prepare_inputs as tiny
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -141,6 +142,42 @@ def test_the_record_of_another_pair_is_not_used(
         found = inspect(capsys, prefix)
         assert found["eod"]["id"] == 5
         assert "a.prepared is not a record of skyladder prepare: it is damaged" in found["notes"][0]
+
+
+def test_a_tokenizer_that_is_not_the_datas(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    prefix = write(tmp_path / "a", [[1, EOD], [EOD + 1, EOD]])
+    assert main(["inspect", prefix, *NULL]) == 1
+    message = " ".join(capsys.readouterr().err.split())
+    assert (
+        "a holds tokens up to 10, but --tokenizer-type=NullTokenizer has tokens up to 9" in message
+    )
+    assert "Give that one, or leave the tokenizer's flags out" in message
+    inspect(capsys, prefix, *NULL, "--null-tokenizer-eod-id", "10")  # Megatron's before 0.18
+    inspect(capsys, prefix, *NULL[:-1], "11")
+    inspect(capsys, prefix)
+    model = tiny.make_hf_folder(tmp_path / "hf")
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(model)]
+    prefix = write(tmp_path / "b", [[4095, 1]])
+    assert main(["inspect", prefix, *flags]) == 1
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"--tokenizer-model={model} has tokens up to 299: the data was made" in message
+
+
+def test_a_tokenizer_with_another_fingerprint(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text("1 2")
+    out = ["--output-prefix", str(tmp_path / "a"), "--workers", "1"]
+    assert main(["prepare", "--input", str(tmp_path / "a.txt"), *out, *NULL]) == 0
+    capsys.readouterr()
+    prefix = f"{tmp_path}/a_text_document"
+    assert inspect(capsys, prefix, *NULL)["notes"] == []
+    assert inspect(capsys, prefix)["notes"] == []
+    other = [*NULL[:-1], "11", "--null-tokenizer-eod-id", "9"]
+    [text] = inspect(capsys, prefix, *other)["notes"]
+    assert "prepared with a tokenizer of fingerprint" in text
+    note(prefix, tokens=3, documents=1, eod=9)  # of packed files, which name none
+    assert inspect(capsys, prefix, *other)["notes"] == []
 
 
 def test_sample(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import prepare_inputs as tiny
 import pytest
 
 from megatron_skyladder.cli import main
@@ -780,6 +781,69 @@ def test_data_without_ends_are_mentioned(
             writer.add_document(np.full(100, index))
     plan = plan_json(capsys, f"{LAUNCH} --data-path {tmp_path}/docs --skyladder-intra-document")
     assert any("do not all end with the same token" in note for note in plan["notes"])
+
+
+NULL = "--tokenizer-type NullTokenizer"  # LAUNCH has --vocab-size 512; the documents end in 2
+MASKED = "--skyladder-intra-document"
+NOT_DONE = "Counted with documents masked, which training would not do: it"
+
+
+def of_tokenizer(plan: dict[str, Any]) -> list[str]:
+    return [note for note in plan["notes"] if NOT_DONE in note]
+
+
+def test_a_tokenizer_whose_token_does_not_end_the_documents(
+    capsys: pytest.CaptureFixture[str], data: str
+) -> None:
+    """What training warns of, said beforehand."""
+    launch = f"{LAUNCH} --data-path {data} {MASKED} {NULL}"
+    [note] = of_tokenizer(plan_json(capsys, launch))
+    assert note == (
+        f"{NOT_DONE} warns, as the documents of the training data do not end in the tokenizer's "
+        "end-of-document token (NullTokenizer: 511), so their ends cannot be found and they are "
+        f"not masked: {data}: 0 of 300 sampled documents end in it; 300 end in 2. Give the "
+        "tokenizer that the data were made with, or prepare the data again. To look: skyladder "
+        f"inspect {data} --eod-id 511"
+    )
+    [note] = of_tokenizer(plan_json(capsys, f"{launch} --skyladder-require-documents"))
+    assert f"{NOT_DONE} stops, as the documents" in note
+    assert not of_tokenizer(plan_json(capsys, f"{launch} --null-tokenizer-eod-id 2"))
+    assert of_tokenizer(plan_json(capsys, f"{launch} --null-tokenizer-eod-id 3"))
+    assert not of_tokenizer(plan_json(capsys, launch.replace(NULL, "")))
+    assert not of_tokenizer(plan_json(capsys, launch.replace(MASKED, "")))
+    assert not of_tokenizer(plan_json(capsys, f"{launch} --null-tokenizer-eod-id two"))
+
+
+def test_the_null_tokenizer_of_older_releases(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Their end-of-document token is the vocabulary's size; which release trains is not known."""
+    with IndexedWriter(tmp_path / "docs", "<u2") as writer:
+        writer.add_document([7, 8, 512])
+    launch = f"{LAUNCH} --data-path {tmp_path}/docs {MASKED} {NULL}"
+    assert not of_tokenizer(plan_json(capsys, launch))
+
+
+def test_a_tokenizer_of_files(
+    capsys: pytest.CaptureFixture[str], data: str, tmp_path: Path
+) -> None:
+    """Read where they are here; a plan does without them."""
+    model = tiny.make_hf_folder(tmp_path / "hf")
+    launch = f"{LAUNCH} --train-data-path 1 {data} {MASKED} --tokenizer-type HuggingFaceTokenizer"
+    for there in (model, model / "tokenizer.json"):
+        [note] = of_tokenizer(plan_json(capsys, f"{launch} --tokenizer-model {there}"))
+        assert "(HuggingFaceTokenizer: 1), so" in note and f"not masked: {data}: 0 of" in note
+    for text in ("{", "{}"):
+        (model / "tokenizer.json").write_text(text)
+        assert not of_tokenizer(plan_json(capsys, f"{launch} --tokenizer-model {model}"))
+    for elsewhere in ("/nowhere/hf", "somebody/model", f"{tmp_path}"):
+        assert not of_tokenizer(plan_json(capsys, f"{launch} --tokenizer-model {elsewhere}"))
+    sentences = launch.replace("HuggingFaceTokenizer", "Llama2Tokenizer")
+    for model in (tiny.make_sentencepiece(tmp_path / "good", eos_id=2), tmp_path / "none"):
+        assert not of_tokenizer(plan_json(capsys, f"{sentences} --tokenizer-model {model}"))
+    model = tiny.make_sentencepiece(tmp_path / "other", eos_id=0, unk_id=2, bos_id=1)
+    [note] = of_tokenizer(plan_json(capsys, f"{sentences} --tokenizer-model {model}"))
+    assert "(Llama2Tokenizer: 0)" in note
 
 
 # --- text and pictures --------------------------------------------------------------------------
