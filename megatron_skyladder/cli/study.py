@@ -27,7 +27,8 @@ STOPPED = 130  # exit code, as that of a program that Ctrl-C ended
 DESCRIPTION = """\
 Train the runs of a study on Megatron's own trainer without a GPU, one core for each, at the lowest
 priority, and write the page that compares them. What is finished is kept: Ctrl-C or SIGTERM lets
-each run save and ends, and the same command goes on.
+each run save and ends, and the same command goes on. A record of other flags, other text or another
+test of copying than the study's is refused.
 """
 
 EPILOG = f"""\
@@ -194,6 +195,7 @@ class _Stops:
 def _status(study: Any, output: Path) -> str:
     from megatron_skyladder.study import queue
 
+    queue.check(study, output)
     found = queue.states(study, output)
     rows: list[tuple[str | terminal.Share, ...]] = [
         ("run", "state", "steps", "", "s a step", "core hours left")

@@ -96,11 +96,11 @@ def read(study: Study) -> Given:
     """Read the records of a study.
 
     Raises:
-        UsageError: a record is of a run with other flags or other text.
+        UsageError: see `records.check`.
     """
     names = [run.name for run in study.runs]
     found = [it for it in records.read_all(study.records, names) if it.name in names]
-    records.check(found, study.runs, study.records)
+    records.check(found, study, study.records)
     corpus = study.records / records.CORPUS
     return Given(
         study,

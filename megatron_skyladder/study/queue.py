@@ -108,6 +108,22 @@ def is_finished(planned: Planned, output: Path) -> bool:
     return path.exists() and records.read(path).is_whole
 
 
+def check(study: Study, output: Path, corpus: str = "") -> None:
+    """Raise where a finished run is another one than the study's.
+
+    Args:
+        study: what there is to run.
+        output: the study's folder.
+        corpus: what identifies the text; empty: the text of the first record.
+
+    Raises:
+        UsageError: see `records.check`.
+    """
+    paths = [record_path(it, output) for it in study.runs]
+    found = [records.read(path) for path in paths if path.exists()]
+    records.check(found, study, output / RECORDS, corpus)
+
+
 @contextmanager
 def locked(output: Path) -> Iterator[int]:
     """Hold the study's folder for one queue; the descriptor goes to the processes it starts.
@@ -186,11 +202,9 @@ class Queue:
             workers: runs at a time, each on one core.
 
         Raises:
-            UsageError: a record is of a run with other flags or other text.
+            UsageError: see `check`.
         """
-        done = [record_path(it, self.output) for it in self.study.runs]
-        found = [records.read(path) for path in done if path.exists()]
-        records.check(found, self.study.runs, self.output / RECORDS, self.corpus)
+        check(self.study, self.output, self.corpus)
         waiting = [it for it in self.study.runs if not is_finished(it, self.output)]
         with ThreadPoolExecutor(workers) as pool:
             for going in [pool.submit(self._one, planned) for planned in waiting]:
@@ -287,4 +301,4 @@ class Queue:
             return None
         if code:
             raise RuntimeError(f"what it can do could not be measured; the log is {log}")
-        return Measured.read(out)
+        return Measured.read(out, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from megatron_skyladder.errors import UsageError
 from megatron_skyladder.files import write_text
 from megatron_skyladder.report.runlog import Iteration, read_run
 from megatron_skyladder.study import commands
-from megatron_skyladder.study.settings import Planned
+from megatron_skyladder.study.settings import Copying, Planned, Study
 from megatron_skyladder.study.training import Training, read_rows, step_seconds
 
 CORPUS, FAILURES, SUFFIX = "corpus.json", "failures.jsonl", ".json"
 POINTS = 200
+_BEFORE = Copying(span=32, samples=64)  # of records that do not say, all of one study
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Record:
         is_timing: whether it measured how long a step takes, and is no arm either.
         step_seconds: CPU time of each step, where that is what the run is for; of a step that was
             not timed, that of its neighbours.
+        copying_test: what the study said of copying when it was measured.
     """
 
     arm: str
@@ -95,6 +97,7 @@ class Record:
     corpus: str = ""
     is_timing: bool = False
     step_seconds: list[float] = field(default_factory=list)
+    copying_test: Copying = field(default_factory=Copying)
 
     @property
     def is_compared(self) -> bool:
@@ -139,16 +142,18 @@ class Measured:
     Args:
         losses: see `Record`.
         copying: see `Record`.
+        copying_test: see `Record`.
     """
 
     losses: dict[int, float] = field(default_factory=dict)
     copying: dict[int, Copied] = field(default_factory=dict)
+    copying_test: Copying = field(default_factory=Copying)
 
     @classmethod
-    def read(cls, path: Path) -> Measured:
-        """Read what `measuring` wrote."""
+    def read(cls, path: Path, copying_test: Copying) -> Measured:
+        """Read what `measuring` wrote when it was asked for this test."""
         values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(_by_number(values["losses"]), _copied(values["copying"]))
+        return cls(_by_number(values["losses"]), _copied(values["copying"]), copying_test)
 
 
 def record_of(training: Training, measured: Measured) -> Record:
@@ -199,6 +204,7 @@ def record_of(training: Training, measured: Measured) -> Record:
         corpus=training.corpus,
         is_timing=planned.is_timing,
         step_seconds=spent if planned.is_timing and spent is not None else [],
+        copying_test=measured.copying_test,
     )
 
 
@@ -256,6 +262,7 @@ def read(path: Path) -> Record:
         values["curve"] = [tuple(point) for point in values["curve"]]
         values["copying"] = _copied(values["copying"])
         values["losses"] = _by_number(values.get("losses", {}))
+        values["copying_test"] = _copying_test(values)
         return Record(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no record of a run of the study: {error}") from None
@@ -269,19 +276,19 @@ def read_all(folder: Path, order: Sequence[str] = ()) -> list[Record]:
     return sorted(found, key=lambda record: places.get(record.name, len(places)))
 
 
-def check(found: Sequence[Record], runs: Sequence[Planned], folder: Path, corpus: str = "") -> None:
-    """Raise where a record is of a run with other flags or other text than the study's.
+def check(found: Sequence[Record], study: Study, folder: Path, corpus: str = "") -> None:
+    """Raise where a record is of other flags, other text or another test than the study's.
 
     Args:
         found: records, by the names of the runs.
-        runs: of the study.
+        study: what they are to be records of.
         folder: where the records are, for the message.
         corpus: what identifies the text; empty: the text of the first record.
 
     Raises:
         UsageError: naming the record and what differs.
     """
-    planned = {run.name: run for run in runs}
+    planned = {run.name: run for run in study.runs}
     for record in found:
         run = planned.get(record.name)
         if run is None:
@@ -298,6 +305,37 @@ def check(found: Sequence[Record], runs: Sequence[Planned], folder: Path, corpus
                 "they cannot be compared. Give the arm another name, or move the record and the "
                 "run's folder away to train it anew."
             )
+        _check_copying(record, study.copying, folder)
+
+
+def _check_copying(record: Record, wanted: Copying, folder: Path) -> None:
+    """Raise where a model was tested otherwise than the page would say."""
+    tested = record.copying_test
+    if not record.losses or not (tested.distances or wanted.distances):
+        return  # not measured, or nothing to test
+    now = _copying_lines(wanted)
+    then = [line for line in _copying_lines(tested) if line not in now]
+    if then:
+        raise UsageError(
+            f"{folder / record.name}{SUFFIX} was measured with other values in [copying] than the "
+            f"study's, so they cannot be compared. Give those of then ({', '.join(then)}), or move "
+            "the record away: --run measures the trained model anew, where the run's folder is "
+            "still there."
+        )
+
+
+def _copying_lines(copying: Copying) -> list[str]:
+    """Return what stands in [copying]; the order of distances decides nothing."""
+    distances = " ".join(map(str, sorted(copying.distances)))
+    return [f"distances = {distances}", f"span = {copying.span}", f"samples = {copying.samples}"]
+
+
+def _copying_test(values: Mapping[str, Any]) -> Copying:
+    """Return how a record's model was tested, also where an earlier version did not note it."""
+    noted = values.get("copying_test")
+    if noted is None:
+        return replace(_BEFORE, distances=tuple(sorted(values["copying"])))
+    return Copying(tuple(noted["distances"]), noted["span"], noted["samples"])
 
 
 def _copied(values: Mapping[str, Any]) -> dict[int, Copied]:

@@ -56,9 +56,11 @@ def _record(arm: str, seed: int, losses: tuple[float, ...], seconds: tuple[float
 
 
 def _of_study(config: Path, record: Record) -> Record:
-    """The same with the command that the study gives the run."""
-    run = next(it for it in settings.read(config).runs if it.name == record.name)
-    return replace(record, command=training.Training(run, config.parent / "study", "").command())
+    """The same with the command and the test that the study gives the run."""
+    study = settings.read(config)
+    run = next(it for it in study.runs if it.name == record.name)
+    command = training.Training(run, config.parent / "study", "").command()
+    return replace(record, command=command, copying_test=study.copying)
 
 
 CONSTANT = Arm(
@@ -334,23 +336,79 @@ def test_held_out_losses_by_hand() -> None:
 
 def test_records_of_another_study_are_refused(tmp_path: Path) -> None:
     config = write_study(tmp_path, "ladder:1 twin:1")
-    runs = settings.read(config).runs
+    study = settings.read(config)
     one, two = (
         replace(_of_study(config, it), corpus="text")
         for it in (CONSTANT.records[0], QUICK.records[0])
     )
-    records.check([one, two], runs, tmp_path)
+    records.check([one, two], study, tmp_path)
     command = [*one.command[:2], *one.command[4:], *one.command[2:4]]  # another order
     command[command.index("--save") + 1] = "runs/name-of-then"
     overruled = [*command[:2], "--lr", "1", *command[2:]]
-    records.check([replace(one, command=overruled), two], runs, tmp_path)
+    records.check([replace(one, command=overruled), two], study, tmp_path)
     command[command.index("--lr") + 1] = "7"
     with pytest.raises(UsageError, match=r"ladder-seed1.json is of .* other flags \(--lr\)"):
-        records.check([replace(one, command=command), two], runs, tmp_path)
+        records.check([replace(one, command=command), two], study, tmp_path)
     with pytest.raises(UsageError, match=r"twin-seed1.json is of a run with other text"):
-        records.check([one, replace(two, corpus="other")], runs, tmp_path)
+        records.check([one, replace(two, corpus="other")], study, tmp_path)
     with pytest.raises(UsageError, match=r"ladder-seed1.json is of a run with other text"):
-        records.check([one, two], runs, tmp_path, "mine")
+        records.check([one, two], study, tmp_path, "mine")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "then"),
+    [
+        ("span = 8", "span = 12", "span = 8"),
+        ("samples = 4", "samples = 5", "samples = 4"),
+        ("distances = 16 32", "distances = 16", "distances = 16 32"),
+        ("distances = 16 32", "distances =", "distances = 16 32"),
+        ("distances = 16 32\nspan = 8", "distances = 24\nspan = 9", "distances = 16 32, span = 8"),
+    ],
+)
+def test_figures_of_another_test_are_not_relabelled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, then: str
+) -> None:
+    config = write_study(tmp_path, "ladder:1")
+    output = tmp_path / "study"
+    path = records.write(_of_study(config, CONSTANT.records[0]), output / queue.RECORDS)
+    text = config.read_text()
+    for what in ("--status", "--write"):
+        config.write_text(text.replace(old, new))
+        assert main(["study", str(config), what, "--output", str(output)]) == 1
+        message = " ".join(capsys.readouterr().err.split())
+        assert "ladder-seed1.json was measured with other values in [copying]" in message
+        assert f"Give those of then ({then}), or move the record away: --run measures" in message
+    config.write_text(text.replace("16 32", "32 16"))  # the order decides nothing
+    assert main(["study", str(config), "--status", "--output", str(output)]) == 0
+    records.write(replace(records.read(path), losses={}), output / queue.RECORDS)
+    config.write_text(text.replace(old, new))  # trained, and not measured yet
+    assert main(["study", str(config), "--status", "--output", str(output)]) == 0
+
+
+def test_records_that_do_not_say_how_copying_was_tested(tmp_path: Path) -> None:
+    """As earlier versions wrote them: those in docs/experiments had these values."""
+    path = records.write(CONSTANT.records[0], tmp_path)
+    values = json.loads(path.read_text())
+    del values["copying_test"]
+    path.write_text(json.dumps(values))
+    assert records.read(path).copying_test == settings.Copying((16,), 32, 64)
+    study = settings.read(REPOSITORY / "examples/study.ini")
+    found = [it for it in records.read_all(REPOSITORY / study.records) if it.losses]
+    assert {it.copying_test for it in found} == {study.copying}
+
+
+def test_status_of_a_run_with_other_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_study(tmp_path)
+    output = tmp_path / "study"
+    records.write(_of_study(config, CONSTANT.records[0]), output / queue.RECORDS)
+    command = ["study", str(config), "--status", "--output", str(output)]
+    assert main(command) == 0
+    assert "1 of 4 runs are finished" in capsys.readouterr().out
+    config.write_text(config.read_text().replace("--lr 3e-3", "--lr 1e-3"))
+    assert main(command) == 1
+    assert "ladder-seed1.json is of a run with other flags (--lr)" in capsys.readouterr().err
 
 
 def _ramp(seconds: list[float], *flags: str) -> Record:
@@ -532,7 +590,8 @@ def test_status_without_and_with_runs(tmp_path: Path, capsys: pytest.CaptureFixt
     append_row(folder / "events.jsonl", {"event": "started"})
     for iteration, spent in ((1, None), (2, 60.0), (3, 120.0)):
         append_row(folder / "steps.jsonl", {"iteration": iteration, "cpu": spent})
-    records.write(replace(CONSTANT.records[0], arm="twin"), output / queue.RECORDS)
+    twin = _of_study(config, replace(CONSTANT.records[0], arm="twin"))
+    records.write(twin, output / queue.RECORDS)
     before = sorted(output.rglob("*"))
     failed = output / "runs/broken-seed1"
     failed.mkdir()
@@ -547,7 +606,7 @@ def test_status_without_and_with_runs(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"About {(57 + 60 + 20) * 90 / 3600:.1f} core hours are left" in shown
     assert "1 of 4 runs are finished." in shown
     assert sorted(output.rglob("*")) == sorted([*before, failed, failed / "events.jsonl"])
-    records.write(replace(CONSTANT.records[0], arm="twin", losses={}), output / queue.RECORDS)
+    records.write(replace(twin, losses={}), output / queue.RECORDS)
     append_row(folder / "events.jsonl", {"event": "finished"})
     assert main(command) == 0
     shown = capsys.readouterr().out
