@@ -222,8 +222,8 @@ def verdicts(given: Given, arms: Collection[str]) -> str:
         why = "the paper's figure; how far seeds lie apart here is not known yet."
         if noise.is_measured:
             why = (
-                "the most by which an arm's differences of two seeds lie apart, or the paper's "
-                f"{results.NOISE}. Read one near it as none."
+                "the most by which an arm's differences of two seeds lie apart, at least the "
+                f"paper's {results.NOISE}. Read one near it as none."
             )
         lines.append(f"Differences below {noise.nats:.3f} are noise here: {why}")
         for arm in given.arms:
