@@ -524,6 +524,12 @@ def test_a_log_says_how_many_rows_the_embedding_has(
     path.write_text("\n".join([line, path.read_text()]))
     if rows == 512:
         assert plan_json(capsys, f"{LAUNCH} --calibrate {path}")["time"]
+        # eight ranks pad them to 1,024, which is no other model
+        eight = f"{LAUNCH} --tensor-model-parallel-size 8"
+        log = [*logged(OF_LAUNCH | {"tensor_model_parallel_size": 1}), path.read_text()]
+        path.write_text("\n".join(log))
+        notes = plan_json(capsys, f"{eight} --calibrate {path}")["notes"]
+        assert any("tensor_model_parallel_size 1 (planned: 8)" in note for note in notes)
     else:
         assert "vocabulary of 131072 rows (planned: 512)" in refused(
             capsys, f"{LAUNCH} --calibrate {path}"
