@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,18 @@ def test_straight_through(tmp_path: Path) -> None:
     assert read_record(f"{tmp_path}/other") is None
 
 
+def crashing(real: Callable[..., Any], last_call: int) -> Callable[..., Any]:
+    """Return a function that fails from its last call on, and does what it did before that."""
+    calls = itertools.count(1)
+
+    def failing(*args: Any) -> Any:
+        if next(calls) >= last_call:
+            raise OSError("crash")
+        return real(*args)
+
+    return failing
+
+
 @pytest.mark.parametrize("function", ["replace", "remove", "fsync"])
 def test_a_crash_at_any_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit_always: None, function: str
@@ -86,15 +100,7 @@ def test_a_crash_at_any_step(
     for last_call in range(1, 100):
         folder = tmp_path / f"{last_call}"
         folder.mkdir()
-        calls = 0
-
-        def failing(*args: Any, last_call: int = last_call) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls >= last_call:
-                raise OSError("crash")
-            return real(*args)
-
+        failing = crashing(real, last_call)
         monkeypatch.setattr(output_module.os, function, failing)
         try:
             run(folder / "a")
@@ -225,15 +231,7 @@ def test_a_crash_while_a_pair_is_made_again(
     real = os.replace
     for last_call in range(1, 7):
         os.truncate(tmp_path / f"a_text_document.{part}", 20)
-        calls = 0
-
-        def failing(*args: Any, last_call: int = last_call) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls >= last_call:
-                raise OSError("crash")
-            return real(*args)
-
+        failing = crashing(real, last_call)
         monkeypatch.setattr(os, "replace", failing)
         with pytest.raises(OSError, match="crash"):
             run(tmp_path / "a")
