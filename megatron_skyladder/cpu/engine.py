@@ -105,9 +105,10 @@ def install() -> None:
     _Remap().__enter__()
     _remap_in_backward()
     _installed = True
-    from megatron_skyladder.cpu import gloo
+    from megatron_skyladder.cpu import bfloat16, gloo
     from megatron_skyladder.cpu import megatron as cpu_megatron
 
+    bfloat16.install()
     gloo.install()
     cpu_megatron.prepare()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_skyladder.files import write_text
 from megatron_skyladder.planning import model_flags, run_flags
-from megatron_skyladder.study import records, results
+from megatron_skyladder.study import records, results, timing
 from megatron_skyladder.study.records import Record
 from megatron_skyladder.study.results import Arm, Figure
 from megatron_skyladder.study.settings import Study
@@ -67,6 +67,9 @@ UNTIMED = """\
 Time is the CPU time of the training process, validation and checkpoints left out. The runs shared
 caches and memory with other work, which moves it by a tenth and more; the timing runs, which put
 all arms on one clock, have not finished."""
+
+NOT_TIMED = """\
+No timing run of their masks has finished on the same machine: `{names}`."""
 
 EQUAL_TIME = """\
 *Equal time* is the difference to a constant run that ends after the same time with a whole
@@ -168,8 +171,13 @@ def page(given: Given, config: Path, picture: str | None) -> str:
 
 
 def _clock(given: Given) -> str:
-    names = dict.fromkeys(record.arm for record in given.found if record.is_timing)
-    text = UNTIMED if given.retimed is None else TIMED.format(names="`, `".join(names))
+    text = UNTIMED
+    if given.retimed is not None:
+        names = dict.fromkeys(record.arm for record in timing.clock(given.found))
+        text = TIMED.format(names="`, `".join(names))
+        lacking = [arm.name for arm in given.arms if all(it.seconds is None for it in arm.records)]
+        if lacking:
+            text += " " + NOT_TIMED.format(names="`, `".join(lacking))
     return _wrapped(f"{text} {_equal_time(given)}".replace("\n", " "))
 
 

@@ -20,6 +20,7 @@ from megatron_skyladder.study.training import Training, read_rows, step_seconds
 
 CORPUS, FAILURES, SUFFIX = "corpus.json", "failures.jsonl", ".json"
 POINTS = 200
+_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # as Linux names them
 _BEFORE = Copying(span=32, samples=64)  # of records that do not say, all of one study
 
 
@@ -229,12 +230,15 @@ def machine() -> dict[str, str]:
 
 
 def _processor() -> str:
+    """Return its name and the widest of its instructions for products, which the name hides."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    fields = {key.strip(): value for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name", "").strip() or platform.processor() or platform.machine()
+    found = fields.get("flags", "").split()
+    return " with ".join([name, *[it for it in _INSTRUCTIONS if it in found][:1]])
 
 
 def write(record: Record, folder: Path) -> Path:

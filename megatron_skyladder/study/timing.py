@@ -45,15 +45,28 @@ def kind_of(record: Record) -> Kind:
     return mask, "--skyladder-intra-document" in given
 
 
-def costs_of(records: Sequence[Record]) -> dict[Kind, Costs]:
-    """Return the medians over groups of windows of the timing runs, by kind; other runs count not.
+def clock(records: Sequence[Record]) -> list[Record]:
+    """Return the timing runs of one machine: of several, the one whose runs time the most arms."""
+    by_machine: dict[tuple[tuple[str, str], ...], list[Record]] = {}
+    for record in records:
+        if record.is_timing:
+            by_machine.setdefault(tuple(sorted(record.machine.items())), []).append(record)
+    arms = [kind_of(record) for record in records if record.is_compared]
+
+    def timed(runs: Sequence[Record]) -> int:
+        kinds = {kind_of(record) for record in runs}
+        return sum(kind in kinds for kind in arms)
+
+    return max(by_machine.values(), key=timed, default=[])
+
+
+def costs_of(timing_runs: Sequence[Record]) -> dict[Kind, Costs]:
+    """Return the medians over groups of windows of the timing runs, by kind.
 
     The widest window is a group of its own: it is what a third of a run has.
     """
     steps: dict[Kind, list[tuple[int, float]]] = {}
-    for record in records:
-        if not record.is_timing:
-            continue
+    for record in timing_runs:
         found = steps.setdefault(kind_of(record), [])
         for step, _, window in record.curve:
             if window is not None and step <= len(record.step_seconds):
@@ -70,8 +83,10 @@ def _medians(steps: Sequence[tuple[int, float]]) -> Costs:
     return Costs(*zip(*((float(w), float(s)) for w, s in places), strict=True))
 
 
-def retimed(record: Record, costs: Costs) -> Record:
-    """Return a run whose validations have the time that its steps take by these costs."""
+def retimed(record: Record, costs: Costs | None) -> Record:
+    """Return a run whose validations have the time that its steps take by these costs, or none."""
+    if costs is None:
+        return replace(record, validations=[replace(it, seconds=None) for it in record.validations])
     ends = [end for end, _, _ in record.curve]
     windows = [window or costs.windows[-1] for _, _, window in record.curve]
     of_steps = np.interp(np.arange(1, record.steps + 1), ends, windows)
@@ -84,11 +99,11 @@ def retime(records: Sequence[Record]) -> list[Record] | None:
     """Return the arms' runs on the timing runs' clock.
 
     Returns:
-        None where the timing run of a kind that has arms is not there: runs on different clocks
-        cannot be compared.
+        Runs, without a time where no timing run of their kind is on that clock; None where there is
+        no clock that times an arm.
     """
-    costs = costs_of(records)
+    costs = costs_of(clock(records))
     arms = [record for record in records if record.is_compared]
-    if any(kind_of(record) not in costs for record in arms):
+    if not any(kind_of(record) in costs for record in arms):
         return None
-    return [retimed(record, costs[kind_of(record)]) for record in arms]
+    return [retimed(record, costs.get(kind_of(record))) for record in arms]

@@ -145,3 +145,54 @@ assert x.grad.tolist() == [2, 2]
 """
     result = run(code, SKYLADDER_DEVICE="cpu")
     assert result.returncode == 0, result.stderr
+
+
+def test_bfloat16_products_round_once():
+    """Small integers: float32 holds every sum, so one rounding is all that may happen."""
+    code = """
+import torch
+from torch.nn.functional import scaled_dot_product_attention as attend
+from megatron_skyladder.cpu import engine as cpu_engine
+cpu_engine.install()
+torch.manual_seed(1)
+
+def whole(*shape):
+    return torch.randint(-8, 9, shape).float()
+
+def check(function, *wide):
+    narrow = function(*(tensor.bfloat16() for tensor in wide))
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(narrow, function(*wide).bfloat16()), function
+
+a, b, c = whole(33, 65), whole(65, 17), whole(33, 17)
+check(torch.mm, a, b)
+check(lambda a, b: a.t() @ b, a, c)
+check(lambda a, b: torch.mm(input=a, mat2=b), a, b)
+check(lambda a, b, c: torch.addmm(c, a, b, beta=2, alpha=3), a, b, c)
+check(lambda a, b, c: torch.addmm(c[0], a, b), a, b, c)
+a, b, c = whole(5, 33, 65), whole(5, 65, 17), whole(5, 33, 17)
+check(torch.bmm, a, b)
+check(lambda a, b, c: torch.baddbmm(c, a, b, beta=0.0, alpha=0.5), a, b, c)
+
+def gradients(dtype, mask):
+    torch.manual_seed(2)
+    leaves = [torch.randn(2, 3, 70, 16).to(dtype).requires_grad_() for _ in range(3)]
+    torch.manual_seed(3)
+    ahead = torch.randn(2, 3, 70, 16).to(dtype)
+    attend(*leaves, attn_mask=mask, is_causal=mask is None).backward(ahead)
+    return [leaf.grad for leaf in leaves]
+
+for mask in (None, torch.ones(70, 70, dtype=torch.bool).tril().triu(-9)):
+    for narrow, wide in zip(gradients(torch.bfloat16, mask), gradients(torch.float32, mask)):
+        assert narrow.dtype == torch.bfloat16
+        assert (narrow - wide).abs().max() < 0.03 * wide.abs().max()
+
+try:
+    torch.mm(torch.ones(2, 2), torch.ones(2, 2).bfloat16())
+except RuntimeError as error:
+    assert "dtype" in str(error), error
+else:
+    raise AssertionError("a mixture of types was multiplied")
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr

@@ -422,7 +422,7 @@ def _ramp(seconds: list[float], *flags: str) -> Record:
 def test_arms_have_the_time_of_timing_runs() -> None:
     """By hand: 1 s at 16, 3 s (median of 2, 4) at 64, 5 s (of 9, 5, 4) at 128, linear between."""
     ramp = _ramp([1.0, 2.0, 4.0, 9.0, 5.0, 4.0])
-    costs = timing.costs_of([ramp, CONSTANT.records[0]])
+    costs = timing.costs_of(timing.clock([ramp, CONSTANT.records[0]]))
     assert list(costs) == [("local", False)]
     assert list(costs[("local", False)].of([8, 16, 40, 64, 96, 128, 999])) == [1, 1, 2, 3, 4, 5, 5]
 
@@ -435,19 +435,24 @@ def test_arms_have_the_time_of_timing_runs() -> None:
 
 
 def test_arms_on_different_clocks_are_not_compared() -> None:
-    """One clock for all kinds of masks that have arms, or each arm's own."""
+    """One machine's timing runs are the clock; an arm of a kind that it has not has no time."""
     plain, other = CONSTANT.records[0], replace(QUICK.records[0], command=["--skyladder-mask"])
     other = replace(other, command=["--skyladder-mask", "sliding", "--skyladder-intra-document"])
     assert timing.kind_of(plain) == ("local", False)
     assert timing.kind_of(other) == ("sliding", True)
-    ramp = _ramp([1.0] * 6)
-    assert timing.retime([plain, other, ramp]) is None
-    found = timing.retime([plain, ramp])
-    assert found is not None and [it.arm for it in found] == ["ladder"]
-    assert found[0].last.seconds == pytest.approx(30)
-    twice = _ramp([2.0] * 6, *other.command)
-    found = timing.retime([plain, other, ramp, twice])
-    assert found is not None and found[1].last.seconds == pytest.approx(60)
+
+    def times(*found: Record) -> list[float | None] | None:
+        runs = timing.retime(found)
+        return None if runs is None else [it.last.seconds for it in runs]
+
+    ramp, twice = _ramp([1.0] * 6), _ramp([2.0] * 6, *other.command)
+    assert times(plain, other) is None
+    assert times(plain, other, twice, ramp) == [30, 60]
+    assert times(plain, other, ramp) == [30, None]
+    elsewhere = replace(_ramp([5.0] * 6), machine={"processor": "another"})
+    assert times(plain, other, elsewhere, ramp, twice) == [30, 60]
+    assert times(plain, plain, other, elsewhere, twice) == [150, 150, None]
+    assert times(plain, other, other, elsewhere, twice) == [None, 60, 60]
 
 
 def test_copying_is_exact() -> None:
@@ -656,6 +661,21 @@ def test_equal_time_on_the_page(tmp_path: Path) -> None:
     assert (
         "against `ladder`, 2 seeds:" in words and "-0.400 at equal time, one seed, better." in words
     )
+
+
+def test_an_arm_without_a_clock_is_named_on_the_page(tmp_path: Path) -> None:
+    config = write_study(tmp_path, "ladder:1 twin:1 time:1")
+    text = config.read_text().replace("twin = ", "twin = --skyladder-intra-document ")
+    config.write_text(text)
+    for record in (CONSTANT.records[0], QUICK.records[0], _ramp([1.0] * 6)):
+        records.write(_of_study(config, record), tmp_path / "study" / queue.RECORDS)
+    pytest.importorskip("matplotlib")
+    assert main(["study", str(config), "--write", "--output", str(tmp_path / "study")]) == 0
+    shown = (tmp_path / "docs/experiments.md").read_text()
+    assert "No timing run of their masks has finished on the same machine: `twin`." in " ".join(
+        shown.split()
+    )
+    assert "| `twin` | - | - | - | - |" in shown
 
 
 def test_the_page_of_a_queue_without_arms(tmp_path: Path) -> None:
