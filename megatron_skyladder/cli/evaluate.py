@@ -244,11 +244,14 @@ def _show(
     rows = table.rows(models, args.paper)
     if not rows:
         raise UsageError("the two models have no task in common, asked in the same way.")
+    others = table.asked_by_others(models)
+    if others:
+        print(f"not the same asked both models: {'; '.join(others)}. Scores may differ by it alone")
     print(f"\n{table.text(rows, names)}")
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
-    content = table.as_json(rows, names, [each.asked for model in models for each in model])
+    content = table.as_json(rows, names, models)
     write_text(out / "results.json", json.dumps(content, indent=1) + "\n")
     try:
         picture.draw(out / "results.svg", rows, names, models)

@@ -34,7 +34,7 @@ class Result:
         data: file -> sha256, of what was asked.
         weights: tells the model from another under its name.
         seconds: that it took.
-        versions: of what ran.
+        versions: of what asked, and its backend and device.
     """
 
     model: str

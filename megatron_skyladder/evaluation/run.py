@@ -288,7 +288,7 @@ def _ask(
         data=_hashes(data, job),
         weights=weights,
         seconds=time.monotonic() - began,
-        versions={each: _version(each) for each in ("lm_eval", "transformers", "torch")},
+        versions=_asked_by(settings),
     )
 
 
@@ -303,6 +303,17 @@ def _line(result: Result) -> str:
 
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _asked_by(settings: Settings) -> dict[str, str]:
+    packages = [
+        "lm_eval",
+        "transformers",
+        "torch",
+        *(["vllm"] if settings.backend == "vllm" else []),
+    ]
+    versions = {each: _version(each) for each in packages}
+    return {"backend": settings.backend, "device": settings.device, **versions}
 
 
 def _version(package: str) -> str:

@@ -84,6 +84,23 @@ def asked_differently(models: Sequence[Sequence[Result]]) -> list[str]:
     return found + [TITLES[task] for task in everywhere if task not in matched]
 
 
+def asked_by_others(models: Sequence[Sequence[Result]]) -> list[str]:
+    """Return what asked the models that are compared, where it is not the same for all.
+
+    Scores may differ by it alone: tokenizers, kernels and rounding change with libraries and
+    devices. Each is a name with a value for each model, such as ``torch 2.14.0 and 2.15.0``.
+    """
+    found: dict[str, None] = {}
+    for pair in _shared(models):
+        if not _asked_alike(pair):
+            continue
+        for name in pair[0].versions:
+            values = [each.versions.get(name, "") for each in pair]  # an older result may not say
+            if all(values) and len(set(values)) > 1:
+                found[f"{name} {' and '.join(values)}"] = None
+    return list(found)
+
+
 def _has(model: Sequence[Result], task: str) -> bool:
     return any(each.task == task for each in model)
 
@@ -201,11 +218,14 @@ def _cells(row: Row, has_paper: bool, paired: bool) -> list[str]:
     return line
 
 
-def as_json(table: Sequence[Row], names: Sequence[str], asked: Sequence[str]) -> dict[str, Any]:
+def as_json(
+    table: Sequence[Row], names: Sequence[str], models: Sequence[Sequence[Result]]
+) -> dict[str, Any]:
     """Return the table for programs."""
     return {
         "models": list(names),
-        "asked": sorted({*asked}),
+        "asked": sorted({each.asked for model in models for each in model}),
+        "asked_by_others": asked_by_others(models),
         "rows": [asdict(row) for row in table],
         "cells": cells(table, names),
         "note": note(table),

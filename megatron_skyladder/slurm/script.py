@@ -9,13 +9,14 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_skyladder.files import write_text
 from megatron_skyladder.slurm.attempts import RunFolder
 from megatron_skyladder.slurm.flags import by_flag
-from megatron_skyladder.slurm.settings import FILE_NAME, Settings
+from megatron_skyladder.slurm.settings import FILE_NAME, Environment, Settings
 
 BEGIN, END = "# <settings>\n", "# </settings>\n"
 SCRIPT_NAME = "job.sbatch"
@@ -161,14 +162,18 @@ def write_run_folder(settings: Settings, script: str, *, allow_changes: bool = F
     run = RunFolder(Path(settings.folder))
     known = run.path / FILE_NAME
     if known.exists():
-        changes = _changes(Settings.read(run.path), settings)
+        earlier = Settings.read(run.path)
+        changes = _changes(earlier, settings)
         if changes and not allow_changes:
             raise ValueError(
                 f"{run.path} has a run with other settings:\n  "
                 + "\n  ".join(changes)
                 + "\nGive another --run-dir, or --allow-changes to go on with the new ones."
             )
-        for change in changes:
+        for change in (
+            *changes,
+            *_changes_of_environment(earlier.environment, settings.environment),
+        ):
             logger.warning("changed in %s: %s", run.path, change)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     write_text(known, settings.to_json())
@@ -187,6 +192,18 @@ def _changes(old: Settings, new: Settings) -> list[str]:
     for flag in sorted(before.keys() | after.keys()):
         if before.get(flag) != after.get(flag):
             changes.append(f"{flag}: {before.get(flag, 'absent')} -> {after.get(flag, 'absent')}")
+    return changes
+
+
+def _changes_of_environment(old: Environment, new: Environment) -> list[str]:
+    """Return what the next job finds otherwise; it may, but not without a word."""
+    before, after = asdict(old), asdict(new)
+    names = [name for name in before if name != "variables" and before[name] != after[name]]
+    changes = [f"[environment] {name}: {before[name]!r} -> {after[name]!r}" for name in names]
+    for name in sorted(old.variables.keys() | new.variables.keys()):
+        given = [each.variables.get(name, "absent") for each in (old, new)]
+        if given[0] != given[1]:
+            changes.append(f"[variables] {name}: {given[0]} -> {given[1]}")
     return changes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_mdqa_has_errors_over_questions_and_no_p() -> None:
     assert row.errors == pytest.approx((50.0, 25.0)) and row.difference == 25.0
     assert row.difference_error == pytest.approx(75.0) and row.p is None
     assert "MDQA has no p: McNemar's test takes" in table.text([row], ("a", "b"))
-    assert table.as_json([row], ("a", "b"), ["sampled"])["note"].endswith("their places.")
+    assert table.as_json([row], ("a", "b"), [[first], [second]])["note"].endswith("their places.")
     assert "MDQA" not in table.note(table.rows([[first]]))
 
 
@@ -256,6 +257,22 @@ def test_only_the_same_questions_are_compared() -> None:
     assert table.rows([[first], [other]]) == []
     assert len(table.rows([[first]])) == 1
     assert table.asked_differently([[first], [other]]) == ["PIQA"]
+
+
+def test_what_asked_the_models_is_named_where_it_differs() -> None:
+    def model(name: str, **versions: str) -> list[Result]:
+        return [
+            result(name, task, [1, 0], [0, 0], versions=versions) for task in ("piqa", "arc_easy")
+        ]
+
+    old, new = model("a", torch="2.14.0", device="cpu"), model("b", torch="2.15.0", device="cuda")
+    assert table.asked_by_others([old, new]) == ["torch 2.14.0 and 2.15.0", "device cpu and cuda"]
+    assert table.asked_by_others([old, model("b", torch="2.14.0", backend="hf")]) == []
+    assert table.asked_by_others([old]) == []
+    others = [replace(each, ids=["7", "8"]) for each in new]  # not compared at all
+    assert table.asked_by_others([old, others]) == []
+    found = table.as_json(table.rows([old, new]), ("a", "b"), [old, new])
+    assert found["asked_by_others"] and found["asked"] == ["sampled"]
 
 
 def test_the_same_needles_under_another_tokenizer_are_not_compared() -> None:

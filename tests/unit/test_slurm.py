@@ -328,6 +328,26 @@ def test_another_run_does_not_get_into_the_folder(
     assert "--lr: 0.0004 -> 1e-3" in caplog.text
 
 
+def test_the_next_job_finds_another_environment(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An image may be replaced, and the run goes on; but not without a word."""
+    first = replace(settings.environment, variables={"NCCL_DEBUG": "INFO", "KEPT": "1"})
+    script.write_run_folder(replace(settings, environment=first), "text")
+    assert not caplog.messages
+    environment = replace(
+        first, kind="pyxis", image="b.sqsh", variables={"KEPT": "1", "OMP_NUM_THREADS": "2"}
+    )
+    script.write_run_folder(replace(settings, environment=environment), "text")
+    assert Settings.read(Path(settings.folder)).environment == environment
+    assert [text.partition(": ")[2] for text in caplog.messages] == [
+        f"[environment] kind: {first.kind!r} -> 'pyxis'",
+        f"[environment] image: {first.image!r} -> 'b.sqsh'",
+        "[variables] NCCL_DEBUG: INFO -> absent",
+        "[variables] OMP_NUM_THREADS: absent -> 2",
+    ]
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
