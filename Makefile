@@ -17,7 +17,7 @@ SLURM_PACKAGES := munge slurmctld slurmd slurm-client shellcheck iproute2
 .PHONY: help install demo study newcomer test test-quick test-releases test-te test-slurm test-fa4 test-main test-bridge test-evaluate browser bench docs check format lint types clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(READY)  ## the environment in .venv (torch with CUDA libraries: about 6 GB)
 

@@ -41,7 +41,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "will be used, what does not fit and what to do. With a launch, pasted or in a script, "
         "also its schedule; nothing is started. Under torchrun (torchrun ... -m megatron_skyladder "
         "doctor <flags>) all ranks compare versions, flags and schedule.",
-        epilog="Exit code: 0 nothing is wrong, 1 something is, 2 wrong usage.",
+        epilog="Exit code: 0 nothing is wrong, 1 something is or has to change, 2 wrong usage.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("-v", "--verbose", action="store_true", help="show all that was found")
@@ -89,7 +89,13 @@ def run(arguments: argparse.Namespace) -> int:
             print(json.dumps({"verdict": lines, **asdict(report)}, indent=2))
         else:
             print(_page(report, arguments.pasted, details=arguments.verbose))
-    return 1 if report.problems else 0
+    fit = _fit(arguments.pasted)
+    return 1 if report.problems or (fit is not None and not fit.fits) else 0
+
+
+def _fit(found: Pasted) -> verdict.Fit | None:
+    """Return what a launch needs before SkyLadder can be in it; None where no launch is given."""
+    return verdict.fit(found) if found.is_launch and found.launch.entry else None
 
 
 def _page(report: Report, found: Pasted, *, details: bool) -> str:
@@ -122,11 +128,11 @@ def _verdict(report: Report, found: Pasted) -> list[str]:
     """Return three lines: does it fit, what would run, what is next."""
     count = len(report.problems)
     wrong = f"{count} problem{'s' * (count > 1)}, see below"
-    if found.is_launch and found.launch.entry:
-        fit = verdict.fit(found)
-        first = f"Change: {wrong}" if fit.fits and count else str(fit)
-    else:
+    fit = _fit(found)
+    if fit is None or (fit.fits and count):
         first = f"Change: {wrong}" if count else "Fits: nothing is wrong"
+    else:
+        first = str(fit)
     runs = ", ".join(
         [
             f"Megatron {report.installed.get('megatron', 'none').partition(',')[0]}",

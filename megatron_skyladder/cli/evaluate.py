@@ -110,7 +110,8 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "--reading-from",
         metavar="FOLDER",
         type=Path,
-        help="the files of the reading tasks (docs/evaluation.md says where they lie).",
+        help="the files of the reading tasks (docs/evaluation.md says where they lie); they are "
+        "prepared where --tasks names them.",
     )
     preparing.add_argument(
         "--ai2-wheel",

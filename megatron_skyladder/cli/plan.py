@@ -36,7 +36,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
               skyladder plan --preset 1b-8k
               skyladder plan --preset 1b-8k --at 0,8,64000 --json
               skyladder plan --preset 1b-32k --device a100-40g --gpus 8 --price-per-gpu-hour 1.5
-              skyladder plan --preset 1b-8k --skyladder-intra-document --data-path data/cc_text
+              skyladder plan --preset 1b-8k --skyladder-intra-document --data-path cc_text_document
               skyladder plan --num-layers 12 ... --train-iters 1000 --calibrate run.log"""),
     )
     parser.add_argument("--at", type=_steps, metavar="STEPS", help="steps to show, such as 0,8,64")

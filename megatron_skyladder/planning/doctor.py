@@ -391,7 +391,7 @@ def _script(report: Report, flags: argparse.Namespace, launch: Launch) -> None:
     if stock and named and is_requested(flags):
         raise ValueError(
             f"{named} knows the --skyladder-* flags only in a patched checkout, and this "
-            "Megatron is none (see Integrations). Patch it, or launch -m "
+            "Megatron is none (see Integrations in skyladder doctor -v). Patch it, or launch -m "
             "megatron_skyladder.pretrain_gpt."
         )
 

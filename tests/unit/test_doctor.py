@@ -356,6 +356,15 @@ def test_a_flag_that_cannot_be_combined(tmp_path, megatron, capsys, flags, probl
     assert len(report["problems"]) == 1 and problem in report["problems"][0]
 
 
+@pytest.mark.parametrize(("flags", "code"), [((), 0), (("--qk-clip",), 1)])
+def test_a_launch_that_has_to_change_before_skyladder_fits(tmp_path, megatron, capsys, flags, code):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    found, report = ask(capsys, "torchrun", "pretrain_gpt.py", *LAUNCH, *flags)
+    first = "Change: --qk-clip cannot stay" if flags else "Fits: add these flags"
+    assert report["verdict"][0].startswith(first) and report["problems"] == []
+    assert found == code
+
+
 def test_attention_dropout_is_on_where_it_is_not_given(tmp_path, megatron, capsys):
     megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
     code, report = ask(capsys, *LAUNCH[:-2], "--skyladder-start-window", "8")

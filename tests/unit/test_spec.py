@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -148,10 +150,20 @@ def test_flags_from_a_file_and_a_variable_that_overrides_it(tmp_path):
 
 
 def test_a_variable_that_is_no_flag_is_pointed_out(caplog):
-    given(STRT_WINDOW="8", TRACEBACK="1", RUN_DIR="/run", ATTEMPT_DIR="/run/1")
+    given(STRT_WINDOW="8", TRACEBACK="1", RUN_DIR="/run", ATTEMPT_DIR="/run/1", MEASURED="a.json")
     assert [record.getMessage() for record in caplog.records] == [
         "SKYLADDER_STRT_WINDOW is set, but there is no such flag; it has no effect."
     ]
+
+
+def test_no_variable_that_is_read_is_called_without_effect(caplog):
+    package = Path(from_environment.__file__).parents[1]
+    texts = [path.read_text() for path in package.rglob("*.py")]
+    read = {name for text in texts for name in re.findall(r'"SKYLADDER_([A-Z_]+)"', text)}
+    assert {"DEVICE", "MEASURED", "RUN_DIR"} < read
+    flags = {name.removeprefix("skyladder_").upper() for name in vars(from_environment.flags({}))}
+    given(**dict.fromkeys(read - flags - {"CONFIG"}, "1"))
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(
