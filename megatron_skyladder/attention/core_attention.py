@@ -86,6 +86,7 @@ class SkyLadderAttention(MegatronModule):
             self._clock.config.attention_backend,
             config=config,
             scale=self.softmax_scale,
+            slides=self._clock.config.mask == "sliding" or self.own_window is not None,
             layer_number=layer_number,
             attention_dropout=attention_dropout,
             softmax_scale=softmax_scale,

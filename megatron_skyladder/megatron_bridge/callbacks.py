@@ -25,7 +25,7 @@ from megatron_skyladder.megatron_bridge.spelling import translated
 from megatron_skyladder.megatron_bridge.step import ForwardStep
 from megatron_skyladder.megatron_bridge.training_log import TrainingLog
 from megatron_skyladder.runtime import attention_present, kept_keys, resuming, trainer
-from megatron_skyladder.runtime.probe import probe_mask
+from megatron_skyladder.runtime.probe import first_of_all, probe_mask
 from megatron_skyladder.runtime.probe.moments import sequence_faults
 from megatron_skyladder.runtime.probe.sequences import made_up
 
@@ -132,9 +132,10 @@ class LadderCallback(Callback):
         faults = sequence_faults(
             self._bridge, list(batches.values()), documents=self._config.intra_document
         )
-        if faults:
+        fault = first_of_all(faults[0] if faults else None)  # or one rank would raise, others wait
+        if fault is not None:
             raise RuntimeError(
-                f"documents are masked by the sequences that each rank reads, but {faults[0]}. "
+                f"documents are masked by the sequences that each rank reads, but {fault}. "
                 "Look at the dataset: it has to be the same on all ranks of a model."
             )
 

@@ -18,6 +18,7 @@ from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.continuation import Checkpoint, Flags, flags_that_keep
 from megatron_skyladder.ladder.flags import config_from_args
 from megatron_skyladder.megatron_lm import compat, releases
+from megatron_skyladder.runtime import console
 from megatron_skyladder.runtime.resuming import check, written
 
 BRIDGES_CONFIG = "run_config.yaml"  # which Megatron Bridge writes into each checkpoint
@@ -93,10 +94,10 @@ def leaving_with_an_error(original: Callable[..., Any]) -> Callable[..., Any]:
         except SystemExit as leaving:
             if leaving.code:
                 raise
-            rank, code = os.environ.get("RANK", "0"), leaving.code or 0
+            code = leaving.code or 0
             sys.exit(  # a text: exit code 1, and a job's status has the reason
-                f"rank {rank}: Megatron could not read the checkpoint (it says why above) and left "
-                f"with exit code {code}; it is made 1."
+                f"rank {console.rank()}: Megatron could not read the checkpoint (it says why "
+                f"above) and left with exit code {code}; it is made 1."
             )
 
     return load

@@ -285,6 +285,7 @@ def _backend(report: Report, flags: argparse.Namespace, launch_flags: list[str])
         deterministic="--deterministic-mode" in launch_flags,
         heads=sizes and backends.Heads(*sizes),
         softmax_type=flags.softmax_type or VANILLA,
+        slides=flags.skyladder_mask == "sliding",
     )
     by_reason: dict[tuple[str, str], list[str]] = {}
     for choice in choices:

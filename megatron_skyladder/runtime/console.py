@@ -15,9 +15,14 @@ class _Formatter(logging.Formatter):
         return super().formatMessage(record)
 
 
+def rank() -> int:
+    """Return this process's number: torchrun's, or Slurm's where srun alone starts the ranks."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
 def is_first_rank() -> bool:
     """Return whether this process speaks for all of them."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank() == 0
 
 
 def _is_for_this_rank(record: logging.LogRecord) -> bool:

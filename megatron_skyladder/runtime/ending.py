@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.runtime import console
 
 TRACEBACK_VARIABLE = "SKYLADDER_TRACEBACK"  # set: refusals keep their traceback too
 REFUSED = 2  # exit code, as that of argparse
@@ -25,7 +26,7 @@ def explained() -> Iterator[None]:
     A `UsageError` is the same on every rank: its message is enough, once. Whatever else is raised
     may be news of this rank alone: it keeps its traceback and is named with the rank.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = console.rank()
     try:
         yield
     except UsageError as error:

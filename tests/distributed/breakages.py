@@ -281,6 +281,21 @@ def documents_of_another_batch() -> None:
     document_mask.fragment_offsets = of_another
 
 
+def second_chunk_reads_others() -> None:
+    """Let the chunks of a stage begin with different sequences, where a rank reads any."""
+    from megatron_skyladder.runtime import probe
+
+    peek = probe._peek
+
+    def other(data_iterator: Any) -> Any:
+        batches, iterators = peek(data_iterator)
+        if batches[-1] is not None:
+            batches[-1] = {**batches[-1], "tokens": batches[-1]["tokens"].roll(1, dims=0)}
+        return batches, iterators
+
+    probe._peek = other
+
+
 def sequences_run_together() -> None:
     """Let attention cross from one sequence of a micro-batch into the next."""
     from megatron_skyladder.ladder import fragments

@@ -105,6 +105,12 @@ LAUNCHES = {
             "look_up_documents": "sees the key",
         },
     ),
+    "tp2-pp2-vpp2": Launch(
+        4,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --micro-batch-size 2 "
+        f"--num-layers-per-virtual-pipeline-stage 1 {LINEAR} {DOCUMENTS}",
+        {"second_chunk_reads_others": "the model chunks of this rank read different sequences"},
+    ),
 }
 
 

@@ -279,6 +279,52 @@ def test_flash_attention_4_in_deterministic_mode(
     assert "it has no such backward" in choose_backends("auto", deterministic=True)[1].reason
 
 
+@pytest.mark.parametrize(
+    ("capability", "size", "asked", "expected"),
+    [
+        ((10, 0), 256, {}, "fa4"),
+        ((10, 0), 256, {"slides": True}, "flash"),
+        ((10, 3), 256, {"deterministic": True}, "flash"),
+        ((10, 0), 128, {"slides": True, "deterministic": True}, "fa4"),
+        ((9, 0), 256, {"slides": True}, "fa3"),
+        ((9, 0), 192, {"deterministic": True}, "fa3"),
+        ((9, 0), 200, {"deterministic": True}, "fa4"),  # FlashAttention 3 rounds it to 256
+        ((9, 0), 256, {"deterministic": True, "slides": True}, "fa4"),
+    ],
+)
+def test_wide_heads_that_slide_or_are_deterministic(
+    monkeypatch: pytest.MonkeyPatch,
+    device: Callable[[int, int], None],
+    capability: tuple[int, int],
+    size: int,
+    asked: dict[str, bool],
+    expected: str,
+) -> None:
+    """By the kernels' own assertions: sm100_hd256_2cta_fmha_*.py, and hopper/flash_api.cpp."""
+    install_all(monkeypatch)
+    device(*capability)
+    assert names(heads=choose.Heads(size, size), **asked)[1:] == (expected, expected)
+
+
+def test_a_local_layer_says_where_its_kernel_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+    device: Callable[[int, int], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    install_all(monkeypatch)
+    device(10, 0)
+    caplog.set_level("INFO", "megatron_skyladder")
+    made: list[str] = []
+    monkeypatch.setattr(choose, "_build", lambda used, *_, **__: made.append(used))
+    for layer, slides in ((1, False), (2, False), (3, True)):
+        wide = config(kv_channels=256)
+        make_backend("auto", config=wide, scale=SCALE, slides=slides, layer_number=layer)
+    said = [text.partition(" (")[0] for text in caplog.messages if "attention backend" in text]
+    assert len(said) == 5 and "in layer" not in " ".join(said[:3])
+    assert [text.rpartition(" in layer ")[2] for text in said[3:]] == ["3: flash", "3: flash"]
+    assert {*made[:2]} == {*made[2:4]} == {"te", "fa4"} and {*made[4:]} == {"te", "flash"}
+
+
 # --- softmax sinks ------------------------------------------------------------------------------
 
 OFF_BY_ONE, LEARNABLE = "off-by-one", "learnable"

@@ -10,6 +10,7 @@ import pytest
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.config import TrainingRun, make_config
 from megatron_skyladder.megatron_lm import flag_rules
+from megatron_skyladder.runtime import console
 from megatron_skyladder.runtime.console import log_to_console
 
 
@@ -37,6 +38,17 @@ def test_what_one_rank_alone_knows_is_seen(said: Callable[..., str]) -> None:
         logging.getLogger("megatron_skyladder.runtime.probe").warning("not finite here")
 
     assert said("0", warn) == said("3", warn) == "SkyLadder: WARNING: not finite here\n"
+
+
+def test_ranks_that_srun_alone_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bridge may be started without torchrun; its processes have Slurm's number alone."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    assert console.rank() == 0
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    assert console.rank() == 5 and not console.is_first_rank()
+    monkeypatch.setenv("RANK", "0")  # torchrun, of a job of Slurm's
+    assert console.is_first_rank()
 
 
 def flags() -> None:

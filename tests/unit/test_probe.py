@@ -356,6 +356,18 @@ def test_a_wrong_gradient_is_found(name):
     assert {fault.what for fault in lost} == {what}
 
 
+def test_no_sum_of_floats_that_a_gpu_refuses_in_deterministic_mode(monkeypatch):
+    """Megatron's --deterministic-mode; torch's own list of what raises on CUDA."""
+    cumsum = torch.Tensor.cumsum
+
+    def checked(tensor, *args, **kwargs):
+        assert not tensor.is_floating_point()
+        return cumsum(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", checked)
+    test_heads_of_values_may_be_of_another_size()
+
+
 def test_nothing_random_is_drawn():
     state = torch.get_rng_state()
     sight = sight_of(np.zeros(16, dtype=np.int64), torch.arange(16)[None], 0, 1)

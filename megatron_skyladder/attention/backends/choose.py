@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,7 @@ BACKENDS: dict[str, type[Backend]] = {
 }
 _HOPPER = (9, 0)
 _WIDEST = 256  # channels of a head for which Transformer Engine finds a fused kernel
+_FA3_DETERMINISTIC = 192  # hopper/flash_api.cpp rounds wider ones to 256
 
 
 class Heads(NamedTuple):
@@ -60,11 +61,19 @@ _USUAL_HEADS = Heads(128, 128)  # where nobody says which
 
 
 class Model(NamedTuple):
-    """What of a model decides which kernels run it."""
+    """What of a layer decides which kernels run it.
+
+    Args:
+        deterministic: whether the model is.
+        heads: sizes of its heads; None: not known.
+        softmax_type: Megatron's.
+        slides: whether a query's keys may begin behind its segment's start, at any step of the run.
+    """
 
     deterministic: bool
     heads: Heads | None
     softmax_type: str
+    slides: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,13 +117,16 @@ class BackendOfCalls(Backend):
         return self._full.attend_full(query, key, value, segments)
 
 
-def make_backend(name: str, *, config: Any, scale: float, **stock_arguments: Any) -> Backend:
+def make_backend(
+    name: str, *, config: Any, scale: float, slides: bool = False, **stock_arguments: Any
+) -> Backend:
     """Build the backend of one layer.
 
     Args:
         name: a key of ``KERNELS`` or ``auto``.
         config: Megatron's TransformerConfig.
         scale: factor on the logits.
+        slides: see `Model`.
         stock_arguments: what Megatron gives to any core attention of this layer.
 
     Raises:
@@ -123,17 +135,25 @@ def make_backend(name: str, *, config: Any, scale: float, **stock_arguments: Any
     heads = Heads(config.kv_channels, config.kv_channels)
     if stock_arguments.get("k_channels") is not None:  # multi-latent attention says so
         heads = Heads(stock_arguments["k_channels"], stock_arguments["v_channels"])
-    choices = choose_backends(
+    choose = partial(
+        choose_backends,
         name,
         config.params_dtype,
         deterministic=bool(config.deterministic_mode),
         heads=heads,
         softmax_type=softmax_type_of(config),
     )
-    if stock_arguments["layer_number"] == 1:
-        for choice in choices:
+    choices = choose(slides=slides)
+    layer = stock_arguments["layer_number"]
+    usual = () if layer == 1 else choose()
+    for choice in choices:
+        if choice not in usual:  # a local layer's kernel may be another than its neighbours'
             logger.info(
-                "attention backend for %s: %s (%s)", choice.call.value, choice.name, choice.reason
+                "attention backend for %s%s: %s (%s)",
+                choice.call.value,
+                "" if layer == 1 else f" in layer {layer}",
+                choice.name,
+                choice.reason,
             )
     built = {
         used: _build(used, heads, config=config, scale=scale, **stock_arguments)
@@ -169,6 +189,7 @@ def choose_backends(
     deterministic: bool = False,
     heads: Heads | None = None,
     softmax_type: str = VANILLA,
+    slides: bool = False,
 ) -> tuple[Choice, Choice, Choice]:
     """Return what runs the full window, windows, and packed calls here.
 
@@ -180,11 +201,12 @@ def choose_backends(
         deterministic: whether the model is.
         heads: sizes of its heads; None: not known, and all kernels are taken to have them.
         softmax_type: Megatron's; but for the default the softmax has a sink.
+        slides: see `Model`.
 
     Raises:
         UsageError: what was named is not installed, or the device cannot run it.
     """
-    model = Model(deterministic, heads, softmax_type)
+    model = Model(deterministic, heads, softmax_type, slides)
     full, windows, packed = (_choose(name, call, dtype, model) for call in Call)
     return full, windows, packed
 
@@ -268,7 +290,7 @@ def unfit(
 
 
 def _unfit(name: str, call: Call, model: Model) -> str | None:
-    deterministic, heads, softmax_type = model
+    deterministic, heads, softmax_type, slides = model
     capability = _capability()
     lowest = KERNELS[name].capability
     if capability < lowest:
@@ -286,6 +308,18 @@ def _unfit(name: str, call: Call, model: Model) -> str | None:
         )
     if name == "fa4" and deterministic and capability[0] == 12:
         return "fa4 in --deterministic-mode on compute capability 12: it has no such backward"
+    if name == "fa4" and capability[0] in (10, 11) and heads == (_WIDEST, _WIDEST):
+        # a kernel of its own: flash_attn/cute/sm100_hd256_2cta_fmha_*.py, August 2026
+        kernel = f"fa4 for heads of {_WIDEST} channels on Blackwell: its kernel for them"
+        if slides:
+            return f"{kernel} does not slide"
+        if deterministic:
+            return f"{kernel} has no deterministic backward"
+    if name == "fa3" and deterministic and heads is not None and max(heads) > _FA3_DETERMINISTIC:
+        return (
+            f"fa3 in --deterministic-mode for heads above {_FA3_DETERMINISTIC} channels: it has no "
+            "such backward"
+        )
     if softmax_type != VANILLA:
         no_sink = _no_sink(name, call, model)
         return None if no_sink is None else f"{name} with a softmax sink: {no_sink}"

@@ -107,7 +107,7 @@ def _documents(batch: HostBatch | None) -> str:
 
 def _judge(found: Findings) -> None:
     """Raise on all ranks what any of them found; all ranks have to call this."""
-    not_finite = _first_of_all(found.not_finite)
+    not_finite = first_of_all(found.not_finite)
     if not_finite is not None and torch.distributed.get_rank() == 0:
         logger.warning(
             "the model's numbers are not finite: the queries, keys or values that %s makes of the "
@@ -116,7 +116,7 @@ def _judge(found: Findings) -> None:
             not_finite,
         )
     for faults in (found.faults, found.lost):  # a wrong mask has wrong gradients too
-        fault = _first_of_all("; ".join(faults[:_SHOWN_FAULTS]) or None)
+        fault = first_of_all("; ".join(faults[:_SHOWN_FAULTS]) or None)
         if fault is not None:
             raise MaskProbeError(
                 f"the attention mask is not applied as the schedule says. {fault}. Check that the "
@@ -129,7 +129,7 @@ def _judge(found: Findings) -> None:
 _SHOWN_FAULTS = 3
 
 
-def _first_of_all(text: str | None) -> str | None:
+def first_of_all(text: str | None) -> str | None:
     """Return the text of the first rank that has one, on all ranks."""
     size = torch.distributed.get_world_size()
     rank = torch.distributed.get_rank() if text is not None else size

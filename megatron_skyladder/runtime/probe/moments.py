@@ -162,9 +162,9 @@ def sequence_faults(
     if not documents:
         return []
     seen = {_signature(batch["tokens"]) for batch in batches if batch is not None}
-    if len(seen) > 1:
-        return ["the model chunks of this rank read different sequences first"]
     faults = []
+    if len(seen) > 1:  # and on: the others wait in the reductions below
+        faults.append("the model chunks of this rank read different sequences first")
     groups: dict[str, Any] = {"pipeline stages": trainer.groups.pp}
     groups["context-parallel ranks"] = trainer.groups.cp
     groups["tensor-parallel ranks"] = trainer.groups.tp  # the first alone reads, or all do

@@ -279,10 +279,12 @@ def _wrong_means(
     size = min(answer.shape[-1], _MEAN_CHANNELS)
     everywhere = torch.arange(sight.num_positions, device=answer.device)
     whole = vectors(everywhere * num_groups + group, size, VALUE_SALT)
-    sums = torch.nn.functional.pad(whole.double().cumsum(dim=0), (0, 0, 1, 0))
+    # halves, counted as integers: until 2.13 at least torch sums floats on a GPU in no fixed order,
+    # which it refuses under Megatron's --deterministic-mode
+    sums = torch.nn.functional.pad((2 * whole).long().cumsum(dim=0), (0, 0, 1, 0))
     first = sight.first[sight.own]
     visible = (sight.own - first + 1)[..., None]
-    mean = (sums[sight.own + 1] - sums[first]) / visible
+    mean = (sums[sight.own + 1] - sums[first]).double() / (2 * visible)
     deviation = (answer[..., :size] - mean).square().mean(dim=-1).sqrt()
     unit = LEVEL_RMS / visible[..., 0].sqrt()
     return ~(deviation <= tolerance * unit)
