@@ -1,5 +1,7 @@
 """The one class of errors that are not bugs."""
 
+STOPPED = 130  # exit code of a command that Ctrl-C has ended, as the shell gives
+
 
 class UsageError(ValueError):
     """What was asked for cannot be done, and whoever started the run can change that.

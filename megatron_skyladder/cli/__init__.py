@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_skyladder import __version__
 from megatron_skyladder.cli import completion
+from megatron_skyladder.errors import STOPPED
 
 # Listed by name and imported on use: --help must not wait for numpy, let alone for Megatron.
 COMMANDS = {
@@ -122,6 +123,9 @@ def _run(parsed: argparse.Namespace) -> int:
         return 1
     except (OSError, ValueError) as error:
         return _report(error, parsed.command)
+    except KeyboardInterrupt:
+        print(f"\nskyladder {parsed.command}: stopped", file=sys.stderr)
+        return STOPPED
 
 
 def _report(error: Exception, command: str) -> int:

@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder import measured
 from megatron_skyladder.ladder.kernels import KERNELS
 
 # of gpu_check.phases, which loads torch
@@ -80,8 +82,14 @@ def run(arguments: argparse.Namespace) -> int:
         print(line, flush=True)
 
     report = phases.run(bench, folder, names, fresh=arguments.fresh, tell=tell)
-    table = phases.write_table(bench, report, folder)
-    wrong = phases.failures(report)
+    wrong, table = phases.failures(report), None
+    try:
+        table = phases.write_table(bench, report, folder)
+    except (OSError, UsageError) as error:
+        wrong.append(
+            f"the table of measured times could not be written: {error}. Name a file that can be "
+            f"with {measured.VARIABLE} and give the command again: what is done is kept."
+        )
     for text in wrong:
         print(f"FAILED {text}")
     print(f"report: {page.write_page(report, folder)}, figures: {folder / phases.FILE}")

@@ -16,6 +16,7 @@ from megatron_skyladder.demo.runs import RATE
 from megatron_skyladder.files import write_text
 from megatron_skyladder.terminal import Progress
 
+EXPORTED = "exported"  # folder of both models
 GENERATING = ("transformers", "safetensors")
 
 DESCRIPTION = """\
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         if training.is_finished():
             print(f"{training.name}: finished earlier, in {training.folder}")
             continue
+        for name in (training.name, f"{training.name}.partial"):  # of the run that this replaces
+            shutil.rmtree(output / EXPORTED / name, ignore_errors=True)
         print(
             f"\n{training.name}: {training.train_iters} steps on {NUM_RANKS} ranks, sequences of "
             f"{SEQ_LENGTH} tokens; log in {training.log}"
@@ -177,5 +180,5 @@ def _generate(output: Path, runs: list[Any]) -> None:
         print(f"no lines from the models: {', '.join(missing)} not installed (pip install them)")
         return
     for run in runs:
-        folder = generation.export_run(run.checkpoints, output / "exported" / run.name)
+        folder = generation.export_run(run.checkpoints, output / EXPORTED / run.name)
         print(f"{folder}: {generation.line_of(folder)}")

@@ -13,6 +13,7 @@ from megatron_skyladder.data import packed, tokenizer_flags, tool_flags
 from megatron_skyladder.data.prepare import Request, prepare
 from megatron_skyladder.data.progress import Progress
 from megatron_skyladder.data.sources import FORMATS
+from megatron_skyladder.errors import STOPPED
 
 DESCRIPTION = """\
 Encode text with a tokenizer and write it as Megatron reads it: PREFIX_text_document.bin and .idx.
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         display.end()
         print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return STOPPED
     finally:
         display.end()
     folder = os.path.dirname(args.output_prefix)

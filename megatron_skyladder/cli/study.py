@@ -16,13 +16,12 @@ from typing import Any
 
 from megatron_skyladder import terminal
 from megatron_skyladder.cli.prepare import ProgressDisplay, available_cores
-from megatron_skyladder.errors import UsageError
+from megatron_skyladder.errors import STOPPED, UsageError
 from megatron_skyladder.files import write_bytes, write_text
 from megatron_skyladder.study.settings import LOWEST_PRIORITY
 
 DEFAULT_CONFIG, DEFAULT_OUTPUT = "examples/study.ini", "study"
 NEEDED = ("torch", "megatron", "tokenizers", "transformers", "safetensors")
-STOPPED = 130  # exit code, as that of a program that Ctrl-C ended
 
 DESCRIPTION = """\
 Train the runs of a study on Megatron's own trainer without a GPU, one core for each, at the lowest

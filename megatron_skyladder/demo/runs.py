@@ -104,7 +104,11 @@ class Run:
 
     def is_finished(self) -> bool:
         """Return whether an earlier call has brought this run to its end."""
-        return (self.folder / "finished").exists() and self.checkpoints.exists()
+        return self._finished.exists() and self.checkpoints.exists()
+
+    @property
+    def _finished(self) -> Path:
+        return self.folder / "finished"
 
     def train(
         self, data_prefix: Path, tokenizer: Path, on_step: Callable[[int, int, float], None]
@@ -120,6 +124,7 @@ class Run:
             RuntimeError: training failed; the message has the end of its log.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._finished.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # of a run that was cut off
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -150,4 +155,4 @@ class Run:
                 f"the {self.name} run ended with exit code {process.returncode}; the end of "
                 f"{self.log}:\n{tail}"
             )
-        (self.folder / "finished").touch()
+        self._finished.touch()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import fcntl
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,21 @@ from megatron_skyladder.files import sha256, write_text
 MANIFEST = "MANIFEST.json"
 LOCK = ".manifest.lock"
 FORMAT = 1
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[None]:
+    """Name a file that cannot be read to its end; gzip and json do not.
+
+    Raises:
+        UsageError: in the place of what they raise.
+    """
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise UsageError(
+            f"{path} cannot be read: {error}. It was cut off, or is another file: fetch it again."
+        ) from None
 
 
 @dataclass(frozen=True)

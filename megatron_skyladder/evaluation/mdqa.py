@@ -9,9 +9,10 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.evaluation.data import Prompt
+from megatron_skyladder.evaluation.data import Prompt, whole_file
 
 DOCUMENTS = 30
 PLACES = (0, 4, 9, 14, 19, 24, 29)
@@ -47,8 +48,7 @@ def prompts(folder: Path) -> list[Prompt]:
     asked: list[list[object]] = []  # the questions of each place
     for place in PLACES:
         asked.append([])
-        for number, line in enumerate(_lines(folder / file_of(place))):
-            row = json.loads(line)
+        for number, row in enumerate(_rows(folder / file_of(place))):
             found.append(_prompt(row, place, number))
             asked[-1].append(row["question"])
         if asked[-1] != asked[0]:  # errors and pairs go by the question's number
@@ -64,9 +64,9 @@ def question_of(prompt_id: str) -> str:
     return prompt_id.partition("/")[2]
 
 
-def _lines(path: Path) -> list[str]:
-    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-        return [line for line in file if line.strip()]
+def _rows(path: Path) -> list[Any]:
+    with whole_file(path), gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file if line.strip()]
 
 
 def _prompt(row: dict[str, object], place: int, number: int) -> Prompt:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.evaluation.data import Question
+from megatron_skyladder.evaluation.data import Question, whole_file
 from megatron_skyladder.evaluation.tasks import (
     CHOICE,
     CLOZE,
@@ -153,7 +153,7 @@ def _requests(folder: Path) -> _Requests:
     if not path.exists():
         raise UsageError(f"{path} is not there: needed is the package {SOURCE}, unpacked.")
     found: dict[int, list[dict[str, Any]]] = {}
-    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as lines:
+    with whole_file(path), gzip.open(path, "rt", encoding="utf-8", newline="\n") as lines:
         for line in lines:
             row = json.loads(line)
             found.setdefault(row["doc_id"], []).append(row)

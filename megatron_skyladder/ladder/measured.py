@@ -6,7 +6,10 @@ library only.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +21,8 @@ from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.kernels import KERNELS, Call
 
 VARIABLE = "SKYLADDER_MEASURED"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,16 @@ def path(environment: Mapping[str, str] | None = None) -> Path:
     environment = os.environ if environment is None else environment
     if environment.get(VARIABLE):
         return Path(environment[VARIABLE])
-    cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "megatron-skyladder" / "attention.json"
+    return cache_folder(environment) / "attention.json"
+
+
+def cache_folder(environment: Mapping[str, str] | None = None) -> Path:
+    """Return the folder that this user's commands keep things in, below ``$XDG_CACHE_HOME``."""
+    environment = os.environ if environment is None else environment
+    cache = Path(environment.get("XDG_CACHE_HOME") or "~/.cache")
+    with contextlib.suppress(RuntimeError):  # nobody says where the home is
+        cache = cache.expanduser()
+    return cache / "megatron-skyladder"
 
 
 def read(device: str, file: Path | None = None) -> Measured | None:
@@ -62,7 +75,15 @@ def read(device: str, file: Path | None = None) -> Measured | None:
     Raises:
         UsageError: the file is damaged, or names a kernel that is not known.
     """
-    entry = _entries(file or path()).get(device)
+    try:
+        entry = _entries(file or path()).get(device)
+    except OSError as error:  # on one node of many, perhaps, and for a table that only helps
+        logger.warning(
+            "%s cannot be read (%s), so --skyladder-attention-backend auto goes by its own order",
+            file or path(),
+            error.strerror or error,
+        )
+        return None
     if entry is None:
         return None
     try:
@@ -82,20 +103,24 @@ def write(measured: Measured, file: Path | None = None) -> Path:
     """Add a GPU to the file, or replace what it says of it; return the file."""
     file = file or path()
     file.parent.mkdir(parents=True, exist_ok=True)
-    entries = _entries(file)
-    entries[measured.device] = {
-        "date": measured.date,
-        "milliseconds": {call.name: dict(each) for call, each in measured.milliseconds.items()},
-    }
-    files.write_text(file, json.dumps(entries, indent=2) + "\n")
+    with file.with_name(f".{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two kinds of GPU, one home folder
+        entries = _entries(file)
+        entries[measured.device] = {
+            "date": measured.date,
+            "milliseconds": {call.name: dict(each) for call, each in measured.milliseconds.items()},
+        }
+        files.write_text(file, json.dumps(entries, indent=2) + "\n")
     return file
 
 
 def _entries(file: Path) -> dict[str, Any]:
-    if not file.exists():
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = json.loads(text)
         if not isinstance(entries, dict):
             raise ValueError("not an object")
     except ValueError as error:

@@ -281,6 +281,22 @@ def documents_of_another_batch() -> None:
     document_mask.fragment_offsets = of_another
 
 
+def another_kernel_on_rank_1() -> None:
+    """Let rank 1 choose for packed calls what the other ranks have not."""
+    from megatron_skyladder.attention.backends import choose
+
+    usual = choose._choose
+
+    def other(name: Any, call: Any, *args: Any) -> Any:
+        found = usual(name, call, *args)
+        if os.environ["RANK"] != "1" or call is not choose.Call.PACKED:
+            return found
+        return choose.Choice(call, "flash", "this node alone has it")
+
+    choose._choose = other
+    choose.BACKENDS["flash"] = choose.SdpaBackend  # which runs without a GPU
+
+
 def second_chunk_reads_others() -> None:
     """Let the chunks of a stage begin with different sequences, where a rank reads any."""
     from megatron_skyladder.runtime import probe

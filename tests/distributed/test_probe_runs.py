@@ -192,6 +192,17 @@ def test_a_stage_without_our_attention_is_none_of_that(trainer: Trainer) -> None
     assert run.of("step")
 
 
+def test_ranks_with_another_kernel_are_named(trainer: Trainer) -> None:
+    """The loss is the same, so nothing but the time of every step would show it."""
+    flags = f"--train-samples 16 --micro-batch-size 2 {LINEAR} --tensor-model-parallel-size 2"
+    run = trainer.train(flags, num_processes=2, load=False, broken="another_kernel_on_rank_1")
+    assert run.of("step")
+    assert "on 1 of 2 ranks by another kernel, first on rank 1 (" in run.log()
+    assert ") by flash: this node alone has it. Every step waits" in run.log()
+    assert run.log().count("by another kernel") == 1
+    assert "by another kernel" not in run.log(1)
+
+
 def test_weights_that_are_not_finite_are_no_fault_of_the_mask(trainer: Trainer) -> None:
     """Megatron's own check, switched off here, would end the run at the first loss."""
     run = trainer.train(

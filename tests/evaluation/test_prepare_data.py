@@ -58,7 +58,7 @@ def test_a_folder_is_prepared_once(
         (("standard", "long"), {"reading_from": Path("x")}, "reading"),
         (("squad",), {"mdqa_from": Path("x")}, "long"),
         (("niah_multikey_2",), {"package": Path("x")}, "standard"),
-        (("mdqa", "race"), {"tokenizer": Path("x")}, "long"),
+        (("mdqa", "race_high"), {"tokenizer": Path("x")}, "long"),
     ],
 )
 def test_files_of_tasks_that_are_not_asked_for_are_refused(
@@ -129,6 +129,35 @@ def test_processes_that_write_at_once(tmp_path: Path) -> None:
     assert [process.wait(60) for process in processes] == [0, 0, 0]
     data = DataFolder(tmp_path)
     assert len(data.entries) == 60 and all(map(data.is_whole, data.entries))
+
+
+def test_a_download_that_was_cut_off_is_named_and_the_rest_is_prepared(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for place in mdqa.PLACES:
+        content = gzip.compress(b'{"question": "q"}\n' * 1000)
+        (folder / mdqa.file_of(place)).write_bytes(content[: len(content) // 2])
+    (folder / "race_high_test.jsonl").write_text('{"article": "cut')
+    wanted = Wanted(suites=("mdqa", "race_high"), mdqa_from=folder, reading_from=folder)
+    missing = prepare.prepare(tmp_path / "data", wanted, silent).missing
+    assert set(missing) == {"mdqa", "race_high"}
+    assert missing["mdqa"].startswith(f"{folder / mdqa.file_of(0)} cannot be read: Compressed file")
+    assert missing["race_high"].startswith(
+        f"{folder / 'race_high_test.jsonl'} cannot be read: Unter"
+    )
+
+
+def test_a_cache_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only home, as in containers: its tasks are missing, the others are prepared."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(prepare, "CACHE", tmp_path / "file" / "cache")
+    wanted = Wanted(suites=("openbookqa", "mdqa"), mdqa_from=tmp_path)
+    missing = prepare.prepare(tmp_path / "data", wanted, silent).missing
+    assert set(missing) == {"openbookqa", "mdqa"}
+    assert f"cannot be unpacked in {tmp_path / 'file' / 'cache'}" in missing["openbookqa"]
+    assert "XDG_CACHE_HOME" in missing["openbookqa"]
 
 
 def test_names_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

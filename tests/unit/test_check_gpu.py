@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -206,6 +207,30 @@ def test_a_phase_that_breaks_is_reported_and_tried_again(
     (tmp_path / "check.json").write_text("{")  # cut off while it was written
     phases.run(bench, tmp_path, ["facts"])
     assert len(calls) == 4
+
+
+def test_a_table_that_cannot_be_written_hides_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A home folder that is full or read-only, after half an hour of a GPU's time."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    found = phases.Phase("facts", "", lambda *_: Result({"fine": 1}), 1)
+    monkeypatch.setattr(phases, "PHASES", {"facts": found})
+    monkeypatch.setattr(measured, "write", refuse)
+    monkeypatch.setattr("megatron_skyladder.cpu.engine.install", lambda: None)
+    monkeypatch.setattr(phases, "table", lambda *_: object())
+    out = tmp_path / "out"
+    arguments = argparse.Namespace(
+        toy=True, phase=["facts"], backends=None, output=str(out), fresh=False
+    )
+    assert check_gpu.run(arguments) == 1
+    said = capsys.readouterr().out
+    assert "FAILED the table of measured times could not be written: [Errno 30] Read-only" in said
+    assert "SKYLADDER_MEASURED" in said and "1 failures" in said
+    assert (out / "check.html").exists()
 
 
 @pytest.mark.parametrize("upgraded", ["flash-attn", "transformer-engine", "cudnn"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert measured.read("NVIDIA H100", file) == H100
     assert measured.read("NVIDIA A100", file) == other
     assert measured.read("NVIDIA B200", file) is None
-    assert [path.name for path in file.parent.iterdir()] == ["attention.json"]
+    names = sorted(path.name for path in file.parent.iterdir())
+    assert names == [".attention.json.lock", "attention.json"]
 
 
 def test_order_and_reason() -> None:
@@ -41,6 +43,34 @@ def test_where_the_file_is() -> None:
     expected = Path("~/.cache/megatron-skyladder/attention.json").expanduser()
     assert measured.path({}) == expected
     assert measured.read("NVIDIA H100", Path("/nowhere/at/all")) is None
+
+
+def test_a_table_that_cannot_be_read_is_no_reason_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A home folder that this node cannot read: one of many may be so, and `auto` only likes it."""
+
+    def refuse(self: Path, **_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert measured.read("NVIDIA H100", tmp_path / "a.json") is None
+    assert f"{tmp_path / 'a.json'} cannot be read (Permission denied), so" in caplog.text
+
+    def nobody(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    assert measured.path({}) == Path("~/.cache/megatron-skyladder/attention.json")
+
+
+def test_two_kinds_of_gpu_at_once(tmp_path: Path) -> None:
+    """Each adds its own: none of 20 is lost."""
+    file = tmp_path / "attention.json"
+    with ThreadPoolExecutor(10) as pool:
+        made = [Measured(f"GPU {number}", "2026-11-30", H100.milliseconds) for number in range(20)]
+        assert set(pool.map(lambda each: measured.write(each, file), made)) == {file}
+    assert all(measured.read(each.device, file) == each for each in made)
 
 
 @pytest.mark.parametrize(

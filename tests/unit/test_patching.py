@@ -472,6 +472,18 @@ def test_an_anchor_that_cannot_be_read(anchor):
         definitions.parse(f"[a]\nreason = r\ninsert = x\nfile = f\nat = {anchor}\n")
 
 
+def test_a_full_disk_leaves_nothing_behind(tree, capsys, monkeypatch):
+    before = sorted(path for path in tree.rglob("*"))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkout.os, "fchmod", full)
+    assert main(["patch", "apply", str(tree)]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(path for path in tree.rglob("*")) == before
+
+
 def test_a_write_that_fails_half_way_is_undone(tree, capsys, monkeypatch):
     before = contents(tree)
     replace, calls = os.replace, []

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_skyladder import terminal
+from megatron_skyladder.cli import main
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 ROWS = [["name", "share", "[x]"], ["a [red]b[/red]", "1", ""], ["c", "22", ":smile:"]]
@@ -145,3 +146,14 @@ def test_commands_cut_nothing_off_on_a_narrow_terminal(command: str) -> None:
     shown = ESCAPE.sub("", on_terminal(code, columns=60))
     letters = re.sub(r"\s", "", done.stdout)  # folded cells: as many letters, in another order
     assert sorted(re.sub(r"\s", "", shown)) == sorted(letters)
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_skyladder.cli.plan.run", interrupted)
+    assert main(["plan", "--preset", "1b-8k"]) == 130
+    assert capsys.readouterr().err == "\nskyladder plan: stopped\n"

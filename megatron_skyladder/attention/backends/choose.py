@@ -85,6 +85,14 @@ class Choice:
     reason: str
 
 
+_made: dict[tuple[Call, bool], Choice] = {}
+
+
+def made() -> dict[str, Choice]:
+    """Return what the layers of this process were built with, by the kind of call."""
+    return {f"{call.value}{', sliding' * slides}": it for (call, slides), it in _made.items()}
+
+
 class BackendOfCalls(Backend):
     """Hands each kind of call to the backend that was chosen for it."""
 
@@ -144,6 +152,7 @@ def make_backend(
         softmax_type=softmax_type_of(config),
     )
     choices = choose(slides=slides)
+    _made.update({(choice.call, slides): choice for choice in choices})
     layer = stock_arguments["layer_number"]
     usual = () if layer == 1 else choose()
     for choice in choices:

@@ -10,7 +10,6 @@ passes differ between builds, of which there are no releases: `ladder.kernels` r
 
 from __future__ import annotations
 
-import os
 from typing import Any, NoReturn
 
 import torch
@@ -22,7 +21,6 @@ from megatron_skyladder.attention.segments import Segments
 from megatron_skyladder.errors import UsageError
 
 _MOST_SEGMENTS = 65_535  # of a call of FlashAttention 2, which has them in the grid's second axis
-_CACHE_ENABLED = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 
 
 class _Flash(Backend):
@@ -175,8 +173,6 @@ class FlashCuteBackend(_Flash):
 
     @staticmethod
     def _import() -> Any:
-        # kernels are compiled on first use; kept on disk, a job of many ranks does so once
-        os.environ.setdefault(_CACHE_ENABLED, "1")
         from flash_attn.cute import flash_attn_varlen_func
 
         return flash_attn_varlen_func

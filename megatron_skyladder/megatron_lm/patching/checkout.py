@@ -196,9 +196,13 @@ def _write_beside(path: Path, content: bytes) -> Path:
     """Write a temporary file in the same folder, with the mode and owner of the original."""
     original = path.stat()
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(handle, "wb") as temporary:
-        temporary.write(content)
-        os.fchmod(temporary.fileno(), original.st_mode & 0o7777)
-        with contextlib.suppress(PermissionError):
-            os.fchown(temporary.fileno(), original.st_uid, original.st_gid)
+    try:
+        with os.fdopen(handle, "wb") as temporary:
+            temporary.write(content)
+            os.fchmod(temporary.fileno(), original.st_mode & 0o7777)
+            with contextlib.suppress(PermissionError):
+                os.fchown(temporary.fileno(), original.st_uid, original.st_gid)
+    except BaseException:  # a full disk, and nobody knows the name yet
+        os.unlink(name)
+        raise
     return Path(name)
