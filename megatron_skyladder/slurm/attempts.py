@@ -19,12 +19,15 @@ attempt that ends without a word differs from one that was asked to stop.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_skyladder.files import write_text
 from megatron_skyladder.slurm import checkpoints
@@ -189,8 +192,9 @@ class RunFolder:
         """Write what is known of an attempt, and point to it as the latest."""
         folder = self.attempt_folder(attempt.number)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "attempt.json", json.dumps(asdict(attempt), indent=1) + "\n")
+        # in this order: the job script finds an attempt that has a record, whenever it is killed
         write_text(self.path / "attempt", f"{folder}\n")
+        write_text(folder / "attempt.json", json.dumps(asdict(attempt), indent=1) + "\n")
 
     def close_earlier(self) -> None:
         """Note how attempts ended that could not say so themselves."""
@@ -198,8 +202,7 @@ class RunFolder:
         for attempt in self.attempts():
             if attempt.outcome != RUNNING:
                 continue
-            signal = self.attempt_folder(attempt.number) / "signal"
-            outcome = signal.read_text().strip() if signal.exists() else VANISHED
+            outcome = _noted_signal(self.attempt_folder(attempt.number)) or VANISHED
             closed = replace(attempt, outcome=outcome, end_iteration=newest)
             self.write(replace(closed, reason=_REASONS.get(outcome, "")))
 
@@ -262,7 +265,7 @@ def failure_reason(folder: Path, exit_code: int) -> str:
 
     The first by the clock: when one rank fails, the others soon complain about its silence.
     """
-    errors = [json.loads(path.read_text()) for path in folder.glob("error.*.json")]
+    errors = list(_reported_errors(folder))
     if errors:
         first = min(errors, key=lambda error: error["time"])
         return f"rank {first['rank']}: {first['message']}"
@@ -272,6 +275,25 @@ def failure_reason(folder: Path, exit_code: int) -> str:
             hint = " (SIGKILL: often out of host memory)" if codes[-1] == "-9" else ""
             return f"a rank ended with {codes[-1]}{hint}, see {log}"
     return f"the training step ended with {exit_code}, see the logs in {folder}"
+
+
+def _reported_errors(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield what ranks reported, but for reports that are cut off: one must not hide the others."""
+    for path in folder.glob("error.*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            yield json.loads(path.read_text())
+
+
+def _noted_signal(folder: Path) -> str | None:
+    """Return what SLURM asked an attempt for, as the job script noted it; None: nothing.
+
+    A shell writes it, and leaves an empty file on a full disk: a signal came, and which is lost.
+    """
+    path = folder / "signal"
+    if not path.exists():
+        return None
+    said = path.read_text(errors="replace").strip()
+    return said if said == TIME_LIMIT else TERMINATED
 
 
 def _from_json(text: str) -> Attempt:

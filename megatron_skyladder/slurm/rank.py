@@ -8,6 +8,7 @@ patched checkout's ``pretrain_gpt.py``. The folders come from the environment, s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -16,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_skyladder.files import write_text
 from megatron_skyladder.slurm import masking
 
 RUN_VARIABLE = "SKYLADDER_RUN_DIR"
@@ -61,7 +63,8 @@ def _log_to(path: Path) -> None:
 def _report_error(attempt: Path, rank: int, message: str) -> None:
     message = masking.mask(message.strip(), os.environ)[:2000]  # it gets into status.txt
     report = {"rank": rank, "time": time.time(), "message": message}
-    (attempt / f"error.{rank:04}.json").write_text(json.dumps(report) + "\n")
+    with contextlib.suppress(OSError):  # a full disk, say; the error itself goes on
+        write_text(attempt / f"error.{rank:04}.json", json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":

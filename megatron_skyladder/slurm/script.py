@@ -217,7 +217,8 @@ def submit_run(
 ) -> list[str]:
     """Write the run folder, submit its script and return the jobs' ids.
 
-    Where nothing is submitted, the folder is left as it was found.
+    Where nothing is submitted, the folder is left as it was found. Where that is not known, as the
+    controller did not answer in time or somebody pressed Ctrl-C, it is ready for the job.
 
     Args:
         settings: of the run.
@@ -227,7 +228,8 @@ def submit_run(
         allow_changes: see `write_run_folder`.
 
     Raises:
-        ValueError: the folder has another run, a variable is missing, or sbatch refuses a job.
+        ValueError: the folder has another run, a variable is missing, sbatch refuses a job, or it
+            is interrupted.
     """
     _need_sbatch()
     _check_passed(settings)
@@ -239,16 +241,24 @@ def submit_run(
         words = ["--parsable", *export_option(settings), str(Path(settings.folder) / SCRIPT_NAME)]
         for _ in range(times):
             ids.append(sbatch(*words, variables=settings.secrets).split(";")[0])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        why = "interrupted while sbatch was at work" if interrupted else str(error)
+        # the controller may have taken the job all the same
+        unsure = interrupted or "timed out" in why
+        look = f"Look with squeue --name={Path(settings.folder).name} whether"
         if ids:
+            one_more = f" {look} there is one more." if unsure else ""
             raise ValueError(
-                f"{error}\n{len(ids)} of {times} jobs are submitted ({', '.join(ids)}) and will "
-                "train; give the command again with the number that is missing, or scancel them."
+                f"{why}\n{len(ids)} of {times} jobs are submitted ({', '.join(ids)}) and will "
+                f"train.{one_more} Give the command again with the number that is missing, or "
+                "scancel them."
             ) from None
-        if "timed out" in str(error):  # the controller may have taken the job all the same
+        if unsure:
             raise ValueError(
-                f"{error}\nLook with squeue --name={Path(settings.folder).name} whether the job is "
-                "there before you submit again."
+                f"{why}\n{look} the job is there before you submit again. If it is not: the run "
+                "folder has the settings of this command, so give it again, or another one with "
+                "--allow-changes."
             ) from None
         files.restore()
         raise

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -519,7 +522,7 @@ def test_a_chain_of_which_some_jobs_are_refused(
     assert main([*words, "--chain", "5"]) == 1
     error = capsys.readouterr().err
     assert "sbatch refuses the job: limit" in error
-    assert "2 of 5 jobs are submitted (1, 2) and will train" in error
+    assert "2 of 5 jobs are submitted (1, 2) and will train. Give the command again" in error
     assert (tmp_path / "run" / "settings.json").exists()
 
 
@@ -529,8 +532,50 @@ def test_a_submission_that_times_out_may_have_been_taken(
     fake_sbatch(tmp_path, monkeypatch, "echo 'Socket timed out on send/recv' >&2; exit 1")
     words = ["slurm", str(EXAMPLES[1]), "--run-dir", str(tmp_path / "run"), "--submit"]
     assert main(words) == 1
-    assert "Look with squeue --name=run whether the job is there" in capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"Socket timed out on send/recv {LOOK}" in error
     assert (tmp_path / "run" / "settings.json").exists()
+
+
+LOOK = (
+    "Look with squeue --name=run whether the job is there before you submit again. If it is not: "
+    "the run folder has the settings of this command, so give it again, or another one with "
+    "--allow-changes."
+)
+
+
+@pytest.mark.parametrize("taken", [0, 2])
+def test_a_submission_that_is_interrupted_may_have_been_taken(tmp_path: Path, taken: int) -> None:
+    """Ctrl-C while sbatch waits for the controller, at the first job or at the third of a chain."""
+    run, sbatch = tmp_path / "run", tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    count = f"echo >> {tmp_path}/n; n=$(wc -l < {tmp_path}/n)"
+    interrupt = "kill -INT $PPID; exec sleep 60"
+    sbatch.write_text(f"#!/bin/sh\n{count}; [ $n -gt {taken} ] || exec echo 7$n\n{interrupt}\n")
+    sbatch.chmod(0o755)
+    words = [str(EXAMPLES[1]), "--run-dir", str(run), "--submit", "--chain", "5"]
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_skyladder", "slurm", *words],
+        env={**os.environ, "PATH": f"{sbatch.parent}:/usr/bin:/bin"},
+        # a shell that runs the tests in the background lets them ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    error = " ".join(done.stderr.split())
+    assert "skyladder slurm: interrupted while sbatch was at work" in error
+    if taken:
+        assert (
+            "2 of 5 jobs are submitted (71, 72) and will train. Look with squeue --name=run "
+            "whether there is one more. Give the command again with the number that is missing"
+            in error
+        )
+    else:
+        assert error.endswith(LOOK)
+    assert (run / "settings.json").exists() and (run / "submitted").exists()
 
 
 # --- secrets --------------------------------------------------------------------------------------

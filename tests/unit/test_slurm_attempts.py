@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_skyladder.slurm import gate, node
+from megatron_skyladder.slurm import attempts, gate, node
 from megatron_skyladder.slurm.attempts import RunFolder, failure_reason
 from megatron_skyladder.slurm.checkpoints import TRACKER
 from megatron_skyladder.slurm.settings import BRIDGE_ENTRY, Environment, Settings
@@ -424,6 +424,50 @@ def test_the_first_error_by_the_clock_is_the_reason(run: Run) -> None:
     run.error(3, 7.1, "OutOfMemoryError: CUDA out of memory")
     reason = failure_reason(run.attempt_folder(), 1)
     assert reason == "rank 3: OutOfMemoryError: CUDA out of memory"
+
+
+@pytest.mark.parametrize(
+    "report",
+    ["", '{"rank": 0, "time": 0.5, "mess', "\0" * 64],
+    ids=["empty", "cut off", "blocks without data"],
+)
+def test_a_report_that_is_cut_off_hides_no_other(run: Run, report: str) -> None:
+    """A full disk or a killed rank leaves one; the run goes on as after any failure."""
+    run.begin()
+    run.error(3, 7.1, "OutOfMemoryError: CUDA out of memory")
+    (run.attempt_folder() / "error.0000.json").write_text(report)
+    (run.attempt_folder() / "error.0001.json").write_bytes(b'{"message": "\xc3')
+    assert run.end(exit_code=1) == GO_ON
+    assert run.headline.endswith("(crashed: rank 3: OutOfMemoryError: CUDA out of memory)")
+    run.begin()
+    (run.attempt_folder() / "error.0000.json").write_text(report)
+    assert run.end(exit_code=1) == GO_ON
+    assert "crashed: the training step ended with 1, see the logs in" in run.headline
+    assert len(run.folder.failures_in_a_row()) == 2
+
+
+@pytest.mark.parametrize("note", ["", "\0" * 11], ids=["empty", "blocks without data"])
+def test_a_note_of_a_signal_that_is_cut_off_still_is_one(run: Run, note: str) -> None:
+    for _ in range(4):
+        assert run.begin() == TRAIN
+        (run.attempt_folder() / "signal").write_text(note)
+    assert run.outcomes == ["terminated"] * 3 + ["running"]
+
+
+def test_the_latest_attempt_is_named_before_it_is_begun(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job script looks there for the attempt whose check was killed."""
+    written: list[str] = []
+    write = attempts.write_text
+
+    def note(path: Path, text: str) -> None:
+        written.append(path.name)
+        write(path, text)
+
+    monkeypatch.setattr(attempts, "write_text", note)
+    run.begin()
+    assert written[:2] == ["attempt", "attempt.json"]
 
 
 def test_a_killed_rank_leaves_its_exit_code(run: Run) -> None:

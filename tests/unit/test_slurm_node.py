@@ -145,6 +145,24 @@ def test_exit_codes_are_reported(ranks: Ranks) -> None:
     assert ranks.error() == "exit code 3"
 
 
+@pytest.mark.parametrize(
+    ("text", "code"), [("sys.exit(3)", 3), ("raise MemoryError('none left')", 1)]
+)
+def test_a_full_disk_neither_hides_an_error_nor_leaves_a_part_of_it(
+    ranks: Ranks, text: str, code: int
+) -> None:
+    full = "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+    assert ranks.rank(full + text) == code
+    assert not ranks.has_error
+
+
+def test_a_report_that_cannot_be_written_is_not_the_last_word(ranks: Ranks) -> None:
+    (ranks.attempt / "error.0000.json").mkdir()
+    assert ranks.rank("raise MemoryError('none left')") == 1
+    assert ranks.log().splitlines()[-1] == "MemoryError: none left"
+    assert "IsADirectoryError" not in ranks.log()
+
+
 def test_what_a_rank_leaves_with_is_reported(ranks: Ranks) -> None:
     assert ranks.rank("import sys; sys.exit('rank 0: the checkpoint is unreadable')") == 1
     assert ranks.error() == "the checkpoint is unreadable"

@@ -33,10 +33,14 @@ def tell(line):
 tell(" ".join([module, *words]))
 if module == "gate":
     if words[0] == "begin":
-        (folder / "run/attempts/001").mkdir(parents=True)
-        (folder / "run/attempt").write_text("FOLDER/run/attempts/001")
+        if not (folder / "killed").exists():
+            attempt = folder / "run/attempts/001"
+            attempt.mkdir(parents=True)
+            (attempt / "attempt.json").write_text((folder / "record").read_text())
+            (folder / "run/attempt").write_text(str(attempt))
         if (folder / "early").exists():
-            os.kill(os.getppid(), signal.SIGUSR1)
+            for name in (folder / "early").read_text().split():
+                os.kill(os.getppid(), signal.Signals[name])
     sys.exit(int((folder / f"answer.{words[0]}").read_text()))
 value = os.environ
 tell(f"attempt {value['SKYLADDER_ATTEMPT_DIR']} {value['MASTER_ADDR']}:{value['MASTER_PORT']}")
@@ -91,6 +95,11 @@ echo "sleep $*" >> FOLDER/calls
 """
 
 
+def begun_attempt(restarts: int = 0) -> Attempt:
+    """What the gate notes when the job begins an attempt."""
+    return Attempt(1, "40007", restarts, "alpha,beta", 0.0, 0)
+
+
 class Job:
     """A job script that can be started without Slurm."""
 
@@ -104,8 +113,15 @@ class Job:
         self._write("set-up/python", PYTHON)
         self._write("bin/srun", SRUN)
         self._write("bin/scontrol", SCONTROL)
+        self.variables = {
+            "SLURM_JOB_ID": "40007",
+            "SLURM_JOB_NODELIST": "alpha,beta",
+            "SLURM_CPUS_PER_TASK": "6",
+        }
         self.answer(begin=0, end=12)
         self.set("exit", "0")
+        RunFolder(folder / "other").write(begun_attempt())
+        self.set("record", (folder / "other/attempts/001/attempt.json").read_text())
 
     def _write(self, name: str, text: str) -> None:
         path = self.folder / name
@@ -126,12 +142,7 @@ class Job:
         settings = Settings(str(self.run), (), "entry", 2, 2, 0, {}, self.environment)
         path = self.folder / "job.sbatch"
         path.write_text(script.job_script(settings, jobs=jobs))
-        environment = {
-            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
-            "SLURM_JOB_ID": "40007",
-            "SLURM_JOB_NODELIST": "alpha,beta",
-            "SLURM_CPUS_PER_TASK": "6",
-        }
+        environment = {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", **self.variables}
         return subprocess.Popen(["bash", str(path)], env=environment, text=True)
 
     def finish(self, jobs: int | None = None) -> int:
@@ -250,10 +261,46 @@ def test_the_limit_itself_requeues_at_once(job: Job) -> None:
 
 def test_a_signal_before_training_starts_nothing(job: Job) -> None:
     job.answer(end=13)
-    job.set("early")
+    job.set("early", "SIGUSR1")
     assert job.finish() == 0
     assert NODE not in job.calls
     assert job.calls[-2:] == [end(0, "time limit"), REQUEUE]
+    # the check after training may be killed before it notes that
+    assert (job.run / "attempts/001/signal").read_text() == "time limit\n"
+
+
+@pytest.mark.parametrize("answer", [0, 137])  # 137: killed, after it had begun an attempt
+@pytest.mark.parametrize("restarts", [0, 2])
+def test_a_preemption_before_training_is_noted(job: Job, answer: int, restarts: int) -> None:
+    """Or the next job takes the attempt for one that vanished, which counts as a failure."""
+    if restarts:
+        job.variables["SLURM_RESTART_COUNT"] = str(restarts)
+        RunFolder(job.folder / "other").write(begun_attempt(restarts))
+        job.set("record", (job.folder / "other/attempts/001/attempt.json").read_text())
+    job.answer(begin=answer)
+    job.set("early", "SIGTERM")
+    assert job.finish() == 143
+    assert job.calls == [BEGIN]
+    assert (job.run / "attempts/001/signal").read_text() == "terminated\n"
+
+
+def test_a_preemption_before_an_attempt_is_not_noted_in_the_one_before(job: Job) -> None:
+    """That one did vanish: with a node, after which Slurm requeued the job."""
+    RunFolder(job.run).write(begun_attempt())
+    job.variables["SLURM_RESTART_COUNT"] = "1"
+    job.set("killed")
+    job.answer(begin=137)
+    job.set("early", "SIGTERM")
+    assert job.finish() == 143
+    assert not (job.run / "attempts/001/signal").exists()
+
+
+def test_a_time_limit_that_comes_before_training_stays_one(job: Job) -> None:
+    """It counts as a failure; else a job too short to begin would be requeued for ever."""
+    job.set("early", "SIGUSR1 SIGTERM")
+    assert job.finish() == 143
+    assert job.calls == [BEGIN, REQUEUE]
+    assert (job.run / "attempts/001/signal").read_text() == "time limit\n"
 
 
 def test_a_signal_during_the_setup_is_kept_for_training(job: Job) -> None:
