@@ -61,7 +61,9 @@ def _log_to(path: Path) -> None:
 
 
 def _report_error(attempt: Path, rank: int, message: str) -> None:
-    message = masking.mask(message.strip(), os.environ)[:2000]  # it gets into status.txt
+    # it gets into status.txt; the name of a file may hold what is no text
+    message = message.encode("utf-8", "backslashreplace").decode()
+    message = masking.mask(message.strip(), os.environ)[:2000]
     report = {"rank": rank, "time": time.time(), "message": message}
     with contextlib.suppress(OSError):  # a full disk, say; the error itself goes on
         write_text(attempt / f"error.{rank:04}.json", json.dumps(report) + "\n")

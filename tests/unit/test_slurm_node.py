@@ -140,6 +140,12 @@ def test_a_reported_error_has_no_secret(ranks: Ranks) -> None:
     assert ranks.error() == "ValueError: API key *** is bad"
 
 
+def test_a_reported_error_is_text(ranks: Ranks) -> None:
+    """The name of a file may be none, and status.txt is written in UTF-8."""
+    ranks.rank("raise ValueError('no file a\\udcff.bin')")
+    assert ranks.error() == "ValueError: no file a\\udcff.bin"
+
+
 def test_exit_codes_are_reported(ranks: Ranks) -> None:
     assert ranks.rank("import sys; sys.exit(3)") == 3
     assert ranks.error() == "exit code 3"
