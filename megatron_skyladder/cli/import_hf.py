@@ -16,13 +16,17 @@ takes at any layout, and print Megatron's flags for it.
 
 With --seq-length the flags are those of an extension: the longer context, a rotary base for it, and
 a ladder (--skyladder-preset extend-context). Needs no Megatron and no GPU; a layer at a time.
+
+OUT is made once: by the first of several nodes, for which the others wait, and not again by the
+same command, which prints the same flags.
 """
 
 EPILOG = """\
 examples:
   skyladder import-hf /models/llama-1b checkpoints/llama-1b
   skyladder import-hf /models/llama-1b checkpoints/llama-1b --seq-length 32768
-  torchrun ... -m megatron_skyladder.pretrain_gpt $(skyladder import-hf ... ) <data, batch, lr>
+  flags=$(skyladder import-hf ... ) &&
+    torchrun ... -m megatron_skyladder.pretrain_gpt $flags <data, batch, lr>
 
 The flags go to the standard output, notes to the standard error.
 """
@@ -90,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         seq_length=args.seq_length,
         rotary_base=args.rotary_base,
     )
+    if not done.is_new:
+        print(f"{done.folder}: made by an earlier command", file=sys.stderr)
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
     print("\n".join(done.flags))

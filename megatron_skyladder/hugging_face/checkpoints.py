@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from argparse import Namespace
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import torch
 
 from megatron_skyladder.hugging_face import legacy, pickles, torch_dist
 from megatron_skyladder.hugging_face.architecture import bridge_arguments
+from megatron_skyladder.hugging_face.output import identity_of
 from megatron_skyladder.ladder.continuation import rotary_reached
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -62,12 +62,7 @@ class Checkpoint:
     @property
     def identity(self) -> str:
         """Changes with names, sizes and times of its files; a moved checkpoint keeps it."""
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        facts = [
-            (str(path.relative_to(self.folder)), path.stat().st_size, path.stat().st_mtime_ns)
-            for path in files
-        ]
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
+        return identity_of(self.folder, (it for it in self.folder.rglob("*") if it.is_file()))
 
 
 def open_checkpoint(path: Path, *, iteration: int | None = None, trust: bool = False) -> Checkpoint:

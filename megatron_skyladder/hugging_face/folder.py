@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from megatron_skyladder.hugging_face import weights
 from megatron_skyladder.hugging_face.architecture import PRECISIONS, Architecture
+from megatron_skyladder.hugging_face.output import identity_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -39,6 +40,9 @@ class HuggingFaceWeights:
                 f"{folder} has no {missing[0]}. Only safetensors files are read; save others with "
                 "save_pretrained of a current transformers."
             )
+        described = [name for name in ("config.json", INDEX) if (folder / name).is_file()]
+        # changes with names, sizes and times of what is read, as a checkpoint's does
+        self.identity = identity_of(folder, [folder / name for name in (*described, *names)])
         self._files = {name: safe_open(folder / name, framework="pt") for name in names}
         self._places = {
             key: name

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron_skyladder.errors import UsageError
 from megatron_skyladder.files import write_text
 from megatron_skyladder.hugging_face import torch_dist, vocabulary, weights
 from megatron_skyladder.hugging_face.architecture import (
@@ -23,12 +24,15 @@ from megatron_skyladder.hugging_face.architecture import (
 )
 from megatron_skyladder.hugging_face.checkpoints import TRACKER
 from megatron_skyladder.hugging_face.folder import HuggingFaceWeights
-from megatron_skyladder.hugging_face.output import sync_folder
+from megatron_skyladder.hugging_face.output import InUseError, Staging, is_finished, sync_folder
 from megatron_skyladder.hugging_face.torch_dist import LazyTensor
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_VERSION = 3.0
+RECORD = "skyladder_import.json"
+RELEASE = "release"  # Megatron's name for weights without an iteration
+WAIT_SECONDS = 2.0  # between looks at another process's import
 TABLE_ROWS = 4096  # of the embedding, in memory at a time
 # Modules that save an `_extra_state` object per layer, with the local spec or Transformer Engine's.
 # Megatron refuses a checkpoint that lacks one it expects, and does not mind one too many.
@@ -56,12 +60,14 @@ class Imported:
         flags: Megatron's, to load and to go on training it; with a ladder where a longer context
             was asked for.
         notes: what a user has to know.
+        is_new: False where another command, earlier or just now, had made it.
     """
 
     folder: Path
     model: Architecture
     flags: list[str]
     notes: list[str]
+    is_new: bool
 
 
 def import_model(
@@ -76,6 +82,10 @@ def import_model(
 ) -> Imported:
     """Write a checkpoint from a Hugging Face folder.
 
+    Each node of a run may call this at once: one makes the folder, the others wait for it. A folder
+    that the same source and settings made is left as it is. ``seq_length`` and ``rotary_base`` are
+    none of those: they are in the flags alone.
+
     Args:
         source: a folder with config.json and safetensors files.
         folder: what to make, for ``--load``; it appears when it is whole.
@@ -87,15 +97,13 @@ def import_model(
         rotary_base: for it; see `architecture.extended`.
 
     Raises:
-        ValueError: it cannot be imported, or the tokenizer has more tokens than it has rows;
-            nothing is left at ``folder``.
+        ValueError: it cannot be imported, the tokenizer has more tokens than it has rows, or
+            something else is at ``folder``, which is left as it was.
     """
     tensors = HuggingFaceWeights(Path(source))
     model = from_hugging_face(tensors.config)
     tensors.compare(model)
     target = Path(folder)
-    if target.exists():
-        raise ValueError(f"{target} exists already. Delete it, or give another name.")
     longer = None if seq_length is None else extended(model, seq_length, rotary_base)
     if longer is None and rotary_base is not None:
         raise ValueError("--rotary-base is for a longer context: give --seq-length as well.")
@@ -105,13 +113,20 @@ def import_model(
     multiple = divisor * tensor_parallel
     padded = _round_up(model.vocab_size, multiple)
     precision = dtype or tensors.dtype()
-    _write(target, tensors, model, _arguments(model, padded, multiple, precision, Path(source)))
+    settings = {
+        "source": tensors.identity,
+        "dtype": precision,
+        "tensor_model_parallel_size": tensor_parallel,
+        "make_vocab_size_divisible_by": divisor,
+    }
+    arguments = _arguments(model, padded, multiple, precision, Path(source))
+    is_new = _make(target, settings, lambda place: _write(place, tensors, model, arguments))
     flags = _flags(longer or model, target, Path(source), precision, divisor)
     notes = [*_notes(model, longer, tensor_parallel, padded), *uncertain]
     if longer is not None:  # the preset wants the length that the model was trained with
         flags.append("--skyladder-preset extend-context")
         flags.append(f"--skyladder-start-window {model.max_positions}")
-    return Imported(target, model, flags, notes)
+    return Imported(target, model, flags, notes, is_new)
 
 
 class _Layers:
@@ -135,18 +150,43 @@ class _Layers:
         return self._layer[name].to(self._dtype).unsqueeze(0)
 
 
+def _make(target: Path, settings: dict[str, Any], write: Callable[[Path], None]) -> bool:
+    """Return True when the folder is written, False where another command did that."""
+    waiting = False
+    while not is_finished(target, settings, record=RECORD):
+        try:
+            with Staging(target, settings, record=RECORD, resumes=False) as folder:
+                write(folder)
+            return True
+        except InUseError as error:
+            if not waiting:
+                logger.info("waiting for another process: %s", error)
+            waiting = True
+            time.sleep(WAIT_SECONDS)
+    _refuse_trained(target)
+    return False
+
+
+def _refuse_trained(folder: Path) -> None:
+    """Refuse a folder that a run has saved in: --load --finetune would begin at what it saved."""
+    latest = (folder / TRACKER).read_text().strip()
+    if latest != RELEASE:
+        raise UsageError(
+            f"since the import a run has saved iteration {latest} in {folder}, from whose weights "
+            "the import's flags would begin anew. To go on with that run, give --load without "
+            "--finetune, --no-load-optim and --no-load-rng; to begin another, import to another "
+            "name."
+        )
+
+
 def _write(target: Path, tensors: HuggingFaceWeights, model: Architecture, args: Namespace) -> None:
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    folder = partial / "release"
-    folder.mkdir(parents=True)
+    folder = target / RELEASE
+    folder.mkdir()
     common = {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": 0}
     lazy = _lazy_tensors(tensors, model, args.padded_vocab_size, args.params_dtype)
     torch_dist.write(folder, lazy, _extra_states(model.num_layers), common)
-    write_text(partial / TRACKER, "release")
-    sync_folder(partial)
-    os.rename(partial, target)
-    sync_folder(target.parent)
+    sync_folder(folder)
+    write_text(target / TRACKER, RELEASE)
 
 
 def _lazy_tensors(

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from megatron_skyladder.files import whole, write_text
 from megatron_skyladder.hugging_face import pickles
 
 METADATA = ".metadata"
@@ -253,6 +254,7 @@ def write(
         common: arguments and the like. Written as a file: all releases read it, and those before
             0.19 nothing else.
     """
+    failure: BaseException | None = None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
@@ -263,15 +265,19 @@ def write(
                 no_dist=True,
             )
         except checkpoint.CheckpointException as error:  # of one rank: what went wrong here
-            raise next(iter(error.failures.values()))[0] from None
-    torch.save(dict(common), folder / COMMON_FILE)
+            failure = next(iter(error.failures.values()))[0]
+    if failure is not None:
+        raise failure  # out here: it keeps its own context, where torch leaves an OSError
+    # a file that is open already: by its name torch would not say why it could not be written
+    with whole(folder / COMMON_FILE) as partial, partial.open("wb") as file:
+        torch.save(dict(common), file)
     backends = {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,
         "common_backend": "torch",
         "common_backend_version": 1,
     }
-    (folder / "metadata.json").write_text(json.dumps(backends))
+    write_text(folder / "metadata.json", json.dumps(backends))
 
 
 class _LazyPlanner(checkpoint.DefaultSavePlanner):
