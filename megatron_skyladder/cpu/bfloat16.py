@@ -25,7 +25,10 @@ _installed: list[torch.library.Library] = []  # a library that is collected take
 
 def install() -> None:
     """Replace torch's kernels of these products in this process, where they are slow."""
-    if _installed or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    is_fast = torch.backends.mkldnn.is_available() and (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    if _installed or is_fast:
         return
     if not hasattr(torch.library, "get_kernel"):  # before torch 2.9; slow, and right
         return
