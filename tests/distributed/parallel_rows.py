@@ -309,7 +309,12 @@ def order_of_calls() -> None:
 
 
 def bfloat16(num_cases: int) -> None:
-    """The error against float64 is at most twice that of bfloat16 on whole rows."""
+    """Errors against float64 are those of bfloat16 on whole rows, and of the roundings in messages.
+
+    A rank that holds all of a row rounds a key's gradient once. Of four ranks each rounds its part,
+    the owner rounds the sum of the three that it received and then that sum with its own part: six
+    roundings, whose errors are independent.
+    """
     with gloo():
         group = torch.distributed.group.WORLD
         errors = {"whole": [], "parts": []}  # type: ignore[var-annotated]
@@ -340,4 +345,5 @@ def bfloat16(num_cases: int) -> None:
                     [float((a - b).norm()) for a, b in zip(got, exact, strict=True)]
                 )
         means = {name: np.mean(values, axis=0) for name, values in errors.items()}
-        assert (means["parts"] <= 2 * means["whole"]).all(), means
+        bounds = means["whole"] * np.sqrt([1, 1, 6, 6])  # of output, query, key and value
+        assert (means["parts"] <= bounds).all(), means
