@@ -14,7 +14,7 @@ SLOW := report_browser check_gpu examples engine study_runs slurm_node benchmark
 SLURM_TOOLS := munged slurmctld slurmd sbatch shellcheck ip
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client shellcheck iproute2
 
-.PHONY: help install demo study newcomer test test-quick test-releases test-te test-slurm test-fa4 test-main test-bridge test-evaluate browser bench docs check format lint types clean
+.PHONY: help install demo study newcomer test test-quick test-releases test-te test-slurm test-fa4 test-main test-bridge evaluation-environment test-evaluate browser bench docs check format lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,7 +82,9 @@ $(VENV)/.evaluate: $(READY) setup.py pyproject.toml constraints.txt
 	  $(TRANSFORMERS4)
 	@mv $@.partial $@
 
-test-evaluate: $(VENV)/.evaluate .venv-transformers4  ## models in and out, and their evaluation
+evaluation-environment: $(VENV)/.evaluate .venv-transformers4
+
+test-evaluate: evaluation-environment  ## models in and out, and their evaluation
 	SKYLADDER_TRANSFORMERS4=.venv-transformers4 $(PYTEST) tests/hugging_face tests/evaluation
 
 test-slurm: $(READY)  ## jobs on a real Slurm on this machine (as root; installs it with apt)
