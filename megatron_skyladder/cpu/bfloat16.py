@@ -1,8 +1,8 @@
 """bfloat16 products on processors that cannot multiply it, such as x86 without AVX-512.
 
-There torch multiplies bfloat16 in loops of its own, 8 to 60 times slower than float32. Part of the
-CPU engine: the factors are widened, multiplied in float32 and the result is rounded once, which is
-also what processors do that have an instruction for it.
+There torch multiplies bfloat16 in loops of its own, 8 to 60 times slower than float32. For
+the CPU engine and for evaluation: the factors are widened, multiplied in float32 and the result is
+rounded once, which is also what processors do that have an instruction for it.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task, TaskConfig
 from lm_eval.tasks import TaskManager
 
+from megatron_skyladder.cpu import bfloat16
 from megatron_skyladder.evaluation import scoring
 from megatron_skyladder.evaluation.data import Prompt, Question
 from megatron_skyladder.evaluation.tasks import (
@@ -174,6 +175,8 @@ def load(folder: Path, backend: str, *, max_length: int, batch_size: str, device
         "batch_size": batch_size,
         "add_bos_token": False,
     }
+    if device == "cpu":
+        bfloat16.install()  # six times as fast where the processor has no bfloat16
     if backend == "hf":
         arguments |= {"device": device, "backend": "causal"}
     else:
