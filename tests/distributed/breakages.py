@@ -602,3 +602,85 @@ def heads_see_beyond_fragments() -> None:
     from megatron_skyladder.attention import prediction_heads
 
     prediction_heads._Follower.begin = lambda *_: None
+
+
+def own_window_ignored_in_windows() -> None:
+    """Let the kernel for equal windows know no window within them; the whole sequence has another.
+
+    Shows once the ladder's window is longer than a local layer's own.
+    """
+    from megatron_skyladder.attention.backends import sdpa
+
+    stock = sdpa.SdpaBackend.attend_windows
+
+    def ignoring(self: Any, query: Any, key: Any, value: Any, segments: Any) -> Any:
+        if segments.grid < len(query):
+            segments = replace(segments, sliding_window=None)
+        return stock(self, query, key, value, segments)
+
+    sdpa.SdpaBackend.attend_windows = ignoring
+
+
+def own_window_ignored_in_documents() -> None:
+    """The same where documents are masked: the call is a packed one."""
+    from megatron_skyladder.attention.backends import sdpa
+
+    stock = sdpa.SdpaBackend.forward
+
+    def ignoring(self: Any, query: Any, key: Any, value: Any, segments: Any) -> Any:
+        if segments.grid is None:
+            segments = replace(segments, sliding_window=None)
+        return stock(self, query, key, value, segments)
+
+    sdpa.SdpaBackend.forward = ignoring
+
+
+def windows_end_at_a_tile() -> None:
+    """Let a kernel cut windows longer than 32 tokens at 32, but not whole sequences."""
+    from megatron_skyladder.attention import sdpa
+
+    stock = sdpa.attend_grid
+
+    def cutting(query: Any, key: Any, value: Any, window_len: int, *args: Any) -> Any:
+        window_len = window_len if window_len == len(query) else min(window_len, 32)
+        return stock(query, key, value, window_len, *args)
+
+    sdpa.attend_grid = cutting
+
+
+def whole_sequences_without_gradients_of_keys() -> None:
+    """Let the kernel for the full window drop a gradient; evaluation has none."""
+    from megatron_skyladder.attention.backends import base
+
+    stock = base.Backend.attend_full
+    base.Backend.attend_full = lambda self, query, key, value, segments: stock(
+        self, query, key.detach() + 0 * key, value, segments
+    )
+
+
+def whole_sequences_refused_in_training() -> None:
+    """Have no backward kernel for the full window."""
+    from megatron_skyladder.attention.backends import base
+
+    stock = base.Backend.attend_full
+
+    def refusing(self: Any, query: Any, key: Any, value: Any, segments: Any) -> Any:
+        if query.requires_grad:
+            raise NotImplementedError("no backward kernel for the full window")
+        return stock(self, query, key, value, segments)
+
+    base.Backend.attend_full = refusing
+
+
+def documents_lost_in_the_full_window() -> None:
+    """Take packed segments that nothing slides in and no grid cuts short for one sequence each."""
+    from megatron_skyladder.attention import core_attention
+
+    stock = core_attention.MaskCache.get
+
+    def losing(self: Any, mask: Any, rows: Any, part: Any) -> Any:
+        if rows.window_len < rows.seq_length:
+            return stock(self, mask, rows, part)
+        return core_attention.grid_segments(rows)
+
+    core_attention.MaskCache.get = losing

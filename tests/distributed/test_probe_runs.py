@@ -54,6 +54,12 @@ IN_DOCUMENTS = {
     "evaluate_in_documents": "in evaluation",
     "other_tokens_than_masked": "other tokens than",
 }
+# Right as long as windows are short: a ladder comes to these calls hours into a run.
+LATER = {
+    "windows_end_at_a_tile": "in training after 40 samples, with a window of 63 tokens",
+    "whole_sequences_without_gradients_of_keys": "with a window of 64 tokens",
+}
+SLOW = "--skyladder-start-window 4 --skyladder-alpha 2 --skyladder-allow-unfinished"
 EXCHANGED = {
     "keys_sent_one_off": "does not see the key",
     "first_fetched_key_wrong": "does not see the key",
@@ -62,7 +68,7 @@ EXCHANGED = {
     "gradients_one_off": "another gradient to the value",
 }
 LAUNCHES = {
-    "window": Launch(1, f"--micro-batch-size 2 {LINEAR}", WINDOW),
+    "window": Launch(1, f"--micro-batch-size 2 {LINEAR}", WINDOW | LATER),
     "documents": Launch(
         1, f"--micro-batch-size 2 {LINEAR} {DOCUMENTS}", IN_DOCUMENTS | {"not_causal": "sees"}
     ),
@@ -70,6 +76,16 @@ LAUNCHES = {
         1,
         f"--micro-batch-size 1 {LINEAR} {DOCUMENTS} {OWN} --window-attn-skip-freq 4",
         {"own_window_one_longer": "(it sees 12 tokens at most)"},
+    ),
+    "local layers, later": Launch(
+        1,
+        f"--micro-batch-size 1 {SLOW} {OWN} --window-attn-skip-freq 4",
+        {"own_window_ignored_in_windows": "layer 1 (it sees 12 tokens at most)"},
+    ),
+    "local layers and documents, later": Launch(
+        1,
+        f"--micro-batch-size 1 {SLOW} {DOCUMENTS} {OWN} --window-attn-skip-freq 4",
+        {"own_window_ignored_in_documents": "layer 1 (it sees 12 tokens at most)"},
     ),
     "two ladders": Launch(
         1,
@@ -83,6 +99,16 @@ LAUNCHES = {
     ),
     "sliding": Launch(
         1, f"--micro-batch-size 1 {LINEAR} {SLIDING}", {"sliding_window_one_longer": "sees the key"}
+    ),
+    "sliding, documents": Launch(
+        1,
+        f"--micro-batch-size 2 {LINEAR} {SLIDING} {DOCUMENTS}",
+        {"documents_lost_in_the_full_window": "with a window of 64 tokens"},
+    ),
+    "cp2, later": Launch(  # windows of 8 and 16 tokens, which end with a rank's chunks, come first
+        2,
+        f"--micro-batch-size 2 {LINEAR} --skyladder-round-to 8 --context-parallel-size 2",
+        EXCHANGED,
     ),
     "cp2, window": Launch(
         2,
@@ -147,6 +173,18 @@ def test_a_wrong_mask_ends_the_run(trainer: Trainer) -> None:
         f"MaskProbeError: {NOT_APPLIED}. rank 0: layer 1, in training after 0 samples" in run.log()
     )
     assert "once more, after another micro-batch, as recomputation does" in run.log()
+    assert not run.of("step")
+
+
+def test_a_kernel_that_refuses_a_later_window_ends_the_run_at_its_start(trainer: Trainer) -> None:
+    run = trainer.train(
+        f"--train-samples 80 --micro-batch-size 2 {LINEAR}",
+        load=False,
+        broken="whole_sequences_refused_in_training",
+        exit_codes=(1,),
+    )
+    assert "no backward kernel for the full window" in run.log()
+    assert "the attention fails at the mask probe's questions to layer 1, in training" in run.log()
     assert not run.of("step")
 
 

@@ -5,9 +5,10 @@ issue 2357). So before the first step the first micro-batch goes through the tra
 step, and each core attention in the model is asked, query by query, which keys it sees
 (`questions`); what it has to see is stated a second time, by plain arithmetic (`statement`).
 
-It is asked for training as it begins, for the first step at which the window is another, and for
-evaluation; and, in the first attention layer of each model chunk, which gradients come back to
-which key (`gradients`). Recurrent layers whose state is cut are asked by changing what they must
+It is asked for training as it begins and for evaluation. The first global and the first local
+layer of each model chunk are also asked which gradients come back to which key (`gradients`), and
+about later windows: those of the first step that has others, and one for each kind of call that the
+run will come to (`ahead`). Recurrent layers whose state is cut are asked by changing what they must
 not see (`states`). Documents are those of the real sequences, and some that are planted beside the
 boundaries. Nothing is consumed and nothing is left behind (`sequences`, `traces`).
 """
@@ -68,12 +69,11 @@ def probe_mask(
     clock.window(training=True)  # its latest window is again that of the step that comes
     found.faults = faults + found.faults
     _judge(found)
-    windows = [times.begins, *([] if times.later is None else [times.later])]
     logger.info(
         "mask probe passed in %.1f s: windows of %s tokens%s%s, and evaluation; %s answers of %d "
         "attention layers%s on this rank",
         time.perf_counter() - started,
-        " and ".join(str(moment.window_len) for moment in windows),
+        _listed([moment.window_len for moment in (times.begins, *times.later)]),
         f" ({found.own_windows} at most in local layers)" if found.own_windows else "",
         _documents(first) if documents else "",
         f"{found.num_answers:,}",
@@ -94,6 +94,12 @@ def _peek(data_iterator: Any) -> tuple[list[HostBatch | None], Any]:
         batches.append(batch)
         iterators.append(kept)
     return batches, iterators if several else iterators[0]
+
+
+def _listed(windows: list[int]) -> str:
+    """Return each once, as in "2, 26 and 128"."""
+    *others, last = map(str, dict.fromkeys(windows))
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _documents(batch: HostBatch | None) -> str:

@@ -10,7 +10,7 @@ import torch
 from megatron_skyladder.ladder.clock import Clock
 from megatron_skyladder.ladder.sequence_layout import Kind, Layout
 from megatron_skyladder.runtime import document_mask
-from megatron_skyladder.runtime.probe import sequences, statement
+from megatron_skyladder.runtime.probe import ahead, sequences, statement
 from megatron_skyladder.runtime.probe.sequences import HostBatch
 from megatron_skyladder.runtime.probe.sight import Sight, held_positions, run_starts, sight
 from megatron_skyladder.runtime.trainer import Trainer
@@ -54,12 +54,13 @@ class Moments:
 
     Args:
         begins: training as it begins.
-        later: training at the first step whose window is another; None: there is none.
+        later: training at the first step whose window is another, and at one step for each kind of
+            call that is still ahead (`ahead`), in their order.
         evaluates: evaluation as it begins.
     """
 
     begins: Moment
-    later: Moment | None
+    later: tuple[Moment, ...]
     evaluates: Moment
 
 
@@ -72,7 +73,11 @@ def moments(clock: Clock, trainer: Trainer, batch: HostBatch | None) -> Moments:
         batch: the first micro-batch; None on ranks that read nothing.
     """
     config, now = clock.config, trainer.consumed_samples
+    group = trainer.groups.cp
+    sharing = ahead.Sharing(1 if group is None else group.size(), clock.layout_kind)
     change = statement.next_change(config, now)
+    asked = ahead.samples_to_ask(config, now, trainer.total_samples, sharing)
+    later = sorted({*asked, *([] if change is None else [change])})
 
     def training(name: str, samples: int, number: int) -> Moment:
         window_len = statement.window(config, samples)
@@ -96,7 +101,7 @@ def moments(clock: Clock, trainer: Trainer, batch: HostBatch | None) -> Moments:
     whole = sight(trainer, config, held_positions(trainer), length, batch, documents=False)
     return Moments(
         begins=training("training", now, 0),
-        later=None if change is None else training("training", change, 1),
+        later=tuple(training("training", at, 1 + n) for n, at in enumerate(later)),
         evaluates=Moment(
             "evaluation, which sees whole sequences", now, length, False, whole, batch, whole
         ),
@@ -120,8 +125,8 @@ def clock_faults(clock: Clock, trainer: Trainer, times: Moments) -> list[str]:
     """Return what the clock says otherwise than `statement`, at and between the moments."""
     config, now = clock.config, times.begins.samples
     samples = {now, now + config.step_samples}
-    if times.later is not None:
-        change = times.later.samples
+    for moment in times.later:
+        change = moment.samples
         samples |= {change - 1, change, change + config.step_samples}
     faults = []
     for at in sorted(samples):

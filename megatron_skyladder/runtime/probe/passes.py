@@ -8,6 +8,7 @@ What the layers around compute does not matter.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from megatron_skyladder.runtime.probe.gradients import Attend
 from megatron_skyladder.runtime.probe.moments import Moment, Moments
 from megatron_skyladder.runtime.probe.sequences import Replay
 from megatron_skyladder.runtime.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -138,7 +141,7 @@ class Passes:
         self.findings.num_layers = sum(map(len, self._attentions))
         layers = [layer for each in self._attentions for layer in each.values()]
         windows = {layer.own_window for layer in layers if layer.own_window is not None}
-        times = [self._times.begins, *([self._times.later] if self._times.later else [])]
+        times = [self._times.begins, *self._times.later]
         held = {each.own_window(window) for window in windows for each in times}
         self.findings.own_windows = ", ".join(map(str, sorted(filter(None, held))))
         return self.findings
@@ -242,7 +245,7 @@ class Passes:
             name: of the layer.
             attention: the module.
             forward: its own.
-            thorough: whether backward passes and other moments are asked for too.
+            thorough: whether backward passes and later moments are asked about too.
             query: as the layer made it; so key and value. Their numbers are not used.
             mask: as it came along.
         """
@@ -261,13 +264,9 @@ class Passes:
             return out
         if moment is self._times.begins:
             self._masks[name] = mask
-            if self._times.later is not None:
-                with self._trainer.at_samples(self._times.later.samples):
-                    ask(
-                        self._times.later,
-                        attend_with(self._mask_of(self._times.later)),
-                        backward=True,
-                    )
+            for later in self._times.later:
+                with self._trainer.at_samples(later.samples):
+                    ask(later, attend_with(self._mask_of(later)), backward=True)
         elif self._asked[name] == 2:
             attention.train()
             with self._trainer.at_samples(self._times.begins.samples):
@@ -334,21 +333,32 @@ class Passes:
         where = f"{name}{own}, in {moment.name}{again}"
         sight = moment.sight.of_layer(own_window)
         for call in questions.calls(sight, *tensors, scale):
-            if backward:
-                with torch.enable_grad():
-                    out, lost = gradients.wrong_values(sight, call, attend)
-                self.findings.lost += [words.of_gradient(where, sight, it) for it in lost]
-            else:
-                out = attend(call.query, call.key, call.value)
+            with _named(where):
+                if backward:
+                    with torch.enable_grad():
+                        out, lost = gradients.wrong_values(sight, call, attend)
+                    self.findings.lost += [words.of_gradient(where, sight, it) for it in lost]
+                else:
+                    out = attend(call.query, call.key, call.value)
             wrong = questions.wrong_answers(sight, call, out)
             self.findings.faults += [words.of_answer(where, sight, it) for it in wrong]
             self.findings.num_answers += call.query.shape[:3].numel()
             outputs.append(out)
         if backward:
-            with torch.enable_grad():
+            with _named(where), torch.enable_grad():
                 lost = gradients.wrong_softmax(sight, *tensors, scale, attend)
             self.findings.lost += [words.of_gradient(where, sight, it) for it in lost]
         return outputs[0]
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Within, let an error of the attention's kernel be preceded by the layer and the moment."""
+    try:
+        yield
+    except Exception:
+        logger.error("the attention fails at the mask probe's questions to %s:", where)
+        raise
 
 
 def _find_states(chunk: Any, where: str) -> dict[str, torch.nn.Module]:
