@@ -6,12 +6,12 @@ Shapes: S tokens of a sequence, b sequences, h query heads, g key/value heads, d
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -179,7 +179,14 @@ class Bench:
 
     def segments(self, mask: Mask, seq_length: int, num_sequences: int = 1) -> Segments:
         """Return what the attention module would make of a mask."""
-        rows = Rows(seq_length, num_sequences, mask.window, mask.sliding, self.device)
+        rows = Rows(
+            seq_length,
+            num_sequences,
+            mask.window,
+            mask.sliding,
+            self.device,
+            own_window=mask.own_window,
+        )
         if not mask.documents:
             made = grid_segments(rows)
         else:
@@ -217,7 +224,7 @@ class Bench:
         yield lambda: 1e3 * (ended[0] - began)
         ended.append(time.perf_counter())
 
-    @cached_property
+    @functools.cached_property
     def _flushed(self) -> torch.Tensor:
         size = _FLUSHED_BYTES if self.device.type == "cuda" else 1 << 20
         return torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -275,12 +282,15 @@ class Mask:
         window: tokens.
         documents: whether documents cut the sequences too.
         sliding: whether the window moves along with the query.
+        own_window: tokens that a query of a local layer sees at most, fewer than ``window``; None:
+            the layer is a global one.
     """
 
     name: str
     window: int
     documents: bool = False
     sliding: bool = False
+    own_window: int | None = None
 
     def call(self, seq_length: int) -> Call:
         """Return the kind of call that it comes to."""
@@ -300,11 +310,15 @@ class Mask:
         row = fragment_cu_seqlens(self.ends(seq_length), seq_length=seq_length, window_len=cut)
         return torch.from_numpy(rows_cu_seqlens([row] * num_sequences))
 
+    @functools.cache  # noqa: B019  # a second or two each, and asked for by every kernel
     def dense(self, seq_length: int) -> torch.Tensor:
         """Return bool [S, S], True where the query (first) sees the key."""
-        ends = self.ends(seq_length) if self.documents else None
         mask = dense_mask(
-            seq_length, window_len=self.window, document_ends=ends, sliding=self.sliding
+            seq_length,
+            window_len=self.window,
+            document_ends=self.ends(seq_length) if self.documents else None,
+            sliding=self.sliding,
+            own_window=self.own_window,
         )
         return torch.from_numpy(mask)
 

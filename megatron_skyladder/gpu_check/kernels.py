@@ -23,6 +23,8 @@ from megatron_skyladder.gpu_check.bench import (
 from megatron_skyladder.ladder.geometry import Heads
 from megatron_skyladder.ladder.sequence_layout import Kind, LayoutRule
 
+_PASSES = "an output", "a query's gradient", "a key's gradient", "a value's gradient"
+_FEW_ROUNDINGS = 0.05  # of bf16, relative: one for each rank that reads a key, and their sum
 _EXACT_ZERO = 1e-4  # what plain attention gets exactly right, for values around 1
 _TE_DETERMINISTIC = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"  # Megatron wants it to be 0
 
@@ -50,6 +52,10 @@ def masks(bench: Bench, seq_length: int) -> Iterator[Mask]:
         yield Mask(f"documents, window {window}", window, documents=True)
     yield Mask(f"sliding {windows[-1]}", windows[-1], sliding=True)
     yield Mask(f"sliding {windows[-2]}, documents", windows[-2], documents=True, sliding=True)
+    own = windows[-2]
+    for window in (windows[-1], seq_length):
+        yield Mask(f"window {window}, local layer of {own}", window, own_window=own)
+    yield Mask(f"documents, local layer of {own}", seq_length, documents=True, own_window=own)
 
 
 def facts(bench: Bench) -> Result:
@@ -231,7 +237,10 @@ def determinism(bench: Bench) -> Result:
 
 
 def exchange(bench: Bench) -> Result:
-    """Every context-parallel rank's launches, in this one process, against the whole sequence."""
+    """Every context-parallel rank's launches, in this one process, against the whole sequence.
+
+    Output and gradients.
+    """
     result = Result()
     length, heads = bench.sizes.seq_length, bench.sizes.timed_heads
     for name in bench.backends:
@@ -240,18 +249,20 @@ def exchange(bench: Bench) -> Result:
         for mask in masks(bench, length):
             if name not in bench.backends_for(Mask("", 1, documents=True), length):
                 continue  # keys of other ranks are always packed
-            qkv = [x.detach() for x in bench.tensors(length, 1, heads, torch.bfloat16)]
-            whole = attend(backend, qkv, bench.segments(mask, length)).float()
+            qkv = bench.tensors(length, 1, heads, torch.bfloat16)
+            whole = both_passes(partial(attend, backend, qkv, bench.segments(mask, length)), qkv)
             for cp_size, kind in itertools.product(bench.sizes.cp_sizes, Kind):
                 rule = LayoutRule(kind, length, cp_size, mask.window, mask.sliding)
-                got = _all_ranks(bench, backend, qkv, mask, rule)
-                error = (got - whole).abs().max().item()
-                worst = max(worst, error)
-                if not error <= 0.05:  # two roundings of bf16 values around 1
-                    result.failures.append(
-                        f"{name}, {mask.name}, {cp_size} ranks, layout by {kind.value}: an output "
-                        f"is {error:.2g} off"
-                    )
+                got = both_passes(partial(_all_ranks, bench, backend, qkv, mask, rule), qkv)
+                for what, parts, exact in zip(_PASSES, got, whole, strict=True):
+                    largest = max(1.0, exact.abs().max().item())
+                    error = (parts.float() - exact.float()).abs().max().item() / largest
+                    worst = max(worst, error)
+                    if not error <= _FEW_ROUNDINGS:
+                        result.failures.append(
+                            f"{name}, {mask.name}, {cp_size} ranks, layout by {kind.value}: {what} "
+                            f"is {error:.2g} off, of the largest or of 1"
+                        )
         result.figures[name] = {"largest difference": worst}
     return result
 
@@ -267,7 +278,17 @@ def _all_ranks(
     made = [
         MaskCache().get(
             travelling,
-            Rows(length, 1, mask.window, mask.sliding, bench.device, rule.cp_size, rank, rule),
+            Rows(
+                length,
+                1,
+                mask.window,
+                mask.sliding,
+                bench.device,
+                rule.cp_size,
+                rank,
+                rule,
+                mask.own_window,
+            ),
         )
         for rank in range(rule.cp_size)
     ]

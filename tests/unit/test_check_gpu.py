@@ -162,6 +162,38 @@ def test_keys_from_the_wrong_place_fail_the_exchange(
     assert any("2 ranks, layout by sequence: an output" in text for text in found.failures)
 
 
+def test_a_gradient_that_is_lost_fails_the_exchange(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of keys before the queries; outputs are right."""
+    forward = SdpaBackend.forward
+
+    def losing(self: SdpaBackend, query: Any, key: Any, value: Any, segments: Any) -> Any:
+        if segments.cu_seqlens_k is not segments.cu_seqlens_q:
+            key = key.detach() + 0 * key
+        return forward(self, query, key, value, segments)
+
+    monkeypatch.setattr(SdpaBackend, "forward", losing)
+    found = kernels.exchange(bench)
+    assert any("full, 2 ranks, layout by zigzag: a key's" in text for text in found.failures)
+    assert all("a key's gradient" in text for text in found.failures)
+
+
+def test_a_local_layer_without_its_window_fails_the_numerics(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the ladder's window is the longer one; in global layers nothing is wrong."""
+    stock = SdpaBackend.attend_windows
+
+    def ignoring(self: SdpaBackend, query: Any, key: Any, value: Any, segments: Any) -> Any:
+        return stock(self, query, key, value, replace(segments, sliding_window=None))
+
+    monkeypatch.setattr(SdpaBackend, "attend_windows", ignoring)
+    found = kernels.numerics(bench)
+    assert any("window 20, local layer of 8" in text for text in found.failures)
+    assert all("local layer of 8" in text for text in found.failures)
+
+
 def test_the_exchange_of_every_layout(bench: Bench) -> None:
     assert kernels.exchange(bench).failures == []
 
