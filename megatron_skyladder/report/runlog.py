@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_skyladder.report import log_files
 
 UNTIL_015 = "retro_add_retriever"  # an argument that releases up to 0.15 have, and print
+LOSS, SKIPPED = "lm loss", "number of skipped iterations"
 RATES = ("skyladder/tflops_per_gpu", "throughput per GPU (TFLOP/s/GPU)")  # the best known first
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -64,8 +65,8 @@ class Iteration:
 
     @property
     def loss(self) -> float | None:
-        """Mean training loss."""
-        return self.values.get("lm loss")
+        """Mean training loss; None where every iteration was skipped."""
+        return self.values.get(LOSS)
 
     @property
     def window(self) -> int | None:
@@ -101,7 +102,7 @@ class Validation:
     @property
     def loss(self) -> float | None:
         """The plain validation loss, whole sequences visible."""
-        return self.values.get("lm loss")
+        return self.values.get(LOSS)
 
     @property
     def by_length(self) -> dict[int, float]:
@@ -262,6 +263,8 @@ def _iteration(match: re.Match[str], num_gpus: int | None) -> Iteration | None:
     elapsed_ms = values.pop("elapsed time per iteration (ms)", 0.0)
     if not math.isfinite(samples):
         return None
+    if values.get(LOSS) == 0 and values.get(SKIPPED):
+        del values[LOSS]  # the mean of none: every iteration was skipped
     return Iteration(
         iteration=int(match[2]),
         consumed_samples=int(samples),
@@ -298,11 +301,9 @@ def _without(first: Iteration, record: Iteration) -> Iteration:
     count = record.num_iterations + 1
     elapsed = (count * record.elapsed_ms - first.elapsed_ms) / record.num_iterations
     values = dict(record.values)
-    skipped = first.values.get("number of skipped iterations", 0) or values.get(
-        "number of skipped iterations", 0
-    )
+    skipped = first.values.get(SKIPPED) or values.get(SKIPPED)
     if record.loss is not None and first.loss is not None and not skipped:
-        values["lm loss"] = (count * record.loss - first.loss) / record.num_iterations
+        values[LOSS] = (count * record.loss - first.loss) / record.num_iterations
     for name in RATES:
         if name in values and elapsed > 0:
             values[name] *= record.elapsed_ms / elapsed  # the same work in the time left

@@ -316,6 +316,18 @@ def test_a_run_that_diverged_leaves_the_frame_to_the_others(
                 np.testing.assert_allclose(one.y_range, other.y_range, rtol=0.2)
 
 
+def test_the_skipped_iterations_of_an_fp16_run_are_no_divergence(runs: list[Run]) -> None:
+    """Megatron prints 0 for the mean of no losses."""
+    text = _text_of(runs[1])
+    for iteration in (1, 2500, 50_000):
+        pattern = rf"(iteration +{iteration}/.*lm loss: )\S+(.*skipped iterations:) +0"
+        text, found = re.subn(pattern, r"\g<1>0.000000E+00\g<2> 2500", text)
+        assert found == 1
+    run = Run("fp16", parse(text))
+    assert not run.has_diverged and not run.lines_without_loss
+    assert np.isnan(run.losses).sum() == 3 and np.nanmin(run.losses) > 1
+
+
 def test_what_a_diverged_run_comes_to(diverged: list[Run]) -> None:
     rows = {row.label: row.cells for row in summary(diverged[:1])}
     assert rows["Final training loss"] == ["nan"]

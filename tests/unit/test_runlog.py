@@ -123,11 +123,24 @@ def test_an_attempt_that_ends_early_does_not_keep_the_later_lines_of_the_one_bef
     assert [record.iteration for record in run.iterations] == [1, 2, 3]
 
 
+def skipped(text: str, count: int) -> str:
+    """Return a line whose gradients overflowed in so many of its iterations."""
+    return text.replace("skipped iterations:   0", f"skipped iterations: {count:3d}")
+
+
 def test_skipped_iterations_are_not_taken_out_of_the_mean_loss() -> None:
     # a skipped iteration is in no mean: the loss stays what Megatron printed
-    skipped = line(1, 5.0).replace("skipped iterations:   0", "skipped iterations:   1")
-    run = parse(ARGUMENTS + skipped + "\n" + line(2, 4.5))
+    run = parse(ARGUMENTS + skipped(line(1, 5.0), 1) + "\n" + line(2, 4.5))
     assert run.iterations[1].loss == 4.5
+
+
+def test_where_all_iterations_were_skipped_there_is_no_loss() -> None:
+    """Megatron prints 0 for the mean of no losses; fp16 runs begin so, and skip now and then."""
+    text = [skipped(line(1, 0.0), 1), skipped(line(10, 0.0), 10), skipped(line(20, 4.0), 3)]
+    run = parse("\n".join([ARGUMENTS, *text, line(30, 3.0), skipped(line(40, 0.0), 10)]))
+    assert [record.loss for record in run.iterations] == [None, None, 4.0, 3.0, None]
+    assert run.iterations[1].num_iterations == 9
+    assert parse(line(1, 0.0)).iterations[0].loss == 0.0  # this one is a loss
 
 
 @pytest.mark.parametrize(
