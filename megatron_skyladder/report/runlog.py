@@ -8,6 +8,8 @@ iteration, what the one before had logged from there on was lost work and is lef
 Megatron from 0.16 on prints a line after the first iteration of every attempt without resetting its
 sums, so the next line's mean loss and time contain that iteration again. Both are corrected here:
 each record covers the iterations since the record before. Up to 0.15 there is no such line.
+Iterations that a stopped attempt ran after its last line, and kept, are in no line at all; the
+first record of the next attempt covers them too.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class Iteration:
             ``grad norm``, ``skyladder/window``.
         time: when the line was printed, if it says.
         num_gpus: the world size of its attempt, if the log says.
+        is_first: whether its line is of one iteration, the first one of an attempt, which is slow.
     """
 
     iteration: int
@@ -62,6 +65,7 @@ class Iteration:
     values: dict[str, float]
     time: datetime | None = None
     num_gpus: int | None = None
+    is_first: bool = False
 
     @property
     def loss(self) -> float | None:
@@ -198,6 +202,7 @@ def parse(text: str) -> RunLog:
     is_bridges = _OURS.search(text) is not None
     ours: dict[int, dict[str, float]] = {}  # by iteration, until the trainer's line comes
     first: Iteration | None = None  # the line whose iteration the next line contains again
+    lost: dict[int, Iteration] = {}  # by the iteration that an attempt began again at
     attempt_began = False  # what begins in the middle of a run is taken as it is
     for raw in text.splitlines():
         line = _ANSI.sub("", raw)
@@ -211,7 +216,9 @@ def parse(text: str) -> RunLog:
             if record is None:  # damaged: there is no place for it
                 continue
             run.total_iterations = int(match[3])
-            _drop_from(run, record.iteration)
+            dropped = _drop_from(run, record.iteration)
+            if dropped is not None and not dropped.is_first:
+                lost[record.iteration] = dropped
             record.values.update(ours.pop(record.iteration, {}))
             if is_bridges:
                 before = run.iterations[-1].iteration if run.iterations else 0
@@ -220,6 +227,7 @@ def parse(text: str) -> RunLog:
                 if UNTIL_015 in run.settings:
                     record = replace(record, num_iterations=_log_interval(run))
                 else:
+                    record = replace(record, is_first=True)
                     first = record  # one iteration, whatever the log interval
             elif run.iterations:
                 covered = record.iteration - run.iterations[-1].iteration
@@ -232,7 +240,34 @@ def parse(text: str) -> RunLog:
             _add_validation(run, match)
         else:
             _note_setting(run, line)
+    _cover_kept(run.iterations, lost)
     return run
+
+
+def _cover_kept(records: list[Iteration], lost: dict[int, Iteration]) -> None:
+    """Let the first record of an attempt cover what the one before ran after its last line.
+
+    Log interval 10, stopped at 25, where a checkpoint was saved:
+
+        lines     1    10    20         | 26    30    40
+        records   1  2-10 11-20         | 21-26 27-30 31-40
+
+    Args:
+        records: get these records in place of those of single iterations.
+        lost: by a record's iteration, the line that it came in place of, whose time is that of
+            the iterations before a restart. Where there is none it is the nearest line's.
+    """
+    for place in range(1, len(records)):
+        record, before = records[place], records[place - 1].iteration
+        kept = record.iteration - record.num_iterations - before
+        if kept <= 0:
+            continue
+        nearest = (*reversed(records[:place]), *records[place + 1 :])
+        usual = next((each for each in nearest if not each.is_first), record)
+        total_ms = kept * lost.get(record.iteration, usual).elapsed_ms
+        total_ms += record.num_iterations * record.elapsed_ms
+        count = kept + record.num_iterations
+        records[place] = replace(_paced(record, total_ms / count), num_iterations=count)
 
 
 def _add_ours(
@@ -288,26 +323,34 @@ def _numbers(fields: str) -> dict[str, float]:
     return numbers
 
 
-def _drop_from(run: RunLog, iteration: int) -> None:
-    """Leave out what an earlier attempt logged from this iteration on."""
+def _drop_from(run: RunLog, iteration: int) -> Iteration | None:
+    """Leave out what an earlier attempt logged from this iteration on; return its first record."""
+    dropped = None
     while run.iterations and run.iterations[-1].iteration >= iteration:
-        run.iterations.pop()
+        dropped = run.iterations.pop()
     while run.validations and run.validations[-1].iteration >= iteration:
         run.validations.pop()
+    return dropped
 
 
 def _without(first: Iteration, record: Iteration) -> Iteration:
     """Take the attempt's first iteration out of the means of the line after it."""
     count = record.num_iterations + 1
     elapsed = (count * record.elapsed_ms - first.elapsed_ms) / record.num_iterations
-    values = dict(record.values)
-    skipped = first.values.get(SKIPPED) or values.get(SKIPPED)
+    record = _paced(record, max(0.0, elapsed))
+    skipped = first.values.get(SKIPPED) or record.values.get(SKIPPED)
     if record.loss is not None and first.loss is not None and not skipped:
-        values[LOSS] = (count * record.loss - first.loss) / record.num_iterations
+        record.values[LOSS] = (count * record.loss - first.loss) / record.num_iterations
+    return record
+
+
+def _paced(record: Iteration, elapsed_ms: float) -> Iteration:
+    """Return a record whose iterations took another time; its rates are of the same work."""
+    values = dict(record.values)
     for name in RATES:
-        if name in values and elapsed > 0:
-            values[name] *= record.elapsed_ms / elapsed  # the same work in the time left
-    return replace(record, elapsed_ms=max(0.0, elapsed), values=values)
+        if name in values and elapsed_ms > 0:
+            values[name] *= record.elapsed_ms / elapsed_ms
+    return replace(record, elapsed_ms=elapsed_ms, values=values)
 
 
 def _add_validation(run: RunLog, match: re.Match[str]) -> None:

@@ -123,6 +123,58 @@ def test_an_attempt_that_ends_early_does_not_keep_the_later_lines_of_the_one_bef
     assert [record.iteration for record in run.iterations] == [1, 2, 3]
 
 
+RATE = " skyladder/tflops_per_gpu: {:.6E} |"
+
+
+def test_iterations_between_the_last_line_and_a_restart_count() -> None:
+    """Iterations of 4 TFLOP take 100 ms, an attempt's first one 1,000; log interval 10.
+
+    Stopped at 25 and 58 and going on from there, like a run that was never stopped but for the
+    two slow iterations.
+    """
+
+    def of(iteration: int, ms: float) -> str:
+        return line(iteration, 4.0, ms, extra=RATE.format(4e3 / ms))
+
+    whole = [of(1, 1000.0), of(10, 190.0), *(of(i, 100.0) for i in (20, 30, 40, 50))]
+    stopped = [
+        *[ARGUMENTS, *whole[:3]],  # 21 to 25: as the line of 20
+        *[ARGUMENTS, of(26, 1000.0), of(30, 280.0), *whole[4:]],
+        *[ARGUMENTS, of(59, 1000.0)],  # 51 to 58: as the line of 50
+    ]
+    run = parse("\n".join(stopped))
+    assert [(each.iteration, each.num_iterations) for each in run.iterations] == [
+        *[(1, 1), (10, 9), (20, 10), (26, 6), (30, 4), (40, 10), (50, 10), (59, 9)]
+    ]
+    seconds = run.elapsed_seconds()
+    assert seconds == pytest.approx([1.0, 1.9, 2.9, 4.4, 4.8, 5.8, 6.8, 8.6])
+    work = [
+        (each.tflops_per_gpu or 0) * (end - start)
+        for each, start, end in zip(run.iterations, [0.0, *seconds], seconds, strict=False)
+    ]
+    assert sum(work) == pytest.approx(59 * 4, rel=1e-3)
+
+
+def test_kept_iterations_of_a_lost_line_took_the_time_of_that_line() -> None:
+    # a checkpoint at 25, the job killed after 40, and twice more at once
+    lost = [line(1, 5.0, 900.0), *(line(i, 4.0, 100.0 + 10 * i) for i in (20, 30, 40))]
+    again = [ARGUMENTS, line(26, 4.0, 900.0)]
+    run = parse("\n".join([ARGUMENTS, *lost, *again, *again, *again]))
+    assert [record.iteration for record in run.iterations] == [1, 20, 26]
+    assert run.iterations[2].num_iterations == 6
+    assert run.iterations[2].elapsed_ms == pytest.approx((5 * 400.0 + 900.0) / 6)
+
+
+def test_kept_iterations_do_not_take_the_time_of_a_slow_first_one() -> None:
+    # stopped after 6, before a line other than the first: as the line after
+    text = [ARGUMENTS, line(1, 5.0, 900.0), ARGUMENTS, line(7, 4.0, 900.0), line(10, 4.0, 300.0)]
+    run = parse("\n".join(text))
+    assert [record.num_iterations for record in run.iterations] == [1, 6, 3]
+    assert run.elapsed_seconds() == pytest.approx([0.9, 0.9 + 0.5 + 0.9, 2.6])
+    short = parse("\n".join(text[:4]))  # nothing says more
+    assert short.elapsed_seconds() == pytest.approx([0.9, 0.9 + 6 * 0.9])
+
+
 def skipped(text: str, count: int) -> str:
     """Return a line whose gradients overflowed in so many of its iterations."""
     return text.replace("skipped iterations:   0", f"skipped iterations: {count:3d}")
