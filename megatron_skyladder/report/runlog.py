@@ -69,7 +69,7 @@ class Iteration:
 
     @property
     def loss(self) -> float | None:
-        """Mean training loss; None where every iteration was skipped."""
+        """Mean training loss; NaN where Megatron left it out, None where all were skipped."""
         return self.values.get(LOSS)
 
     @property
@@ -241,7 +241,20 @@ def parse(text: str) -> RunLog:
         else:
             _note_setting(run, line)
     _cover_kept(run.iterations, lost)
+    _note_nan(run.iterations)
     return run
+
+
+def _note_nan(records: list[Iteration]) -> None:
+    """Give records the loss NaN that Megatron left out: it prints a mean only where it is >= 0.
+
+    Other lines have no loss for another reason: all lines of a log whose loss has another name,
+    one that is cut off, and one whose iterations were all skipped.
+    """
+    if any(record.loss is not None for record in records):
+        for record in records:
+            if record.loss is None and record.values.get(SKIPPED) == 0:
+                record.values[LOSS] = math.nan
 
 
 def _cover_kept(records: list[Iteration], lost: dict[int, Iteration]) -> None:

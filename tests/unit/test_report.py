@@ -328,10 +328,13 @@ def test_the_skipped_iterations_of_an_fp16_run_are_no_divergence(runs: list[Run]
     assert np.isnan(run.losses).sum() == 3 and np.nanmin(run.losses) > 1
 
 
-def test_what_a_diverged_run_comes_to(diverged: list[Run]) -> None:
-    rows = {row.label: row.cells for row in summary(diverged[:1])}
-    assert rows["Final training loss"] == ["nan"]
-    assert rows["Losses not finite"][0].startswith("29 log lines, from iteration 30,000")
+def test_what_a_diverged_run_comes_to(runs: list[Run], diverged: list[Run]) -> None:
+    text = damaged(_text_of(runs[1]), *DIVERGED[diverged[0].name])
+    left_out = Run("as Megatron prints it", parse(text.replace(" lm loss: nan |", "")))
+    for run in (diverged[0], left_out):
+        rows = {row.label: row.cells for row in summary([run])}
+        assert rows["Final training loss"] == ["nan"]
+        assert rows["Losses not finite"][0].startswith("29 log lines, from iteration 30,000")
 
 
 def test_a_damaged_log_still_calibrates(runs: list[Run], tmp_path: Path) -> None:

@@ -242,6 +242,31 @@ def test_validation_sets_are_told_apart_and_the_later_line_counts() -> None:
     }
 
 
+def without_loss(text: str) -> str:
+    """Return a line as Megatron prints it where the mean loss is NaN, or of no iteration."""
+    return re.sub(r" lm loss: \S+ \|", "", text)
+
+
+def test_a_line_without_a_loss_in_a_run_that_has_them_is_of_nan() -> None:
+    """Megatron prints means that are 0 or more, and NaN is not."""
+    text = [line(1, 5.0), line(2, 4.5), without_loss(line(3, 0.0)), VALIDATION]
+    text += [" timers: forward-backward: 3.1 |", without_loss(line(4, 0.0))]
+    run = parse("\n".join([ARGUMENTS, *text]))
+    assert [math.isnan(record.loss or 0.0) for record in run.iterations] == [False] * 2 + [True] * 2
+    assert run.iterations[2].window == 8 and run.validations[0].loss == 4.185435
+
+
+def test_lines_that_have_no_loss_for_another_reason() -> None:
+    first = [skipped(without_loss(line(i, 0.0)), 1) for i in (1, 2)]  # of an fp16 run
+    cut_off = line(4, 3.0).partition(" lm loss")[0]  # the job was killed in mid-line
+    run = parse("\n".join([ARGUMENTS, *first, line(3, 4.0), cut_off]))
+    assert [record.loss for record in run.iterations] == [None, None, 4.0, None]
+    other = "\n".join(line(i, 4.0).replace("lm loss", "mse loss") for i in (1, 2))
+    assert [record.loss for record in parse(other).iterations] == [None, None]
+    bridge = [line(10, 4.0), "SkyLadder: iteration 20/40 | skyladder/window: 16", line(20, 3.0)]
+    assert [record.loss for record in parse("\n".join(bridge)).iterations] == [4.0, 3.0]
+
+
 def test_a_loss_that_is_no_number_is_kept_as_such() -> None:
     record = parse(line(1, math.nan)).iterations[0]
     assert record.loss is not None
