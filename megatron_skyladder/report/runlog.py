@@ -9,7 +9,7 @@ Megatron from 0.16 on prints a line after the first iteration of every attempt w
 sums, so the next line's mean loss and time contain that iteration again. Both are corrected here:
 each record covers the iterations since the record before. Up to 0.15 there is no such line.
 Iterations that a stopped attempt ran after its last line, and kept, are in no line at all; the
-first record of the next attempt covers them too.
+first record of the next attempt covers them too. Bridge has no line after the first iteration.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ RATES = ("skyladder/tflops_per_gpu", "throughput per GPU (TFLOP/s/GPU)")  # the 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _ITERATION = re.compile(r"(?:\[([\d:. -]{19,})\]\s*)?iteration\s+(\d+)/\s*(\d+) \|(.*)")
 _OURS = re.compile(r"SkyLadder: iteration (\d+)/(\d+) \| (.*)")  # a line of its own, in Bridge
+_BRIDGES_TIME = re.compile(r"\[[\d-]{10} [\d:]{8}\]\s*iteration\s+\d+/")  # Megatron's: microseconds
 _VALIDATION = re.compile(r"validation(\S*) loss at iteration (\d+)(?: on (\w+) set)? \|(.*)")
 _VALUE = " value"  # as in "lm loss value: 4.1"; the other field is its perplexity
 _SETTING = re.compile(r"^(?:\S{0,24}:)? {1,3}(\w+) \.{2,} ?(.*)$")
@@ -199,11 +200,11 @@ def read_run(path: str | Path) -> RunLog:
 def parse(text: str) -> RunLog:
     """Return what the text of a log says; see `read_run`."""
     run = RunLog(path=Path())
-    is_bridges = _OURS.search(text) is not None
+    is_bridges = _is_bridges(text)
     ours: dict[int, dict[str, float]] = {}  # by iteration, until the trainer's line comes
     first: Iteration | None = None  # the line whose iteration the next line contains again
     lost: dict[int, Iteration] = {}  # by the iteration that an attempt began again at
-    attempt_began = False  # what begins in the middle of a run is taken as it is
+    attempt_began = False
     for raw in text.splitlines():
         line = _ANSI.sub("", raw)
         if _ATTEMPT.search(line):
@@ -240,9 +241,31 @@ def parse(text: str) -> RunLog:
             _add_validation(run, match)
         else:
             _note_setting(run, line)
+    if UNTIL_015 not in run.settings:
+        _cover_start(run.iterations)
     _cover_kept(run.iterations, lost)
     _note_nan(run.iterations)
     return run
+
+
+def _is_bridges(text: str) -> bool:
+    """Whether a log is Bridge's: with SkyLadder's own line, or without it as its time shows."""
+    if _OURS.search(text):
+        return True
+    return bool(_BRIDGES_TIME.search(text)) and not _ATTEMPT.search(text)
+
+
+def _cover_start(records: list[Iteration]) -> None:
+    """Let the first record of a log that begins in the middle of a run cover a log interval.
+
+    Its line is of one iteration if it is an attempt's first: after Megatron's arguments, or, where
+    the log lacks them, off the multiples of the interval, at which all other lines are.
+    """
+    if len(records) < 2 or records[0].is_first or records[1].is_first:
+        return
+    interval = records[1].iteration - records[0].iteration
+    covered = interval if records[0].iteration % interval == 0 else 1
+    records[0] = replace(records[0], num_iterations=covered)
 
 
 def _note_nan(records: list[Iteration]) -> None:

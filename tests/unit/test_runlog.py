@@ -103,7 +103,29 @@ def test_interval_means_cover_the_iterations_since_the_line_before() -> None:
 def test_what_begins_in_the_middle_is_taken_as_it_is() -> None:
     run = parse("\n".join([line(20, 4.0), line(30, 3.0)]))
     assert [record.loss for record in run.iterations] == [4.0, 3.0]
-    assert run.iterations[1].num_iterations == 10
+    assert [record.num_iterations for record in run.iterations] == [10, 10]
+    # 26 is on no log boundary: an attempt's first iteration, whose arguments are not in the log
+    run = parse("\n".join([line(26, 4.0), line(30, 3.0)]))
+    assert [record.num_iterations for record in run.iterations] == [1, 4]
+    assert parse(line(20, 4.0)).iterations[0].num_iterations == 1
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize(
+    ("iterations", "covered"),
+    [((1, 2, 3), (1, 1, 1)), ((10, 20, 30), (10, 10, 10)), ((30, 40), (10, 10)), ((4,), (4,))],
+)
+def test_bridge_prints_no_line_after_the_first_iteration(
+    ours: bool, iterations: tuple[int, ...], covered: tuple[int, ...]
+) -> None:
+    """Its stamps have whole seconds, and no head of arguments is printed."""
+    text = [line(i, 5.0 - i / 10, 100.0 + i).replace(".068902]", "]") for i in iterations]
+    if ours:
+        text.append(f"SkyLadder: iteration {iterations[-1]}/40 | skyladder/window: 16")
+    run = parse("\n".join(text))
+    assert [record.num_iterations for record in run.iterations] == list(covered)
+    assert [record.loss for record in run.iterations] == [5.0 - i / 10 for i in iterations]
+    assert [record.elapsed_ms for record in run.iterations] == [100.0 + i for i in iterations]
 
 
 def test_a_requeued_run_leaves_out_what_was_lost() -> None:
