@@ -47,8 +47,7 @@ class Run:
     @cached_property
     def tokens(self) -> np.ndarray:
         """Training tokens at each record; samples where the log does not name --seq-length."""
-        samples = np.array([record.consumed_samples for record in self.log.iterations])
-        return samples * (self.log.seq_length or 1)
+        return np.array(self.log.tokens())
 
     @cached_property
     def seconds(self) -> np.ndarray:

@@ -56,6 +56,7 @@ class Iteration:
             ``grad norm``, ``skyladder/window``.
         time: when the line was printed, if it says.
         num_gpus: the world size of its attempt, if the log says.
+        seq_length: tokens in a sequence of its attempt, if the log says.
         is_first: whether its line is of one iteration, the first one of an attempt, which is slow.
     """
 
@@ -66,6 +67,7 @@ class Iteration:
     values: dict[str, float]
     time: datetime | None = None
     num_gpus: int | None = None
+    seq_length: int | None = None
     is_first: bool = False
 
     @property
@@ -157,9 +159,22 @@ class RunLog:
 
     @property
     def seq_length(self) -> int | None:
-        """Tokens in a row."""
+        """Tokens in a sequence, of the last attempt."""
         length = self.number("seq_length")
         return None if length is None else int(length)
+
+    def tokens(self) -> list[int]:
+        """Return the training tokens at the end of each record; samples where no length is known.
+
+        A run may go on with another length; the tokens it has seen stay what they were.
+        """
+        total, samples, tokens = 0, 0, []
+        for record in self.iterations:
+            length = record.seq_length or self.seq_length or 1
+            total += (record.consumed_samples - samples) * length
+            samples = record.consumed_samples
+            tokens.append(total)
+        return tokens
 
     def elapsed_seconds(self) -> list[float]:
         """Return the training time at the end of each record, from the first iteration on."""
@@ -213,7 +228,7 @@ def parse(text: str) -> RunLog:
         elif match := _OURS.search(line):
             _add_ours(run, ours, int(match[1]), _numbers(match[3]))
         elif match := _ITERATION.search(line):
-            record = _iteration(match, run.num_gpus)
+            record = _iteration(match, run)
             if record is None:  # damaged: there is no place for it
                 continue
             run.total_iterations = int(match[3])
@@ -322,12 +337,12 @@ def _log_interval(run: RunLog) -> int:
     return int(text) if text.isdigit() and int(text) else 1
 
 
-def _iteration(match: re.Match[str], num_gpus: int | None) -> Iteration | None:
+def _iteration(match: re.Match[str], run: RunLog) -> Iteration | None:
     """Return the record of a line; None where it does not say how far training is.
 
     Args:
         match: of the line.
-        num_gpus: of its attempt.
+        run: as far as it has been read.
     """
     values = _numbers(match[4])
     samples = values.pop("consumed samples", 0.0)
@@ -343,7 +358,8 @@ def _iteration(match: re.Match[str], num_gpus: int | None) -> Iteration | None:
         elapsed_ms=elapsed_ms if math.isfinite(elapsed_ms) else 0.0,
         values=values,
         time=datetime.fromisoformat(match[1].strip()) if match[1] else None,
-        num_gpus=num_gpus,
+        num_gpus=run.num_gpus,
+        seq_length=run.seq_length,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_skyladder.report.log_files import rank_logs
-from megatron_skyladder.report.runlog import Iteration, parse
+from megatron_skyladder.report.runlog import Iteration, parse, read_run
 from megatron_skyladder.slurm import attempts
 from megatron_skyladder.slurm.attempts import Attempt, RunFolder
 from megatron_skyladder.slurm.flags import by_flag
@@ -146,11 +146,14 @@ def _last_line(run: RunFolder, starts: list[Attempt]) -> tuple[Iteration | None,
 def _tokens(run: RunFolder, settings: Settings, line: Iteration | None) -> int | None:
     if line is None:
         return None
-    length = by_flag(settings.flags).get("--seq-length", "")
-    if not length.isdigit():  # an own script knows it by itself, and Megatron prints it
-        heads = (_part(log, HEAD_BYTES) for log in run.path.glob("attempts/*/rank.0000.log"))
-        length = next((str(n) for n in (parse(head).seq_length for head in heads) if n), "")
-    return line.consumed_samples * int(length) if length else None
+    heads = (_part(log, HEAD_BYTES) for log in run.path.glob("attempts/*/rank.0000.log"))
+    lengths = {length for length in (parse(head).seq_length for head in heads) if length}
+    if len(lengths) > 1:  # the run went on with another one: each attempt's own counts
+        return read_run(run.path).tokens()[-1]
+    flag = by_flag(settings.flags).get("--seq-length", "")
+    if not lengths and flag.isdigit():  # the first rank's log is not there
+        lengths = {int(flag)}
+    return line.consumed_samples * lengths.pop() if lengths else None
 
 
 def _hours_left(line: Iteration | None, total: int | None) -> float | None:

@@ -139,6 +139,18 @@ def test_a_requeued_run_leaves_out_what_was_lost() -> None:
     assert [record.iteration for record in run.validations] == [2]
 
 
+def test_tokens_of_sequences_that_got_longer() -> None:
+    """4 sequences of 128 tokens in each iteration, and of 512 from the third on."""
+    longer = ARGUMENTS.replace(
+        "seq_length ...................................... 128", "seq_length ... 512"
+    )
+    text = [ARGUMENTS, line(1, 5.0), line(2, 4.0), longer, line(3, 4.0), line(10, 4.0)]
+    run = parse("\n".join(text))
+    assert run.tokens() == [512, 1024, 1024 + 2048, 1024 + 8 * 2048]
+    assert parse("\n".join(text[1:3])).tokens() == [4, 8]  # samples: no length is known
+    assert parse("\n".join(text[1:])).tokens()[1] == 8 * 512  # the only length that is known
+
+
 def test_an_attempt_that_ends_early_does_not_keep_the_later_lines_of_the_one_before() -> None:
     text = ARGUMENTS + "\n".join([line(i, 5.0) for i in (1, 2, 3, 4)]) + "\n" + ARGUMENTS
     run = parse(text + line(3, 3.5))

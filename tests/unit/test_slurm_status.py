@@ -130,6 +130,20 @@ def test_tokens_of_a_script_that_knows_its_rows_by_itself(tmp_path: Path) -> Non
     assert of(run).tokens == 5 * 4 * 128
 
 
+def test_tokens_of_a_run_that_went_on_with_longer_sequences(run: Run) -> None:
+    run.begin()
+    log(run, 1, 2, 3)
+    run.end()
+    settings = (run.folder.path / "settings.json").read_text().replace('"128"', '"512"')
+    (run.folder.path / "settings.json").write_text(settings)  # --allow-changes
+    assert of(run).tokens == 3 * 4 * 128
+    run.begin()
+    log(run, 4, 5)
+    head = run.attempt_folder() / "rank.0000.log"
+    head.write_text(ARGUMENTS.replace(" 128\n", " 512\n"))
+    assert of(run).tokens == 3 * 4 * 128 + 2 * 4 * 512
+
+
 def test_the_end_of_a_long_log_is_enough(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "TAIL_BYTES", 2000)
     run.begin()
