@@ -73,13 +73,16 @@ class Run:
     def flops(self) -> np.ndarray | None:
         """FLOPs spent at each record, by Megatron's count; None where a record has no rate or GPUs.
 
-        A rate that is not finite is taken from the records around it.
+        A rate that is not finite is taken from the records around it. Stock Megatron prints one
+        decimal of a TFLOP/s: a model whose rates are 0 most of the time is too small for it.
         """
         logged = [record.tflops_per_gpu for record in self.log.iterations]
         rates = finite(logged)
         known = np.flatnonzero(~np.isnan(rates))
         gpus = self.gpus
         if None in logged or not known.size or gpus is None:
+            return None
+        if np.median(rates[known]) <= 0:
             return None
         rates = np.interp(np.arange(rates.size), known, rates[known])
         seconds = np.diff(self.seconds, prepend=0.0)

@@ -79,6 +79,20 @@ def test_compute_is_left_out_where_a_run_has_no_rate(runs: list[Run]) -> None:
     assert set(axes_of(runs)) == {"tokens", "time", "flops"}
 
 
+def test_compute_is_unknown_where_the_printed_rate_is_rounded_to_nothing(runs: list[Run]) -> None:
+    """Stock Megatron prints one decimal of a TFLOP/s: 0.0 for a model of toy size."""
+    stock = " throughput per GPU (TFLOP/s/GPU): {} |"
+    text = re.sub(r" skyladder/tflops_per_gpu: \S+ \|", stock.format("0.0"), _text_of(runs[0]))
+    run = Run("small", parse(text))
+    assert run.flops is None and to_json([run])[0]["flops"] is None
+    assert "Compute" not in {row.label for row in summary([run])}
+    assert set(axes_of([runs[1], run])) == {"tokens", "time"}
+    # one line of a large model, whose iterations hung: these did nothing
+    line = text.replace(stock.format("0.0"), stock.format("90.0"))
+    hung = Run("hung", parse(line.replace(stock.format("90.0"), stock.format("0.0"), 1)))
+    assert hung.flops is not None and hung.flops[0] == 0 and hung.flops[-1] > 0
+
+
 def resized(runs: list[Run]) -> Run:
     """Return a run whose second half went on with a quarter of the GPUs."""
     text = _text_of(runs[0])
