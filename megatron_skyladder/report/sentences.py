@@ -19,6 +19,7 @@ from megatron_skyladder.report.tables import (
     beyond,
     duration,
     final_loss,
+    less,
     saving_at_equal_loss,
     tokens_text,
 )
@@ -104,8 +105,8 @@ def _saved(run: Run, first: Group) -> str:
     longer = beyond(run.tokens[-1], tokens)
     if longer is not None and abs(longer) > SAME:
         rate = beyond(run.seconds[-1] / run.tokens[-1], seconds / tokens) if seconds else None
-        slower = "" if rate is None else f", with {_less(rate)} time per token so far"
-        return f"has seen {_less(longer)} tokens than {first.name}{slower}"
+        slower = "" if rate is None else f", with {less(rate)} time per token so far"
+        return f"has seen {less(longer)} tokens than {first.name}{slower}"
     change = beyond(run.seconds[-1], seconds)
     if change is None:
         return f"has no times to compare with {first.name}"
@@ -240,10 +241,6 @@ def _named(names: Sequence[str]) -> str:
     if len(names) > MOST_NAMES:
         shown.append(f"{len(names) - MOST_NAMES} more")
     return " and ".join([*([", ".join(shown[:-1])] if shown[1:] else []), shown[-1]])
-
-
-def _less(share: float) -> str:
-    return f"{100 * abs(share):.1f} % {'less' if share < 0 else 'more'}"
 
 
 def _known(look_at: Sequence[str], pictures: Collection[str]) -> tuple[str, ...]:

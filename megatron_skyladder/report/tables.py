@@ -13,6 +13,7 @@ import numpy as np
 from megatron_skyladder.report.comparable import other_validation
 from megatron_skyladder.report.curves import Run
 from megatron_skyladder.report.groups import PLACES
+from megatron_skyladder.report.panels import SAME
 from megatron_skyladder.report.runlog import Validation
 from megatron_skyladder.report.stability import VOLATILITY_WIDTH, stability
 
@@ -92,12 +93,26 @@ def _against_first(runs: Sequence[Run]) -> list[Row]:
 
     against = f"against {first.name}"
     reached = f"when the validation loss is down to the one {first.name} ends with"
+    unequal = _not_as_far(runs)
     return [
-        row(f"Time {against}", lambda run: beyond(run.seconds[-1], first.seconds[-1])),
-        row(f"Compute {against}", flops),
+        row(f"Time {against}", lambda run: beyond(run.seconds[-1], first.seconds[-1]), unequal),
+        row(f"Compute {against}", flops, unequal),
         row("Same loss: tokens", lambda run: saving_at_equal_loss(run, first, "tokens"), reached),
         row("Same loss: time", lambda run: saving_at_equal_loss(run, first, "seconds"), reached),
     ]
+
+
+def _not_as_far(runs: Sequence[Run]) -> str:
+    """Return which runs have not seen as much as the first one: their time is of other work."""
+    first = runs[0]
+    parts = []
+    for run in runs[1:]:
+        longer = beyond(run.tokens[-1], first.tokens[-1])
+        in_one_unit = bool(run.log.seq_length) == bool(first.log.seq_length)
+        if longer is not None and abs(longer) > SAME and in_one_unit:
+            what = "tokens" if first.log.seq_length else "samples"
+            parts.append(f"{run.name} has seen {less(longer)} {what} than {first.name}")
+    return "; ".join(parts)
 
 
 def saving_at_equal_loss(run: Run, first: Run, axis: str) -> float | None:
@@ -266,6 +281,11 @@ def _figure(value: float) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None or not math.isfinite(share) else f"{100 * share:+.1f} %"
+
+
+def less(share: float) -> str:
+    """Return a difference in words, such as ``9.9 % less``."""
+    return f"{100 * abs(share):.1f} % {'less' if share < 0 else 'more'}"
 
 
 def _gpus(run: Run) -> str:

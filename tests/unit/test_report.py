@@ -626,6 +626,18 @@ def test_seeds_that_have_not_come_as_far(runs: list[Run]) -> None:
     assert text.endswith("better; 1 of 3 seeds left out: no finite validation loss to end with.")
 
 
+def test_the_summary_says_which_runs_have_not_come_as_far(runs: list[Run]) -> None:
+    half, whole = until(runs[1], 50_000), Run("whole", runs[1].log)
+    rows = {row.label: row for row in summary([runs[0], half, whole])}
+    for label in ("Time against constant", "Compute against constant"):
+        assert rows[label].note == "ladder has seen 50.0 % less tokens than constant"
+        assert float(rows[label].cells[1].removesuffix(" %")) < -50
+    assert {row.note for row in summary(runs) if "against" in row.label} == {""}
+    unknown = Run("unknown", parse(re.sub(r".*seq_length \.+.*\n", "", _text_of(runs[1]))))
+    rows = {row.label: row for row in summary([runs[0], unknown])}
+    assert rows["Time against constant"].note == ""  # it has samples, and no tokens
+
+
 def test_losses_by_length_of_seeds_that_have_not_come_as_far(runs: list[Run]) -> None:
     seeds = [with_settings(runs[1], f"s-{n}", seed=str(n), shift=-0.47) for n in (1, 2)]
     whole = loss_by_length(group_runs([runs[0], *seeds]))
