@@ -118,13 +118,14 @@ def row_statistics(document_starts: np.ndarray, seq_length: int) -> dict[str, An
     """Count the sequences of seq_length tokens that hold parts of several documents, in file order.
 
     Megatron shuffles the documents before it packs them, which changes the sequences but hardly the
-    share. The last row, where it is not full, does not count, as in Megatron.
+    share. As in Megatron a row counts where the label of its last token is there too, which is one
+    token more: 16 tokens are three rows of 4, and 17 are four.
 
     Args:
         document_starts: int, [num_documents + 1], first token of each document and the total.
         seq_length: tokens of a sequence.
     """
-    num_rows = int(document_starts[-1]) // seq_length
+    num_rows = max(0, int(document_starts[-1]) - 1) // seq_length
     boundaries = np.unique(document_starts)
     boundaries = boundaries[(boundaries < num_rows * seq_length) & (boundaries % seq_length > 0)]
     several = len(np.unique(boundaries // seq_length))

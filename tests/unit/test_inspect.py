@@ -89,7 +89,8 @@ def test_against_the_plain_way(
     without = sum(bool(tokens) and tokens[-1] != EOD for tokens in documents)
     assert (found["eod"]["inside"], found["eod"]["documents_without"]) == (inside, without)
     owner = [number for number, tokens in enumerate(documents) for _ in tokens]
-    num_rows = len(owner) // seq_length
+    # Megatron's dataset reads seq_length + 1 tokens for a sequence: the last one is a label only
+    num_rows = len(range(0, len(owner) - seq_length, seq_length))
     rows = [set(owner[row * seq_length : (row + 1) * seq_length]) for row in range(num_rows)]
     assert found["rows"]["rows"] == num_rows
     if num_rows:
@@ -195,7 +196,7 @@ def test_sample(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     prefix = write(tmp_path / "a", [[1, 2, EOD], [EOD, 3], []])
-    assert main(["inspect", prefix, "--seq-length", "5", "--eod-id", str(EOD)]) == 0
+    assert main(["inspect", prefix, "--seq-length", "4", "--eod-id", str(EOD)]) == 0
     report = capsys.readouterr().out
     for line in (
         "3 documents, 5 tokens (uint16)",
@@ -203,7 +204,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         "1 of 2 documents do not end in it; the first is document 1",
         "1 more are inside documents, where they look like a document's end; the first is in "
         "document 1",
-        "sequences of 5 tokens: 1, 100.0% of them with more than one document, "
+        "sequences of 4 tokens: 1, 100.0% of them with more than one document, "
         "2.0 documents a sequence",
         "[1, 2, 9]",
         "(give --tokenizer-type and --tokenizer-model to read it)",
@@ -242,11 +243,13 @@ def test_what_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_row_statistics_by_hand() -> None:
-    starts = np.array([0, 4, 8, 8, 10, 16])  # one boundary inside a row of 4, at 10
+@pytest.mark.parametrize(("num_tokens", "num_rows"), [(16, 3), (17, 4), (20, 4), (21, 5)])
+def test_row_statistics_by_hand(num_tokens: int, num_rows: int) -> None:
+    """A row of 4 takes a fifth token, the label of its last one: 16 tokens are 3 rows."""
+    starts = np.array([0, 4, 8, 8, 10, num_tokens])  # one boundary inside a row, at 10
     assert summary.row_statistics(starts, 4) == {
         "seq_length": 4,
-        "rows": 4,
-        "with_several_documents": 0.25,
-        "mean_documents": 1.25,
+        "rows": num_rows,
+        "with_several_documents": 1 / num_rows,
+        "mean_documents": 1 + 1 / num_rows,
     }
