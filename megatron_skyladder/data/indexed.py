@@ -295,6 +295,24 @@ def read_counts(prefix: str | Path) -> Counts:
     return Counts(num_tokens, num_documents, dtype)
 
 
+def count_empty(prefix: str | Path) -> int:
+    """Return how many documents of a pair have no tokens; reads its list of documents.
+
+    Args:
+        prefix: path without ``.bin``/``.idx``.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    idx = f"{prefix}.idx"
+    _, num_sequences, num_documents = _read_header(idx)
+    firsts = _map(idx, "<i8", HEADER.size + 12 * num_sequences, num_documents + 1)
+    empty = 0
+    for start in range(0, num_documents, CHUNK):
+        empty += int((np.diff(firsts[start : start + CHUNK + 1]) == 0).sum())
+    return empty
+
+
 def last_tokens(prefix: str | Path, count: int) -> np.ndarray:
     """Return the last tokens of some documents, spread evenly over a pair.
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_skyladder.data.encode import Documents
 from megatron_skyladder.data.identity import differences
-from megatron_skyladder.data.indexed import IndexedWriter, WriterPosition
+from megatron_skyladder.data.indexed import IndexedWriter, WriterPosition, count_empty
 from megatron_skyladder.data.record import (
     is_remainder,
     misfit,
@@ -208,6 +208,7 @@ class ResumableOutput:
                 "tokens": self._positions[key].num_tokens,
                 "documents": self._positions[key].num_documents,
                 **self.counts,
+                "empty": count_empty(path),  # of this key: the counts are of the input
             }
             write_record(path, record)
             records.append(record)

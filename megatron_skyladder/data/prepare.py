@@ -101,8 +101,7 @@ def prepare(
         in_flight = BATCHES_PER_WORKER * request.workers
         for batch, encoded in _in_order(pool, batches, in_flight):
             _note_bad(batch, encoded, output, skip=request.skip_bad_lines)
-            num_empty = int((encoded.documents[keys[0]].num_sequences == 0).sum())
-            output.add(encoded.documents, batch.next_place, empty=num_empty, bad=len(encoded.bad))
+            output.add(encoded.documents, batch.next_place, bad=len(encoded.bad))
             meter.show(batch.read_bytes)
         return _finish(output)
 

@@ -17,6 +17,7 @@ from megatron_skyladder.data.indexed import (
     IndexedWriter,
     WriterPosition,
     best_dtype,
+    count_empty,
     fit_tokens,
     read_counts,
 )
@@ -81,6 +82,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, documents: list, c
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexed, "CHUNK", chunk)  # so that the index is written in several pieces
         write(prefix, documents)
+        assert count_empty(prefix) == documents.count([])
     write(prefix.with_name("in_one"), documents)
     assert both(prefix) == both(prefix.with_name("in_one"))
     reader = IndexedReader(prefix)

@@ -184,6 +184,19 @@ def test_a_key_with_a_slash_is_reported_where_it_is_written(
             assert IndexedReader(prefix)[0].tolist() == [1, 2, 999]
 
 
+def test_documents_without_tokens_are_counted_for_each_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    texts = [("1", []), ([], []), ([], ["4", "5"]), ("2", "3"), ("6", [])]
+    lines = [json.dumps({"title": title, "text": text}) for title, text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    flags = ["--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "out", *NULL]
+    run(*flags, "--workers", 1, "--json-keys", "title", "text")
+    printed = capsys.readouterr().out.splitlines()
+    counts = [line.rpartition("documents without tokens: ")[2] for line in printed]
+    assert counts == ["2", "3"]
+
+
 @pytest.mark.parametrize("key", ["", "a/../../b", "a/..", "x\0y"])
 def test_keys_that_make_no_name_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture, key: str

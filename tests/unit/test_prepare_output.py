@@ -30,10 +30,11 @@ NUM_BATCHES = 5
 
 
 def batch(number: int) -> dict[str, Documents]:
-    """Return two documents, one of them empty, that differ from batch to batch."""
+    """Return two documents that differ from batch to batch, one of the texts empty."""
     tokens = np.arange(number * 10, number * 10 + 3, dtype="<u2")
-    documents = Documents(tokens, np.array([3], dtype="<i4"), np.array([1, 0]))
-    return {"text": documents, "title": documents._replace(tokens=tokens + 1)}
+    text = Documents(tokens, np.array([3], dtype="<i4"), np.array([1, 0]))
+    title = Documents(tokens + 1, np.array([1, 2], dtype="<i4"), np.array([1, 1]))
+    return {"text": text, "title": title}
 
 
 def run(prefix: Path) -> list[dict[str, Any]]:
@@ -44,7 +45,7 @@ def run(prefix: Path) -> list[dict[str, Any]]:
     output = ResumableOutput(str(prefix), KEYS, np.dtype("<u2"), SETTINGS)
     try:
         for number in range(output.place.file, NUM_BATCHES):
-            output.add(batch(number), Place(number + 1), empty=1)
+            output.add(batch(number), Place(number + 1), bad=1)
         return output.finish()
     finally:
         output.close()
@@ -70,7 +71,9 @@ def test_straight_through(tmp_path: Path) -> None:
         "tokens": 15,
         "documents": 10,
         "empty": 5,
+        "bad": 5,
     }
+    assert (records[1]["documents"], records[1]["empty"]) == (10, 0)
     assert read_record(f"{tmp_path}/a_text_document") == records[0]
     assert read_record(f"{tmp_path}/other") is None
 
@@ -111,19 +114,20 @@ def test_a_crash_at_any_step(
             monkeypatch.setattr(output_module.os, function, real)
         records = run(folder / "a")
         assert snapshot(folder) == expected
-        assert records[0]["empty"] == NUM_BATCHES
+        assert [record["empty"] for record in records] == [NUM_BATCHES, 0]
+        assert records[0]["bad"] == NUM_BATCHES
     assert last_call > {"replace": 6, "remove": 4, "fsync": 10}[function]
 
 
 def test_what_was_not_committed_is_made_again(tmp_path: Path) -> None:
     run(tmp_path / "straight")
     output = ResumableOutput(f"{tmp_path}/a", KEYS, np.dtype("<u2"), SETTINGS)
-    output.add(batch(0), Place(1), empty=1)
+    output.add(batch(0), Place(1), bad=1)
     output.commit()
-    output.add(batch(1), Place(2), empty=1)
+    output.add(batch(1), Place(2), bad=1)
     output.close()
     again = ResumableOutput(f"{tmp_path}/a", KEYS, np.dtype("<u2"), SETTINGS)
-    assert again.is_resumed and again.place == Place(1) and again.counts == {"empty": 1}
+    assert again.is_resumed and again.place == Place(1) and again.counts == {"bad": 1}
     assert again.num_tokens == 6
     again.close()
     run(tmp_path / "a")
