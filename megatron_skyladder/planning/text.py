@@ -263,7 +263,7 @@ def _documents(plan: Plan) -> str:
             paragraph(
                 "Documents",
                 f"{documents.num_documents:,} with {amount(documents.num_tokens)} tokens; "
-                f"length: {spread}, longest {lengths[-1]:,}",
+                f"length: {spread}, longest {documents.longest:,}",
             ),
             paragraph("", f"a token sees, with documents masked and the full window: {seen}"),
             table(rows),

@@ -156,6 +156,7 @@ class Documents:
         num_documents: in all its files.
         num_tokens: in all its files.
         lengths: int64, tokens of each document of a sample, ascending.
+        longest: tokens of the longest document of all its files.
         rows: a sample of packed sequences.
         same_end: whether the documents looked at all end with one and the same token.
     """
@@ -163,6 +164,7 @@ class Documents:
     num_documents: int
     num_tokens: int
     lengths: np.ndarray
+    longest: int
     rows: PackedRows
     same_end: bool
 
@@ -197,6 +199,7 @@ def measure(data_path: Sequence[str], seq_length: int, *, flag: str = "--data-pa
         num_documents=sum(len(reader) for reader in readers),
         num_tokens=sum(reader.num_tokens for reader in readers),
         lengths=np.sort(np.concatenate(lengths)),
+        longest=max(int(reader.document_lengths.max()) for reader in readers),
         rows=PackedRows(np.concatenate(starts), np.concatenate(ends), num_rows, seq_length),
         same_end=len({token for reader in readers for token in _last_tokens(reader)}) == 1,
     )

@@ -16,7 +16,7 @@ import pytest
 from megatron_skyladder.cli import main
 from megatron_skyladder.data.indexed import IndexedWriter
 from megatron_skyladder.ladder.fragments import window_pairs
-from megatron_skyladder.planning import plots
+from megatron_skyladder.planning import plots, visible_context
 from megatron_skyladder.planning.devices import DEVICES
 
 # A launch line as people have it: 2,000 steps of 8 rows of 2,048 tokens.
@@ -655,6 +655,19 @@ def data(tmp_path: Path) -> str:
         for _ in range(300):
             writer.add_document(np.append(np.full(255, 7), 2))
     return str(tmp_path / "docs")
+
+
+def test_the_longest_document_need_not_be_in_the_sample(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(visible_context, "SAMPLE_DOCUMENTS", 1)
+    with IndexedWriter(tmp_path / "docs", "<u2") as writer:
+        for length in (*[256] * 99, 5000):
+            writer.add_document(np.full(length, 2))
+    text = call(
+        capsys, f"plan {LAUNCH} --skyladder-preset shortformer --data-path {tmp_path}/docs -v"
+    )
+    assert "99% up to 256, longest 5,000" in " ".join(text.split())
 
 
 def test_work_under_both_masks(capsys: pytest.CaptureFixture[str], data: str) -> None:

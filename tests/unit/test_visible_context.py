@@ -95,7 +95,7 @@ def write(prefix: Path, lengths: list[int], *, last: int | None = EOD) -> str:
 def test_measuring_a_data_set(tmp_path: Path) -> None:
     found = measure([write(tmp_path / "docs", [10, 20, 30, 40])], 16)
     assert (found.num_documents, found.num_tokens) == (4, 100)
-    assert found.lengths.tolist() == [10, 20, 30, 40]
+    assert found.lengths.tolist() == [10, 20, 30, 40] and found.longest == 40
     assert found.rows.num_rows == visible_context.SAMPLE_ROWS
     assert found.same_end
 
@@ -128,6 +128,16 @@ def test_huge_data_sets_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found.num_documents == 500
     assert found.lengths.size == 50
     assert found.rows.pairs(8) == 36
+
+
+def test_the_longest_document_is_that_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample of one document leaves out most, the longest of them among these."""
+    monkeypatch.setattr(visible_context, "SAMPLE_DOCUMENTS", 1)
+    first, second = ([8] * 50 + [longest] + [8] * 50 for longest in (60, 90))
+    found = measure([write(tmp_path / "a", first), write(tmp_path / "b", second)], 8)
+    assert found.lengths.tolist() == [8, 8] and found.longest == 90
 
 
 @pytest.mark.parametrize("words", ["1 {docs} 2", "0 {docs} 1 {docs}", "-1 {docs}"])
