@@ -171,7 +171,9 @@ def _stage_table(plan: Plan, steps: list[int]) -> str:
         if two:
             row.insert(3, f"{plan.local_window(step):,}")
         if plan.time:
-            row.append(_seconds(plan.time.step.seconds(plan.fraction_at(step))))
+            # exact, where `timed_fraction_at` interpolates between samples of the run
+            over_mean = plan.over_mean(plan.window(step), plan.local_window(step))
+            row.append(_seconds(plan.time.step.seconds(plan.fraction_at(step) * over_mean)))
         rows.append(row)
     legend = (
         "visible context: tokens that a token sees on average, itself included; attention work: "
@@ -179,6 +181,8 @@ def _stage_table(plan: Plan, steps: list[int]) -> str:
     )
     if two:
         legend += "; local layers: tokens that one of their queries sees at most"
+    if plan.time and plan.context_parallel_size > 1:
+        legend += "; s/step: of the busiest context-parallel rank"
     return table(rows) + "\n" + remark(legend)
 
 

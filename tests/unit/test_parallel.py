@@ -37,6 +37,13 @@ def plan_json(
     return result
 
 
+def planned(flags: str) -> estimate.Plan:
+    parser = argparse.ArgumentParser()
+    run_flags.add_run_flags(parser)
+    words = LAUNCH.removeprefix("plan ").split()
+    return estimate.make_plan(parser.parse_args([*words, *flags.split()]), name="run")
+
+
 def test_balance_and_traffic_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     """Chunks of 16 on 2 ranks: rank 0 has 0..15 and 48..63, rank 1 has 16..47."""
     plan = plan_json(capsys, "--context-parallel-size 2 --at 0,16,99")["context_parallel"]
@@ -67,11 +74,7 @@ def test_balance_and_traffic_by_hand(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_busiest_rank_over_a_run_is_the_mean_over_its_steps() -> None:
     """Against every step of a run with more steps than are looked at."""
-    parser = argparse.ArgumentParser()
-    run_flags.add_run_flags(parser)
-    slow = f"--context-parallel-size 2 --train-iters 5000 --skyladder-alpha 1/64 {ZIGZAG}"
-    words = LAUNCH.removeprefix("plan ").split()
-    plan = estimate.make_plan(parser.parse_args([*words, *slow.split()]), name="run")
+    plan = planned(f"--context-parallel-size 2 --train-iters 5000 --skyladder-alpha 1/64 {ZIGZAG}")
     works = {
         window: parallel.parallel_costs(plan, window).work
         for window in {plan.window(step) for step in range(5000)}
@@ -147,6 +150,20 @@ def test_the_text_has_a_table_and_explains_rounding(capsys: pytest.CaptureFixtur
     assert "--skyladder-round-to auto is 16, the largest number that divides" in words
     alone = call(capsys, "-v --at 16")
     assert "max / mean work" not in alone and "zigzag" not in alone
+
+
+def test_a_step_takes_as_long_as_its_busiest_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    """At a window of 24 of 64 tokens zigzag's ranks have 464 and 272 pairs, see above."""
+    flags = f"--context-parallel-size 2 {ZIGZAG} --tflops 1e-6 --gpus 2"
+    time = planned(flags).time
+    assert time is not None
+    expected = [f"{time.step.seconds(work / 2080):.2f}" for work in (2 * 464, 2080)]
+    text = call(capsys, f"-v --at 16,99 {flags}")
+    assert "s/step: of the busiest context-parallel rank" in text
+    rows = text.partition("s/step\n")[2].splitlines()[:2]
+    assert [row.split()[::5] for row in rows] == [["16", expected[0]], ["99", expected[1]]]
+    alone = call(capsys, "-v --at 16 --tflops 1e-6")
+    assert "s/step\n" in alone and "rank" not in alone
 
 
 def test_balanced_is_the_default_and_shown_beside_zigzag(
