@@ -124,6 +124,11 @@ class SkyLadderConfig:
         if not self.allow_unfinished:
             _check_ends(self.schedule)
 
+    @property
+    def begin_steps(self) -> int:
+        """Steps of a run, counted from sample 0, that begin before the schedule does."""
+        return -(-self.begin_samples // self.step_samples)
+
     def step_at_samples(self, consumed_samples: int) -> int:
         """Return the step of the schedule at ``consumed_samples``; 0 before it begins."""
         return max(0, consumed_samples - self.begin_samples) // self.step_samples

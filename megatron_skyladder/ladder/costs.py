@@ -331,7 +331,7 @@ def window_runs(config: SkyLadderConfig, total_steps: int) -> list[tuple[int, in
 def _runs_of(
     schedule: WindowSchedule, config: SkyLadderConfig, total_steps: int
 ) -> list[tuple[int, int, int]]:
-    begin = min(total_steps, -(-config.begin_samples // config.step_samples))
+    begin = min(total_steps, config.begin_steps)
     runs = schedule.segments(total_steps - begin)
     if begin:
         held = schedule.window_at(0)

@@ -80,7 +80,7 @@ def fit_tokens_and_hours(plan: Plan, hours: float) -> Fit | None:
 
 
 def _fit(plan: Plan, share: Fraction, steps: int, hours: float | None) -> Fit:
-    alpha = alpha_for_share(plan.config, steps, share)
+    alpha = alpha_for_share(plan.config.schedule, steps, share)
     return Fit(share, alpha, steps, steps * plan.batch_tokens, hours)
 
 

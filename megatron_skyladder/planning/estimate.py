@@ -120,6 +120,11 @@ class Plan:
         return first if window == self.config.seq_length else None
 
     @property
+    def steps_ahead(self) -> int:
+        """Steps of the run from where the schedule begins, of which its shares are."""
+        return max(0, self.total_steps - self.config.begin_steps)
+
+    @property
     def finishes(self) -> bool:
         """Whether the schedule gets to its final window within the run."""
         return self.config.schedule.ramp_steps <= self.total_steps
@@ -374,10 +379,10 @@ def _training_data(
         return None
 
 
-def alpha_for_share(config: SkyLadderConfig, total_steps: int, share: Fraction) -> Fraction:
-    """Return the rate, in tokens per step, that grows the window over this share of the run."""
-    span = config.schedule.final_window - config.schedule.start_window
-    return span / (share * total_steps)
+def alpha_for_share(schedule: WindowSchedule, steps: int, share: Fraction) -> Fraction:
+    """Return the rate, in tokens per step, at which the schedule takes this share of the steps."""
+    by_one = replace(schedule, alpha=Fraction(1), expand_fraction=None)
+    return by_one.ramp_steps / (share * steps)
 
 
 def stage_steps(plan: Plan, count: int = 9) -> Sequence[int]:

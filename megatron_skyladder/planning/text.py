@@ -385,12 +385,16 @@ def _paper_comparison(plan: Plan, saved: float) -> list[str]:
 
 def _advice(plan: Plan) -> str:
     schedule = plan.config.schedule
-    if not schedule.has_rate() or plan.full_step is None:
+    begin, ahead = plan.config.begin_steps, plan.steps_ahead
+    if not schedule.has_rate() or plan.full_step is None or not ahead:
         return ""
-    share = plan.full_step / plan.total_steps
+    share = schedule.ramp_steps / ahead
     low, high = estimate.RECOMMENDED_SHARES
-    advice = f"the window grows over {share:.0%} of the run; the paper found 60 to 64 % best"
+    steps = f"{ahead:,} steps from step {begin:,} on" if begin else "run"
+    advice = (
+        f"the window grows over {float(share):.0%} of the {steps}; the paper found 60 to 64 % best"
+    )
     if not 0.95 * low <= share <= 1.05 * high:
-        alpha = estimate.alpha_for_share(plan.config, plan.total_steps, high)
+        alpha = estimate.alpha_for_share(schedule, ahead, high)
         advice += f": --skyladder-expand-fraction={float(high):g}, or alpha {float(alpha):.4g}"
     return paragraph("Advice", advice)

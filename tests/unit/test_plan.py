@@ -886,6 +886,31 @@ def test_advice_where_the_growth_is_far_from_the_papers(
     assert "--skyladder-expand-fraction=0.64, or alpha 1.575" in text  # 2016 / (0.64 * 2000)
 
 
+@pytest.mark.parametrize(
+    ("flags", "of", "alpha"),
+    [
+        ("", "run", "1.575"),
+        ("--skyladder-begin-samples 8000", "1,000 steps from step 1,000 on", "3.15"),
+        ("--skyladder-schedule cyclic", "run", "6.3"),  # it grows twice and shrinks twice
+        ("--skyladder-schedule cyclic-jump --skyladder-cycles 3", "run", "4.725"),
+        ("--skyladder-schedule reversed --skyladder-start-window 48", "run", "1.562"),
+    ],
+)
+def test_advice_that_was_followed_asks_for_nothing(
+    capsys: pytest.CaptureFixture[str], flags: str, of: str, alpha: str
+) -> None:
+    def advice(rate: str) -> str:
+        text = " ".join(call(capsys, f"plan -v {LAUNCH} {flags} --skyladder-{rate}").split())
+        return text.partition("Advice ")[2].partition(" Note")[0]
+
+    grows = "the window grows over {} of the " + of + "; the paper found 60 to 64 % best"
+    for rate in ("expand-fraction 0.64", f"alpha {alpha}"):
+        assert advice(rate) == grows.format("64%")
+    wanted = f": --skyladder-expand-fraction=0.64, or alpha {alpha}"
+    for rate in ("expand-fraction 0.2", f"alpha {3.2 * float(alpha)}"):
+        assert advice(rate) == grows.format("20%") + wanted
+
+
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_a_picture(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, data: str, suffix: str
