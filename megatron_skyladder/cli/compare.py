@@ -253,10 +253,13 @@ def _flags_of_other_rows(kind: type[WindowSchedule]) -> dict[str, Any]:
 def make_fits(args: argparse.Namespace, plans: list[Plan]) -> list[tuple[str, Fit | None]]:
     """Return (what was asked, the run that fits it); the paper's 64 % is the default share.
 
+    The runs are of the first plan whose schedule has a rate. What was asked names the schedule,
+    unless it is the default one.
+
     Raises:
         ValueError: a budget is out of range, or hours were given without a time model.
     """
-    plan = next((p for p in plans if p.config.schedule.has_rate()), None)
+    plan = next((p for p in plans if p.config.schedule.has_rate() and p.steps_ahead), None)
     if plan is None:
         return []
     share = args.budget_share or estimate.RECOMMENDED_SHARES[1]
@@ -270,7 +273,15 @@ def make_fits(args: argparse.Namespace, plans: list[Plan]) -> list[tuple[str, Fi
                 f"{plan.batch_tokens:,} tokens. Give more."
             )
         plan = replace(plan, total_steps=steps)
-    grows = f"growing over {float(share):.0%}"
+    if not plan.steps_ahead:
+        begin = plan.config.begin_steps * plan.batch_tokens
+        raise ValueError(
+            f"--budget-tokens={args.budget_tokens:,}: the schedule begins after {amount(begin)} "
+            "tokens (--skyladder-begin-samples). Give more."
+        )
+    name = plan.config.schedule.schedule
+    is_default = name == DEFAULT_SCHEDULE
+    grows = f"{'growing' if is_default else name} over {float(share):.0%}"
     fits: list[tuple[str, Fit | None]] = [
         (f"{amount(plan.tokens)} tokens, {grows}", budget.fit_share(plan, share))
     ]
@@ -278,6 +289,7 @@ def make_fits(args: argparse.Namespace, plans: list[Plan]) -> list[tuple[str, Fi
     if hours is not None:
         fits.append((f"{hours:g} hours, {grows}", budget.fit_hours(plan, share, hours)))
         asked = f"{amount(plan.tokens)} tokens in {hours:g} hours"
+        asked += "" if is_default else f", {name}"
         fits.append((asked, budget.fit_tokens_and_hours(plan, hours)))
     return fits
 

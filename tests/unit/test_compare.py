@@ -277,6 +277,50 @@ def test_a_budget_of_hours(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["time"]["ladder"]["hours"] > 270
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--skyladder-round-to pow2",
+        "--skyladder-begin-samples 6400100",
+        "--skyladder-begin-samples 6400100 --skyladder-start-window 4096",
+        *(f"--schedule {name}" for name in ("stepwise", "sinusoidal", "reversed", "cyclic")),
+    ],
+)
+def test_budgets_are_of_the_tables_schedule(capsys: pytest.CaptureFixture[str], flags: str) -> None:
+    result = compare_json(capsys, f"{TIMED} {flags} --share 0.64 --budget-hours 260")
+    row, (whole, longest, _) = result["schedules"][1], (b["fit"] for b in result["budgets"])
+    assert whole["hours"] == pytest.approx(row["time"]["ladder"]["hours"], rel=1e-3)
+    assert longest["hours"] == pytest.approx(260, rel=1e-3)
+    for fit in (whole, longest):  # planned with what came out it keeps to the hours
+        sweep = f"--train-iters {fit['steps']} --alpha {fit['alpha']}"
+        planned = compare_json(capsys, f"{TIMED} {flags} {sweep}")["schedules"][1]
+        assert planned["time"]["ladder"]["hours"] == pytest.approx(fit["hours"], rel=1e-3)
+        begin = 50_001 if "begin" in flags else 0
+        ramp = planned["full_window"]["step"] - begin
+        assert ramp / (fit["steps"] - begin) == pytest.approx(0.64, abs=1e-3)
+
+
+def test_a_budget_names_the_schedule_where_it_is_not_linear(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def asked(flags: str) -> list[str]:
+        budgets = compare_json(capsys, f"{TIMED} {flags} --budget-hours 270")["budgets"]
+        return [each["asked"] for each in budgets]
+
+    hours, tokens = "104.9B tokens in 270 hours", "104.9B tokens"
+    growing = "growing over 64%"
+    assert asked("--schedule linear cyclic") == [
+        f"{tokens}, {growing}",
+        f"270 hours, {growing}",
+        hours,
+    ]
+    assert asked("--schedule cyclic linear") == [
+        f"{tokens}, cyclic over 64%",
+        "270 hours, cyclic over 64%",
+        f"{hours}, cyclic",
+    ]
+
+
 @pytest.mark.parametrize("layout", ["zigzag", "balanced"])
 def test_budgets_go_by_the_busiest_rank_as_the_table_does(
     capsys: pytest.CaptureFixture[str], layout: str
@@ -387,6 +431,14 @@ def test_budgets_start_from_the_first_ladder(capsys: pytest.CaptureFixture[str])
         (f"{BASE} --budget-tokens 1000", "--budget-tokens=1,000 is less than a batch of 1,048,576"),
         (f"{BASE} --budget-hours 10", "--budget-hours needs a time for each step. Give --device"),
         (f"{TIMED} --budget-hours 1e-9", "--budget-hours=1e-09: a step takes"),
+        (
+            f"{TIMED} --budget-hours 9 --skyladder-begin-samples 6400000",
+            "--budget-hours=9: the 50,000 steps before --skyladder-begin-samples take",
+        ),
+        (
+            f"{BASE} --budget-tokens 1e9 --skyladder-begin-samples 6400000",
+            "--budget-tokens=1,000,000,000: the schedule begins after 52.4B tokens (--skyladder-",
+        ),
         (f"{BASE} --share 2", "is not a share of the run"),
         (f"{BASE} --start-window 9000", "is above the final window of 8192"),
         (f"{BASE} --round-to x", "'x' is neither a number, nor auto or pow2"),
