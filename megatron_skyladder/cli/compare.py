@@ -412,7 +412,8 @@ def _evidence(plans: list[Plan]) -> str:
 
 
 def _hours_unit(plan: Plan) -> str:
-    return "hours" if plan.time and plan.time.gpus else "GPU-hours"
+    assert plan.time is not None
+    return "hours" if plan.time.gpus else plan.time.unit
 
 
 def _fit_table(plans: list[Plan], fits: list[tuple[str, Fit | None]]) -> str:

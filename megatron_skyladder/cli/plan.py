@@ -203,7 +203,7 @@ def _time_json(plan: Plan) -> dict[str, Any]:
     result: dict[str, Any] = {"basis": time.basis, "gpus": time.gpus}
     for name, fraction in (("constant", constant), ("ladder", ladder)):
         gpu_hours = time.gpu_hours(plan.total_steps, fraction)
-        result[name] = {"gpu_hours": gpu_hours}
+        result[name] = {"gpu_hours" if time.has_gpu_hours else "hours": gpu_hours}
         if time.gpus:
             result[name]["hours"] = gpu_hours / time.gpus
         if time.price:

@@ -25,8 +25,8 @@ class Fit(NamedTuple):
     share: of the steps from where the schedule begins, over which the window grows.
     alpha: the same as a rate, in tokens per step.
     steps, tokens: the length of the run.
-    hours: predicted, on all GPUs (GPU-hours where their number is not known); None without a time
-        model.
+    hours: predicted, on all GPUs (`TimeModel.unit` where their number is not known); None without a
+        time model.
     """
 
     share: Fraction

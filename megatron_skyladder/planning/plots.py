@@ -95,7 +95,9 @@ def _total(plan: Plan) -> str:
     """Return what the run costs, and what it saves against a constant window."""
     constant, ladder = _costs(plan)
     change = round(100 * (ladder / constant - 1), 1)
-    total = f"{ladder:,.4g} GPU-hours" if plan.time else f"{scientific(ladder * 1e20)} FLOPs"
+    total = f"{scientific(ladder * 1e20)} FLOPs"
+    if plan.time:
+        total = f"{ladder:,.4g} {plan.time.unit}"
     return f"{total}, {change:+.1f} %" if change else total
 
 
@@ -118,8 +120,9 @@ def _token_unit(tokens: int) -> tuple[float, str]:
 
 def _unit_of_cost(plans: Sequence[Plan]) -> str:
     """Return the unit that all plans have; an empty string where one cannot be counted."""
-    if all(plan.time for plan in plans):
-        return "GPU-hours"
+    units = {plan.time.unit if plan.time else "" for plan in plans}
+    if len(units) == 1 and "" not in units:
+        return units.pop()
     # some with a time and some without: no unit for one axis
     counted = all(plan.shape and not plan.time for plan in plans)
     return "FLOPs x 1e20" if counted else ""
@@ -128,7 +131,7 @@ def _unit_of_cost(plans: Sequence[Plan]) -> str:
 def _costs(plan: Plan) -> tuple[float, float]:
     """Return what the run costs without the ladder and with it, as the tables have it.
 
-    In GPU-hours; in FLOPs, 1e20, where no time is known.
+    In GPU-hours (`TimeModel.unit`); in FLOPs, 1e20, where no time is known.
     """
     if plan.time:
         constant, ladder = plan.timed_fractions

@@ -67,7 +67,7 @@ def saves(plan: Plan) -> str:
     gpus = time.gpus or 1
     before = time.gpu_hours(plan.total_steps, constant)
     saved = before - time.gpu_hours(plan.total_steps, ladder)
-    unit = f"{plan.device or 'GPU'}-hours"
+    unit = f"{plan.device}-hours" if plan.device else time.unit
     if time.gpus:
         unit = f"hours on {gpus} {plan.device or ('GPU' if gpus == 1 else 'GPUs')}"
     text += f", {hours(saved / gpus)} of {hours(before / gpus)} {unit}"
@@ -345,7 +345,7 @@ def _time(plan: Plan) -> str:
     lines = [paragraph("Time", f"on {time.basis}")]
     for name, fraction in (("constant", constant), ("ladder", ladder)):
         gpu_hours = time.gpu_hours(plan.total_steps, fraction)
-        text = f"{name:9}{gpu_hours:,.4g} GPU-hours"
+        text = f"{name:9}{gpu_hours:,.4g} {time.unit}"
         if time.gpus:
             text += (
                 f", {gpu_hours / time.gpus:,.4g} hours on {time.gpus} GPU{'s' * (time.gpus > 1)}"

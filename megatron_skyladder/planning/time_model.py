@@ -27,10 +27,11 @@ class TimeModel:
     """Seconds of a step as a function of attention work, and how far they may be off.
 
     Args:
-        step: of one global batch on all GPUs (on one GPU where their number is not given).
+        step: of one global batch on all GPUs (of a device on one, where their number is not given).
         variants: the same under the least and the most favourable cost of attention.
         calibration: the fit, where it came from a log.
-        gpus: GPUs that work at once; None where only GPU-hours are asked for.
+        gpus: GPUs that work at once; None where only GPU-hours are asked for, or where a log is all
+            there is and does not say.
         price: per GPU-hour.
         basis: where the figures come from, for people.
     """
@@ -42,8 +43,21 @@ class TimeModel:
     price: float | None
     basis: str
 
+    @property
+    def has_gpu_hours(self) -> bool:
+        """Whether GPU-hours are known: the times of a log are of its GPUs, however many."""
+        return self.gpus is not None or self.calibration is None
+
+    @property
+    def unit(self) -> str:
+        """What `gpu_hours` are in."""
+        return "GPU-hours" if self.has_gpu_hours else "hours"
+
     def gpu_hours(self, steps: int, fraction: float) -> float:
-        """Return the GPU-hours of so many steps at this mean attention work."""
+        """Return the GPU-hours of so many steps at this mean attention work.
+
+        Hours on the log's GPUs where `has_gpu_hours` is false.
+        """
         return steps * self.step.seconds(fraction) * (self.gpus or 1) / 3600
 
     def saved_range(self, fraction: float, baseline: float) -> tuple[float, float]:
@@ -185,6 +199,9 @@ def _calibrated(flags: argparse.Namespace, fit: Calibration, notes: list[str]) -
             f"--gpus={flags.gpus}, but {flags.calibrate} is of a run on {fit.num_gpus}. Leave "
             "--gpus out, or give a log of a run on as many."
         )
+    gpus = flags.gpus or fit.num_gpus
+    if gpus is None:
+        _note_unknown_gpus(flags, notes)
     batch = batch_sizes(flags).final
     scale = batch / fit.batch
     if scale != 1:
@@ -197,12 +214,25 @@ def _calibrated(flags: argparse.Namespace, fit: Calibration, notes: list[str]) -
         step=step,
         variants=(step,),
         calibration=fit,
-        gpus=flags.gpus or fit.num_gpus,
+        gpus=gpus,
         price=flags.price_per_gpu_hour,
         basis=(
             f"{os.path.basename(flags.calibrate)}: {fit.num_lines} lines, {fit.num_windows} "
             f"windows, {fit.spread * 1e3:.1f} ms of spread"
         ),
+    )
+
+
+def _note_unknown_gpus(flags: argparse.Namespace, notes: list[str]) -> None:
+    """Say that hours are of an unknown number of GPUs, which have no price."""
+    if flags.price_per_gpu_hour is not None:
+        raise ValueError(
+            f"--price-per-gpu-hour needs to know how many GPUs work, which {flags.calibrate} does "
+            "not say. Give --gpus."
+        )
+    notes.append(
+        "The log does not say on how many GPUs it ran: hours are on as many. For GPU-hours give "
+        "--gpus."
     )
 
 

@@ -18,6 +18,7 @@ from megatron_skyladder.data.indexed import IndexedWriter
 from megatron_skyladder.ladder.fragments import window_pairs
 from megatron_skyladder.planning import plots, visible_context
 from megatron_skyladder.planning.devices import DEVICES
+from megatron_skyladder.report import images
 
 # A launch line as people have it: 2,000 steps of 8 rows of 2,048 tokens.
 LAUNCH = (
@@ -463,6 +464,37 @@ def test_calibrated_hours(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     low, high = time["saved_percent_range"]
     assert low <= time["saved_percent"] <= high
     assert "run.log: 19 lines, 19 windows" in call(capsys, f"plan -v {flags}")
+
+
+def test_a_log_that_does_not_say_its_gpus(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its times are of all of its GPUs, however many: 2,000 steps of a second are 0.556 hours."""
+    log = tmp_path / "run.log"
+    write_log(log, batch=8)
+    log.write_text(log.read_text(encoding="utf-8").partition("\n")[2], encoding="utf-8")
+    flags = f"{LAUNCH} --skyladder-alpha 2 --calibrate {log}"
+    plan = plan_json(capsys, flags)
+    time = plan["time"]
+    assert time["gpus"] is None and time["constant"].keys() == {"hours"}
+    assert time["constant"]["hours"] == pytest.approx(2000 / 3600, rel=1e-4)
+    assert any("does not say on how many GPUs" in note for note in plan["notes"])
+    text = " ".join(call(capsys, f"plan -v {flags}").split())
+    assert "of 0.556 hours; predicted from run.log" in text and "constant 0.5556 hours l" in text
+    assert "GPU-hours" not in text.partition("Note ")[0]
+    compared = call(capsys, f"compare {flags} --share 0.64 --budget-hours 0.5")
+    assert "GPU-hours" not in compared.partition("Note ")[0]
+    price = "--price-per-gpu-hour 2"
+    message = refused(capsys, f"{flags} {price}")
+    assert "--price-per-gpu-hour needs to know how many GPUs work, which" in message
+    assert message.endswith("run.log does not say. Give --gpus.")
+    # given, or said by the launch
+    launch = "torchrun --nproc-per-node 4 pretrain_gpt.py"
+    for given in (f"{flags} --gpus 4 {price}", f"--calibrate {log} {price} {launch} {LAUNCH}"):
+        plan = plan_json(capsys, given)
+        assert plan["time"]["constant"]["gpu_hours"] == pytest.approx(4 * 2000 / 3600, rel=1e-4)
+        assert plan["time"]["constant"]["cost"] == pytest.approx(8 * 2000 / 3600, rel=1e-4)
+        assert not any("how many GPUs" in note for note in plan["notes"])
 
 
 def test_a_log_of_another_batch_is_scaled(
@@ -942,6 +974,22 @@ def test_the_lines_of_a_picture_end_where_the_table_does() -> None:
     cost = plots._cumulated(plan, steps)
     assert cost[-1] == pytest.approx(plan.time.gpu_hours(40, plan.mean_fraction))
     assert run_flags.total_steps(run_flags.complete(args)) == plan.total_steps
+
+
+def test_a_picture_has_the_unit_of_the_table(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(images, "save", lambda figure, path: drawn.append(figure))
+    log = tmp_path / "run.log"
+    write_log(log, batch=8)
+    log.write_text(log.read_text(encoding="utf-8").partition("\n")[2], encoding="utf-8")
+    for flags, unit in (("--gpus 8", "GPU-hours"), ("", "hours")):
+        call(capsys, f"plan {LAUNCH} --calibrate {log} --plot p.png {flags}")
+        axes = drawn[-1].axes[-1]
+        assert axes.get_ylabel() == unit
+        assert f" {unit}, -" in axes.get_lines()[0].get_label()
 
 
 def _parsed(flags: str) -> Any:
