@@ -270,6 +270,7 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
     total_steps = run_flags.total_steps(flags)
     _note_layout(flags, notes)
     _note_final_window(config, notes)
+    _note_beginning(config, run_flags.total_samples(flags), notes)
     notes += stage_plan.notes(config, flags.stage_batches)
     _note_local_layers(config, notes)
     plan = Plan(
@@ -319,6 +320,19 @@ def _note_final_window(config: SkyLadderConfig, notes: list[str]) -> None:
             f"The window ends at {final:,} of {config.seq_length:,} tokens, so the model never "
             "sees a whole sequence, and that is part of what is saved. For the full length give "
             f"--skyladder-final-window {config.seq_length}."
+        )
+
+
+def _note_beginning(config: SkyLadderConfig, total_samples: int, notes: list[str]) -> None:
+    """Say what the steps before the schedule are taken for, where they could be others."""
+    begin = config.begin_samples
+    is_full = config.window_at_samples(0) == config.seq_length and config.local_schedule is None
+    if begin and not is_full:
+        notes.append(
+            f"FLOPs, hours and savings count the first {begin:,} samples at the first window, as a "
+            "run trains them that has these flags from its start. Where it began without SkyLadder "
+            f"they are behind it: plan the rest alone, with --train-samples "
+            f"{total_samples - begin} and without --skyladder-begin-samples."
         )
 
 

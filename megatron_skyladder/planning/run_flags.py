@@ -232,8 +232,11 @@ def _check_experts(flags: argparse.Namespace) -> None:
 
 def total_steps(flags: argparse.Namespace) -> int:
     """Return the steps of the schedule: batches of the final size, as training counts them."""
-    sizes = batch_sizes(flags)
-    samples = flags.train_samples
-    if samples is None:
-        samples = sizes.samples_in(flags.train_iters)
-    return int(samples // sizes.final)
+    return total_samples(flags) // batch_sizes(flags).final
+
+
+def total_samples(flags: argparse.Namespace) -> int:
+    """Return the samples of the run."""
+    if flags.train_samples is not None:
+        return int(flags.train_samples)
+    return int(batch_sizes(flags).samples_in(flags.train_iters))

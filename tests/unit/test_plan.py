@@ -140,6 +140,52 @@ def test_a_schedule_that_begins_later(capsys: pytest.CaptureFixture[str]) -> Non
     assert plan["full_window"]["step"] == 1108
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--skyladder-alpha 2",
+        "--skyladder-round-to pow2",
+        "--skyladder-schedule points --skyladder-points 0:64 0.3:512 0.9:final",
+        "--skyladder-schedule staged --skyladder-stages 128:0.5 512..final:0.2 final:rest",
+        "--skyladder-alpha 2 --step-batch-size-schedule 0:4,4000000:8",
+    ],
+)
+@pytest.mark.parametrize("begin", [800, 803])
+def test_the_rest_of_a_run_that_began_without_is_planned_alone(
+    capsys: pytest.CaptureFixture[str], flags: str, begin: int
+) -> None:
+    """As the note says; it has the windows that the whole run has from there on."""
+    launch = LAUNCH.replace("--train-iters 2000", "--train-samples 16000")
+    if "--step-batch" in flags:
+        launch = launch.replace("--global-batch-size 8", "")
+    first, ahead = -(-begin // 8), (16_000 - begin) // 8
+    steps = range(first, 2000)
+    at = f"--at {','.join(map(str, steps))}"
+    whole = plan_json(capsys, f"{launch} {flags} --skyladder-begin-samples {begin} {at}")
+    [note] = [note for note in whole["notes"] if "--skyladder-begin-samples" in note]
+    assert f"count the first {begin:,} samples at the first window" in note
+    rest = f"--train-samples {16_000 - begin}"
+    assert f"plan the rest alone, with {rest} and without --skyladder-begin-samples." in note
+    launch = launch.replace("--train-samples 16000", rest)
+    alone = plan_json(capsys, f"{launch} {flags} --at {','.join(map(str, range(ahead)))}")
+    assert alone["steps"] == ahead == len(steps)
+    assert list(alone["windows"].values()) == list(whole["windows"].values())
+    assert not any("--skyladder-begin-samples" in note for note in alone["notes"])
+
+
+def test_the_first_samples_are_noted_where_their_window_is_short(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begin = "--skyladder-begin-samples 800"
+    words = "with --train-samples 15200 and without --skyladder-begin-samples"
+    for command in ("plan", "compare --schedule linear cyclic"):
+        text = " ".join(call(capsys, f"{command} {LAUNCH} {begin}").split())
+        assert text.count(words) == 1
+    for schedule in ("constant", "reversed"):
+        flags = f"--skyladder-schedule {schedule} {begin}"
+        assert words not in " ".join(call(capsys, f"plan {LAUNCH} {flags}").split())
+
+
 def test_the_batch_follows_from_the_layout(capsys: pytest.CaptureFixture[str]) -> None:
     launch = LAUNCH.replace("--global-batch-size 8 ", "")
     layout = "--gpus 16 --tensor-model-parallel-size 2 --context-parallel-size 2"
