@@ -48,7 +48,7 @@ def rows(config: SkyLadderConfig, total_steps: int) -> Iterator[StageRow]:
     schedule = config.schedule
     if not isinstance(schedule, Staged):
         return
-    own_steps = total_steps - config.begin_samples // config.step_samples
+    own_steps = total_steps - config.begin_steps
     edges = [*schedule.first_steps, own_steps]
     for first, end in itertools.pairwise(edges):
         if first >= end:
