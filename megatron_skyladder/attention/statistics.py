@@ -185,7 +185,7 @@ def _measure_batch(
         # ln p = s - ln sum exp s; where nothing is visible p is 0 and counts for nothing
         expected = (weights * logits.masked_fill(~visible, 0.0)).sum(dim=-1)
         sums.entropy = sums.entropy + (logits.logsumexp(dim=-1) - expected).double().sum()
-        if start < SINK_TOKENS and first == 0:
+        if start < SINK_TOKENS:  # column 0 is the first key wherever sinks are counted, see below
             on_first += weights[..., : SINK_TOKENS - start, 0].sum(dim=-1)
     sums.num_queries = num * len_q * groups * repeats
     if offset == 0 and len_q >= SINK_TOKENS <= (sliding_window or SINK_TOKENS):

@@ -124,3 +124,20 @@ def test_bf16_keeps_the_gradient_of_a_sink_in_float32() -> None:
     assert sink.grad is not None and sink.grad.dtype == torch.float32
     expected = torch.autograd.grad(dense(*leaves).sum(), leaves[3])[0]
     torch.testing.assert_close(sink.grad.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_bf16_sink_gradient_is_that_of_the_rounded_output() -> None:
+    """Of 500 tokens, by definition in float64: products rounded to bfloat16 would not cancel."""
+    generator = torch.Generator().manual_seed(0)
+    out, grad = (torch.randn(500, HEADS, 64, generator=generator).bfloat16() for _ in range(2))
+    lse, sink = torch.randn(HEADS, 500, generator=generator), torch.zeros(HEADS).requires_grad_()
+    passes = sinks.Passes(
+        lambda *_: (out.clone(), lse, torch.tensor(7)), lambda *_: (None, None, None)
+    )
+    unread: Any = torch.zeros(1)
+    found: Any = sinks.attend_with_sink(passes, unread, unread, unread, sink)
+    found.backward(grad)
+    weights = torch.sigmoid(-lse.double())  # exp(sink) / (exp(lse) + exp(sink)), of a sink of 0
+    expected = -(weights * (grad.double() * found.double()).sum(-1).T).sum(-1)
+    assert sink.grad is not None
+    torch.testing.assert_close(sink.grad.double(), expected.detach(), rtol=1e-4, atol=1e-4)

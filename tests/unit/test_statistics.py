@@ -157,6 +157,15 @@ def test_sink_and_entropy_by_hand() -> None:
     assert (float(found.sinks), found.num_heads) == (0, 1)
 
 
+def test_bf16_is_measured_in_float32() -> None:
+    """Multiplied as it is, bfloat16 would round every logit to 8 bits."""
+    query = random_tokens(HEADS, 0, rows=1).bfloat16()
+    key = random_tokens(GROUPS, 1, rows=1).bfloat16()
+    segments = segments_of(np.array([0, 70, LENGTH], np.int32))
+    found = measure(query, key, segments, SCALE)
+    assert found == measure(query.float(), key.float(), segments, SCALE)
+
+
 # --- when it is measured ------------------------------------------------------------------------
 
 
