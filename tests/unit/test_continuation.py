@@ -47,6 +47,8 @@ START = "--skyladder-start-window 8"
 STAGED = "--skyladder-schedule staged --skyladder-stages 8:0.5 final:0.5"
 POINTS = "--skyladder-schedule points --skyladder-points 0:8 0.5:16 1:final"
 SHARE = f"{START} --skyladder-expand-fraction 0.64"
+CONSTANT = "--skyladder-schedule constant"
+FROM_8 = "--skyladder-begin-samples 8"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,10 @@ SHARE = f"{START} --skyladder-expand-fraction 0.64"
          {"train_iters": 12}, {"start_window": 8, "alpha": "175/12"}),
         (f"{START} --skyladder-mask sliding --skyladder-intra-document", START, 8, {},
          {"start_window": 8, "mask": "sliding", "intra_document": True, "alpha": "175/12"}),
+        # a ladder that begins at sample 8: half of four steps is a quarter of eight
+        (f"{STAGED} {FROM_8}", None, 8, {"train_iters": 10}, {"stages": ["8:0.25", "64:0.75"]}),
+        (f"{START} --skyladder-expand-fraction 1 {FROM_8}", None, 8, {"train_iters": 10},
+         {"alpha": "14"}),
     ],
 )  # fmt: skip
 def test_the_flags_that_keep_the_windows(
@@ -154,8 +160,18 @@ def test_nothing_is_offered_where_the_checkpoints_schedule_is_not_sure() -> None
         # batches that grow: 4 samples, 8 from sample 8 on; a step is the final batch
         (START, START, 8, {"step_batch_size_schedule": "0:4 512:8", "train_iters": 4}, True),
         (START, START, 8, {"step_batch_size_schedule": "0:4 512:8", "train_iters": 5}, False),
+        # a ladder that begins later: the same ramp elsewhere, and 56 tokens in the four steps left
+        (f"{START} --skyladder-alpha 14", f"{START} --skyladder-alpha 14 {FROM_8}", 12, {}, False),
+        (f"{START} --skyladder-alpha 14 {FROM_8}",
+         f"{START} --skyladder-expand-fraction 1 {FROM_8}", 0, {}, True),
+        # its two steps end at sample 24, not at 8: until 16 it stands at 8 as well
+        (f"{START} --skyladder-alpha 28 --skyladder-begin-samples 16",
+         f"{CONSTANT} --skyladder-final-window 8", 4, {}, False),
+        # other layers' states begin anew elsewhere
+        (f"{CONSTANT} --skyladder-recurrent-state free",
+         f"{CONSTANT} --skyladder-recurrent-state fragments", 4, {}, False),
     ],
-)
+)  # fmt: skip
 def test_windows_are_compared_and_not_texts(
     flags: str, other: str, consumed: int, megatron: dict[str, Any], same: bool
 ) -> None:

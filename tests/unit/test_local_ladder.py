@@ -152,6 +152,7 @@ START = "--skyladder-local-start-window"
 SHARE = "--skyladder-local-expand-fraction"
 LADDER = "--skyladder-start-window 8 --skyladder-alpha 7"
 BOTH = f"{LADDER} {START} 4 {SHARE} 0.5"
+FROM_20 = f"{BOTH.replace('alpha 7', 'alpha 14')} --skyladder-begin-samples 20"
 
 
 def options(flags: str, **megatron: Any) -> argparse.Namespace:
@@ -246,6 +247,8 @@ def test_whether_the_windows_stay(
           "local_expand_fraction": "1/2"}),
         (LADDER, BOTH, {}, {"start_window": 8, "alpha": "7"}),
         (BOTH.replace("0.5", "1"), BOTH.replace("0.5", "1"), {"train_iters": 4}, None),
+        # three of the six steps behind sample 20 are three of fourteen
+        (FROM_20, FROM_20, {"train_iters": 16}, {"alpha": "14", "local_expand_fraction": "3/14"}),
     ],
 )  # fmt: skip
 def test_the_flags_that_keep_the_windows(

@@ -17,7 +17,7 @@ from megatron_skyladder.ladder import clock
 from megatron_skyladder.ladder.continuation import Checkpoint
 from megatron_skyladder.ladder.flags import FINGERPRINT, add_arguments, config_from_args
 from megatron_skyladder.megatron_bridge.spelling import in_bridges_words
-from megatron_skyladder.runtime.resuming import check
+from megatron_skyladder.runtime.resuming import check, written
 
 FLAGS = "--skyladder-start-window 8 --skyladder-final-window 64 --skyladder-alpha 14"
 ALLOWED = f"{FLAGS} --skyladder-allow-schedule-change"
@@ -46,15 +46,17 @@ def _no_clock_stays() -> Iterator[None]:
     clock.uninstall()
 
 
-def resume(before: dict[str, Any], after: dict[str, Any], flags: str = FLAGS) -> None:
-    """Go on at sample 8 from a run with the same flags."""
+def resume(
+    before: dict[str, Any], after: dict[str, Any], flags: str = FLAGS, *, same_text: bool = True
+) -> None:
+    """Go on at sample 8 from a run with `FLAGS`."""
     saved = run(FLAGS, consumed_train_samples=8, **before)
     was = config_from_args(saved)
     assert was is not None
     setattr(saved, FINGERPRINT, was.fingerprint)
     options = run(flags, **after)
     wanted = config_from_args(options)
-    assert wanted is not None and wanted.fingerprint == was.fingerprint
+    assert wanted is not None and (wanted.fingerprint == was.fingerprint) is same_text
     clock.install(wanted, lambda: 8)
     check(Checkpoint.of(saved), options)
 
@@ -111,6 +113,32 @@ def test_other_sequences_and_local_layers_are_refused(
     with caplog.at_level(logging.WARNING):
         resume(before, after, ALLOWED)
     assert "schedule changed on resume, as allowed" in caplog.text and first in caplog.text
+
+
+def test_flags_and_model_that_change_are_both_named() -> None:
+    """The sequences alone would not bring the windows back."""
+    with pytest.raises(UsageError) as refused:
+        resume({}, {"seq_length": 128}, FLAGS.replace("alpha 14", "alpha 20"), same_text=False)
+    keep = "--seq-length 64, the checkpoint's flags and length of the run"
+    assert f"To keep the checkpoint's windows: {keep}.\n" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        (None, "--skyladder-alpha 175/12 --skyladder-points 0:8 1:64 --skyladder-intra-document "
+         "instead of --skyladder-expand-fraction"),
+        (["megatron_skyladder.layer_specs", "sky"],
+         "SKYLADDER_ALPHA='175/12' SKYLADDER_POINTS='0:8 1:64' SKYLADDER_INTRA_DOCUMENT=1 "
+         "instead of SKYLADDER_EXPAND_FRACTION"),
+    ],
+)  # fmt: skip
+def test_what_has_to_be_left_out_is_named(spec: list[str] | None, text: str) -> None:
+    """Beside what keeps the windows it would be refused; what was not given is not named."""
+    options = run("--skyladder-expand-fraction 0.64", spec=spec)
+    flags = {"alpha": "175/12", "expand_fraction": None, "stages": None}
+    assert written({**flags, "points": ["0:8", "1:64"], "intra_document": True}, options) == text
+    assert written({"stages": None}, options) == "the same flags"
 
 
 def test_bridge_says_it_in_its_own_words() -> None:
