@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from megatron_skyladder.ladder.schedules import WindowSchedule
 from megatron_skyladder.ladder.settings import SettingError
 from megatron_skyladder.planning.visible_context import MAX_WINDOWS, pack
 from megatron_skyladder.runtime.probe import statement
+from megatron_skyladder.testing.trainer import PlainTrainer
 
 LENGTH = 64
 LOCAL = LocalLayers(16, 5, 6)
@@ -325,6 +327,54 @@ def test_documents_are_counted_with_both_ladders(mask: str) -> None:
         for each in (16, None)
     ]
     assert whole == pytest.approx((5 * own_masks[0] + own_masks[1]) / 6)
+
+
+@pytest.fixture
+def running() -> Iterator[PlainTrainer]:
+    """A trainer to install; where documents are masked, every rank finds their ends, token 9."""
+    pytest.importorskip("megatron.core")
+    from megatron_skyladder.runtime import trainer
+
+    yield PlainTrainer(seq_length=LENGTH, end_of_document=9, every_rank_reads=True)
+    trainer.uninstall()
+
+
+@pytest.mark.parametrize("mask", ["local", "sliding"])
+def test_the_log_counts_both_ladders(running: PlainTrainer, mask: str) -> None:
+    """The step under way, and all that lie ahead."""
+    from megatron_skyladder.runtime import metrics, trainer
+
+    settings = config(12, mask=mask)
+    active = trainer.install(settings, running)
+    outlook = metrics.Outlook(settings, total_samples=120)
+    work = [pairs_of(settings, 10 * step) for step in range(12)]
+    for step in range(12):
+        running.consumed_samples = 10 * step
+        active.window(training=True)
+        counted = metrics.meter().step()
+        assert counted.pairs == counted.grid_pairs == pytest.approx(work[step])
+        ahead = outlook.left(10 * step)[1] * LENGTH * (LENGTH + 1) / 2
+        assert ahead == pytest.approx(sum(work[step:]))
+
+
+@pytest.mark.parametrize("state", ["", "documents"])
+def test_the_log_counts_documents_with_both_ladders(running: PlainTrainer, state: str) -> None:
+    """Behind the fragments a mask may carry documents, for other layers' states: not counted."""
+    torch = pytest.importorskip("torch")
+    from megatron_skyladder.runtime import document_mask, metrics, trainer
+
+    settings = config(12, intra_document=True, recurrent_state=state)
+    trainer.install(settings, running)
+    tokens = torch.ones(2, LENGTH, dtype=torch.int64)
+    tokens[0, [2, 19, 20]] = 9
+    running.consumed_samples = 30  # a window of 14 tokens, and 10 of local layers
+    document_mask.training_mask({"tokens": tokens})
+    counted, plain = metrics.meter().step(), pairs_of(settings, 30)
+    cut = pairs_of(settings, 30, np.array([3, 20, 21, LENGTH]))
+    assert counted.pairs == pytest.approx(cut + plain)
+    assert counted.grid_pairs == pytest.approx(2 * plain)
+    # five windows in a sequence, and three documents that end within them
+    assert (counted.rows, counted.fragments, counted.rows_with_end) == (2, 5 + 3 + 5, 1)
 
 
 def test_between_many_windows_it_is_interpolated() -> None:

@@ -12,11 +12,13 @@ pytest.importorskip("megatron.training")
 
 from megatron_skyladder.ladder import clock  # noqa: E402
 from megatron_skyladder.ladder.config import SkyLadderConfig  # noqa: E402
+from megatron_skyladder.ladder.costs import ATTENTION_COST  # noqa: E402
 from megatron_skyladder.ladder.fragments import dense_mask, fragment_cu_seqlens, rows_cu_seqlens  # noqa: E402
 from megatron_skyladder.ladder.schedules import WindowSchedule  # noqa: E402
 from megatron_skyladder.megatron_lm import training_log  # noqa: E402
-from megatron_skyladder.runtime import metrics  # noqa: E402
-from megatron_skyladder.runtime.metrics import Meter, Outlook, Work  # noqa: E402
+from megatron_skyladder.runtime import metrics, trainer  # noqa: E402
+from megatron_skyladder.runtime.metrics import Meter, Outlook, Rate, Work  # noqa: E402
+from megatron_skyladder.testing.trainer import PlainTrainer  # noqa: E402
 
 LENGTH = 48
 CAUSAL = LENGTH * (LENGTH + 1) // 2
@@ -39,6 +41,15 @@ def consumed() -> Iterator[list[int]]:
     clock.install(config(), lambda: samples[0])
     yield samples
     clock.uninstall()
+
+
+@pytest.fixture
+def running() -> Iterator[PlainTrainer]:
+    """The same clock, of a trainer that says how many samples are consumed."""
+    plain = PlainTrainer(seq_length=LENGTH)
+    trainer.install(config(), plain)
+    yield plain
+    trainer.uninstall()
 
 
 # --- work ---------------------------------------------------------------------------------------
@@ -80,6 +91,27 @@ def test_the_interval_adds_up_steps_and_the_step_starts_anew(consumed: list[int]
     assert meter.end_step() == Work(2, 1200, 2 * CAUSAL, 4)
     assert meter.end_step() == metrics.grid_work(meter.config, 8)  # nothing counted: the grid alone
     assert meter.interval == Work(3, 1200 + 6 * 36, 2 * CAUSAL + 6 * 36, 10)
+
+
+def test_the_interval_goes_on_after_it_was_logged(consumed: list[int]) -> None:
+    """What is counted later is not in what was noted for the log line."""
+    meter = metrics.meter()
+    clock.current().window(training=True)
+    meter.end_step()
+    metrics.count_over_data_parallel()
+    meter.end_step()
+    assert (meter.logged_interval.rows, meter.interval.rows) == (1, 2)
+
+
+def test_what_is_counted_after_a_snapshot_is_forgotten(consumed: list[int]) -> None:
+    """The probe's own passes: the step under way counts on in place."""
+    meter = metrics.meter()
+    mask = torch.tensor([0, 24, 48], dtype=torch.int32)
+    meter.count(mask, 48, num_rows=1)
+    before = meter.snapshot()
+    meter.count(mask, 48, num_rows=1)
+    meter.restore(before)
+    assert meter.step() == Work(1, 600, CAUSAL, 2)
 
 
 def test_each_clock_has_its_own_meter(consumed: list[int]) -> None:
@@ -194,13 +226,17 @@ def test_time_left_without_a_ladder_is_steps_times_time() -> None:
     assert hours == pytest.approx(90 * 36 / 3600)
 
 
-def test_time_left_grows_with_the_windows_ahead() -> None:
-    outlook = Outlook(config(), total_samples=40)
-    measured = Work(1, 6 * 36, 6 * 36, 6)  # window 8
-    hours = metrics.hours_left(outlook, 4, step_seconds=3600, share=0.5, measured=measured)
-    assert hours > 9
-    nothing = metrics.hours_left(outlook, 4, step_seconds=3600, share=0.0, measured=measured)
-    assert nothing == pytest.approx(9)
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_time_left_grows_with_the_windows_ahead(share: float) -> None:
+    """The first of ten steps, at window 8, took an hour; without attention so do the nine left."""
+    settings = config()
+    measured = Work(1, 6 * 36, 6 * 36, 6)
+    hours = metrics.hours_left(
+        Outlook(settings, total_samples=40), 4, step_seconds=3600, share=share, measured=measured
+    )
+    masks = [dense_mask(LENGTH, window_len=settings.schedule.window_at(step)) for step in range(10)]
+    times = [1 - share + ATTENTION_COST * share * mask.sum() / CAUSAL for mask in masks]
+    assert hours == pytest.approx(sum(times[1:]) / times[0])
 
 
 def test_time_left_keeps_the_share_that_documents_leave() -> None:
@@ -223,6 +259,30 @@ def logged(totals: dict, losses: dict, skipped: int) -> dict[str, float]:
         name: (total / max(1, totals.get("advanced iterations", 0))).item()
         for name, total in totals.items()
         if name not in ("advanced iterations", "skipped iterations")
+    }
+
+
+def test_values_are_those_of_the_latest_step_and_the_time_of_the_interval(
+    running: PlainTrainer,
+) -> None:
+    """Steps at windows 8 and 16; they took 7 seconds each, for 2 of a step's 4 samples."""
+    meter = metrics.meter()
+    for running.consumed_samples in (0, 4):
+        clock.current().window(training=True)
+        meter.end_step()
+    running.consumed_samples = 8
+    metrics.count_over_data_parallel()
+    outlook = Outlook(config(), total_samples=40)
+    both = Work(2, 6 * 36 + 3 * 136, 6 * 36 + 3 * 136, 6 + 3)
+    hours = metrics.hours_left(outlook, 8, step_seconds=14, share=0.5, measured=both)
+    rate = Rate(step_seconds=7, step_samples=2, step_flops=42e12, num_gpus=3, attention_share=0.5)
+    assert metrics.values(outlook, rate) == {
+        "skyladder/window": 16,
+        "skyladder/attention_fraction": pytest.approx(3 * 136 / CAUSAL),
+        "skyladder/visible_context": pytest.approx(3 * 136 / LENGTH),
+        "skyladder/fragments_per_row": 3,
+        "skyladder/tflops_per_gpu": pytest.approx(2),
+        "skyladder/hours_left": pytest.approx(hours),
     }
 
 

@@ -65,6 +65,21 @@ def test_a_count_that_is_no_tensor(cp_size):
     assert call(lambda losses: (losses.sum(), 2, {}))[1].item() == 5
 
 
+def test_a_plain_count_goes_where_the_loss_is(cp_size):
+    """NCCL adds up nothing on the host."""
+    cp_size(2)
+    wrapped = over_sequences(lambda losses: (losses.sum(), 2, {}))
+    assert wrapped(LOSSES.to("meta"))[1].device.type == "meta"
+
+
+def test_the_count_that_is_logged_stays(cp_size):
+    """Megatron adds that one up over the ranks by itself, after the loss has been divided."""
+    cp_size(2)
+    count = torch.tensor(2)
+    _, num_tokens, report = call(lambda losses: (losses.sum(), count, {"tokens": count}))
+    assert (num_tokens.item(), report["tokens"].item()) == (5, 2)
+
+
 @pytest.mark.parametrize("count", [4, 1])
 def test_a_loss_function_that_counts_over_all_ranks_stays_as_it_was(cp_size, count):
     """As Megatron's did up to 0.12, also where fewer tokens count than this rank holds."""

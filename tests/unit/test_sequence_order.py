@@ -27,9 +27,9 @@ LENGTH, SIZE, EOD, WINDOW = 48, 2, 0, 20
 GROUP = SimpleNamespace(size=lambda: SIZE, rank=lambda: 0)
 
 
-def installed(mask: str = "local") -> Clock:
+def installed(mask: str = "local", window: int = WINDOW) -> Clock:
     config = SkyLadderConfig(
-        schedule=WindowSchedule(schedule="constant", final_window=WINDOW),
+        schedule=WindowSchedule(schedule="constant", final_window=window),
         seq_length=LENGTH,
         step_samples=1,
         mask=mask,
@@ -62,10 +62,12 @@ def megatrons_cut(rows: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.cat((chunks[rank], chunks[2 * SIZE - 1 - rank]), dim=1)
 
 
-def assert_cut_as(found: dict[str, Any], layouts: list[Any]) -> None:
+def assert_cut_as(
+    found: dict[str, Any], layouts: list[Any], given: dict[str, Any] | None = None
+) -> None:
     for rank in range(SIZE):
         held = torch.from_numpy(np.stack([layout.positions(rank) for layout in layouts]))
-        for key, rows in batch().items():
+        for key, rows in (given or batch()).items():
             if rows is not None:
                 assert torch.equal(megatrons_cut(found[key], rank), rows.gather(1, held)), key
         assert torch.equal(megatrons_cut(found["position_ids"], rank), held)
@@ -86,6 +88,16 @@ def test_by_each_sequences_documents() -> None:
     # the window grid cuts at 20 and 40 as well
     lengths = [20, 10, 10, 8], [5, 15, 10, 10, 8]
     assert_cut_as(in_order(batch()), [by_fragments(each, SIZE) for each in lengths])
+
+
+def test_one_document_beside_several() -> None:
+    """The first sequence keeps Megatron's order, which is no reason to leave the second one."""
+    installed(window=LENGTH).layout_kind = Kind.SEQUENCE
+    given = batch()
+    given["tokens"][0, 29] = 1
+    layouts = [by_fragments(each, SIZE) for each in ([48], [5, 25, 18])]
+    assert [layout.is_zigzag for layout in layouts] == [True, False]
+    assert_cut_as(in_order(given), layouts, given)
 
 
 def test_zigzag_is_left_alone() -> None:
