@@ -36,6 +36,7 @@ from megatron_skyladder.ladder.kernels import (  # noqa: E402
     Call,
     TransformerEngine,
     preference,
+    why_no_sink,
 )
 from megatron_skyladder.ladder.measured import Measured  # noqa: E402
 
@@ -375,6 +376,7 @@ def test_auto_says_why_a_kernel_with_sinks_was_passed_over(
         ("fa3", (9, 0), {}, "differ from build to build"),
         ("fa4", (12, 0), {}, "none on compute capability 12"),
         ("fa4", (10, 0), {"heads": choose.Heads(256, 256)}, "heads of 256 channels on Blackwell"),
+        ("fa4", (11, 0), {"heads": choose.Heads(256, 256)}, "heads of 256 channels on Blackwell"),
         ("te", (8, 0), {}, "packed calls from compute capability 9.0 on"),
         ("te", (9, 0), {"heads": choose.Heads(72, 72)}, "needs cuDNN 9.18.0 or later"),
         ("te", (9, 0), {"heads": choose.Heads(160, 136)}, "none for heads of 160 and 136 chan"),
@@ -423,6 +425,31 @@ def test_a_learnable_sink_in_packed_calls_of_transformer_engine(
             softmax_type=kind,
         )
         assert (why is None) == fits, (size, kind, cudnn)
+
+
+@pytest.mark.parametrize(
+    ("capability", "heads", "has"),
+    [
+        ((8, 0), (192, 128), False),
+        ((9, 0), (192, 128), True),
+        ((9, 0), (192, 64), True),  # one of them below 128
+        ((9, 0), (160, 136), False),
+        ((9, 0), (256, 256), True),
+        ((9, 0), (264, 264), False),
+        ((9, 0), (100, 100), False),  # no multiple of 8
+        ((10, 0), (192, 128), True),
+        ((10, 0), (256, 256), False),
+    ],
+)
+def test_heads_for_which_cudnn_has_a_sink(
+    capability: tuple[int, int], heads: tuple[int, int], has: bool
+) -> None:
+    """By its own tables, in the first release of Transformer Engine that takes packed calls."""
+    te = TransformerEngine((2, 12), (9, 26, 0))
+    calls = (Call.WINDOWS, Call.PACKED) if capability >= (9, 0) else (Call.WINDOWS,)
+    for call in calls:
+        why = why_no_sink("te", call, capability, te, softmax_type=LEARNABLE, heads=heads)
+        assert (why is None) == has, call
 
 
 def test_a_sink_reaches_every_kernel_of_a_layer() -> None:

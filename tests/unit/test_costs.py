@@ -123,6 +123,8 @@ FLAGS = [
     f"{TINY} --multi-latent-attention {ROPE}",
     f"{TINY} --multi-latent-attention {ROPE} --q-lora-rank 24 --kv-lora-rank 20 --qk-head-dim 16 "
     "--qk-pos-emb-head-dim 8 --v-head-dim 12 --qk-layernorm",
+    f"{TINY} --multi-latent-attention {ROPE} --q-lora-rank 24 --qk-layernorm "
+    "--normalization RMSNorm",
     f"{MOE} --mtp-num-layers 2 {ROPE}",
     f"{MOE} --num-experts 4 --moe-layer-freq [0]+[1] --mtp-num-layers 1 {ROPE}",
 ]

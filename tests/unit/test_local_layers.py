@@ -60,12 +60,20 @@ def test_dense_mask_of_a_local_layer_by_hand() -> None:
             {"window_size": "8,0", "window_attn_skip_freq": "[1,0]*2+[1]", "num_layers": 5},
             LocalLayers(9, 3, 5),
         ),
+        (
+            {"window_size": "8,0", "window_attn_skip_freq": "2*[1,0]+[1]", "num_layers": 5},
+            LocalLayers(9, 3, 5),
+        ),
         ({"window_size": "8,0", "window_attn_skip_freq": [0, 0], "num_layers": 2}, None),
         ({"window_size": "8,0", "window_attn_skip_freq": 1, "num_layers": 2}, None),
         # of a hybrid model layers without attention have numbers, too: 1 and 5 are * here
         (
             {"window_size": "8,0", "window_attn_skip_freq": 5, "hybrid_layer_pattern": "*-M-*-"},
             LocalLayers(9, 1, 2),
+        ),
+        (  # its name up to 0.16; layers with attention are those of the pattern, not of the number
+            {"window_size": "8,0", "hybrid_override_pattern": "*-M-*-", "num_layers": 6},
+            LocalLayers(9, 2, 2),
         ),
         ({"window_size": "8,0"}, None),  # a plan without a model
         ({"num_layers": 2, "window_attn_skip_freq": 2}, None),
@@ -101,6 +109,7 @@ def test_windows_that_are_none_of_a_causal_layer(window_size: object, trouble: s
         ("0", "neither a number of layers above 0 nor"),
         ("[1,2]", "neither a number"),
         ("6:1", "neither a number"),
+        ("[1]*10001", "neither a number"),  # more layers than any model has: nothing is made of it
         ([1, 0], "says for 2 layers whether they are local, and there is a layer 3"),
     ],
 )

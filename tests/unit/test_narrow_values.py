@@ -25,6 +25,8 @@ HOPPER, BLACKWELL, AMPERE, CONSUMER = (9, 0), (10, 0), (8, 0), (12, 0)
         ("te", (192, 64), BLACKWELL, 128),
         ("te", DEEPSEEK, AMPERE, None),
         ("te", DEEPSEEK, CONSUMER, None),
+        ("te", (96, 64), CONSUMER, 64),
+        ("te", (96, 64), (11, 0), 64),
         ("flash", DEEPSEEK, AMPERE, 192),
         ("varlen", DEEPSEEK, HOPPER, 192),
         ("flash", (576, 512), HOPPER, None),
@@ -32,12 +34,16 @@ HOPPER, BLACKWELL, AMPERE, CONSUMER = (9, 0), (10, 0), (8, 0), (12, 0)
         ("fa3", (96, 64), HOPPER, 96),
         ("fa3", (64, 96), HOPPER, 96),
         ("fa3", (192, 64), HOPPER, 128),
+        ("fa3", (128, 104), HOPPER, 128),  # pairs with values up to 128 begin above keys of 128
+        ("fa3", (160, 96), HOPPER, 128),  # and above values of 96
         ("fa4", DEEPSEEK, HOPPER, 128),
         ("fa4", DEEPSEEK, BLACKWELL, 128),
         ("fa4", (128, 96), BLACKWELL, 128),  # 96 would be read in steps that do not divide it
         ("fa4", (128, 64), BLACKWELL, 64),
         ("fa4", (160, 128), BLACKWELL, None),
+        ("fa4", DEEPSEEK, (11, 0), 128),
         ("fa4", DEEPSEEK, CONSUMER, None),
+        ("fa4", (96, 64), CONSUMER, 96),  # one size for both there
         ("flash", (64, 96), AMPERE, None),  # values may be padded, keys are not
     ],
 )

@@ -215,6 +215,43 @@ def test_a_batch_in_another_order_is_found_at_each_change(rotary: Any, active: C
         model(None, right, None)
 
 
+def test_a_cut_that_is_megatrons_is_not_compared(rotary: Any, active: Clock) -> None:
+    """Under zigzag nobody but Megatron, or a fork of it, cuts."""
+    active.layout_kind = Kind.ZIGZAG
+    followed(rotary)(None, ids(by_window(LENGTH, SIZE, 20)), None)
+
+
+def test_a_model_called_by_name(rotary: Any, active: Clock) -> None:
+    """Its mask says which order is right, and its ids are compared."""
+    from megatron_skyladder.attention.rotary import WrongPositionsError
+
+    active.layout_kind = Kind.SEQUENCE
+    model = followed(rotary)
+    positions = ids(*(by_fragments(each, SIZE) for each in ([30, 18], [5, 25, 18])))
+    mask = torch.tensor([0, 30, 48, 53, 78, 96], dtype=torch.int32)
+    named = {"input_ids": None, "position_ids": positions, "attention_mask": mask}
+    assert torch.equal(tensor_of(model(**named), rotary), embedding_at(rotary, positions))
+    wrong = ids(zigzag(LENGTH, SIZE), zigzag(LENGTH, SIZE))
+    with active.override(20), pytest.raises(WrongPositionsError):
+        model(**{**named, "position_ids": wrong})
+
+
+def test_a_recomputed_layer_has_no_ids(
+    rotary: Any, active: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mask may be of a micro-batch before the one whose ids the model got last."""
+    from megatron_skyladder.attention.rotary import RotaryPositions
+
+    monkeypatch.setattr(RotaryPositions, "compares_always", True)
+    active.layout_kind = Kind.SEQUENCE
+    model = LatentModel(rotary)
+    RotaryPositions(model, GROUP, checks_ids=True)
+    latest, earlier = (torch.tensor(each, dtype=torch.int32) for each in ([0, 30, 48], [0, 5, 48]))
+    model(None, ids(by_fragments([30, 18], SIZE)), latest)
+    found = tensor_of(model.layer(None, attention_mask=earlier), rotary)
+    assert torch.equal(found, embedding_at(rotary, ids(by_fragments([5, 43], SIZE))))
+
+
 def test_ids_that_begin_anew_are_not_compared(rotary: Any, active: Clock) -> None:
     from megatron_skyladder.attention.rotary import RotaryPositions
 

@@ -137,6 +137,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mask": "dense"}, "mask=dense is unknown. Choose one of: local, sliding."),
     ({"attention_backend": "triton"}, "attention_backend=triton is unknown. Choose one of: auto"),
     ({"init": "zero"}, "init=zero is unknown. Choose one of: megatron, reference."),
+    ({"context_parallel_layout": "zig-zag"}, "context_parallel_layout=zig-zag is unknown. Choose "),
+    (
+        {"recurrent_state": "windows"},
+        "recurrent_state=windows is unknown. Choose one of: fragments",
+    ),
     ({"begin_samples": -1}, "begin_samples=-1: give 0 or more consumed samples"),
     ({"begin_samples": 128_000}, "begin_samples=128000 is not before the end of the run"),
     ({"stages": "128:0.5 final:0.5"}, "stages is for schedule=staged, but the schedule is linear"),

@@ -47,6 +47,24 @@ def test_equal_offsets_are_one_tensor():
     assert segments.cu_seqlens_q_device.tolist() == [0, 4, 9]  # a count that is not padded
 
 
+def test_keys_have_offsets_of_their_own():
+    """Three queries see 3 of 203 keys, after two that see 200: lengths of 200 are two tiles."""
+    queries, keys = (np.array(each, np.int32) for each in ([0, 2, 5], [0, 200, 203]))
+    segments = Segments(queries, keys, None, None, CPU)
+    assert segments.cu_seqlens_k_device.tolist() == [0, 200, 203]
+    assert segments.padded_k_device.tolist() == [0, 200] + [203] * 15
+    assert (segments.max_seqlen_q, segments.max_seqlen_k) == (128, 256)
+    assert segments.ids_device.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_kernels_get_offsets_in_int32():
+    """They read the memory as such, whatever lies there."""
+    grid = grid_segments(rows_of(4, 10, 3))
+    one = grid.of_one_sequence(10)
+    for offsets in (one.cu_seqlens_q_device, one.padded_q_device, grid.ids_device):
+        assert offsets.dtype == torch.int32
+
+
 def test_grid_segments_of_two_rows():
     segments = grid_segments(rows_of(4, 10, 2))
     assert segments.cu_seqlens_q.tolist() == [0, 4, 8, 10, 14, 18, 20]
