@@ -175,10 +175,10 @@ def load(folder: Path, backend: str, *, max_length: int, batch_size: str, device
         "batch_size": batch_size,
         "add_bos_token": False,
     }
-    if device == "cpu":
-        bfloat16.install()  # six times as fast where the processor has no bfloat16
     if backend == "hf":
         arguments |= {"device": device, "backend": "causal"}
+        if device == "cpu":
+            bfloat16.install()  # six times as fast where the processor has no bfloat16
     else:
         arguments |= {"max_model_len": arguments.pop("max_length")}
     return get_model(backend)(**arguments)

@@ -26,6 +26,7 @@ from megatron_skyladder.ladder.flags import (
 )
 from megatron_skyladder.ladder.presets import SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import Rotary, Stage, Staged, StageValues
+from megatron_skyladder.planning import stage_plan
 
 SEQ_LENGTH = 64
 
@@ -659,3 +660,12 @@ def test_a_preset_that_needs_to_be_known_says_so(caplog: pytest.LogCaptureFixtur
     for name, each in SCHEDULE_PRESETS.items():
         moves_all = "rope=" in each.settings.get("stages", "")
         assert not moves_all or "not been measured" in each.note, name
+
+
+def test_a_stage_that_would_begin_after_the_run_is_left_out() -> None:
+    """Sample 2 lies between batches of 4: of six batches the last begins at 20, the stage at 22."""
+    schedule = Staged(stages="8:0.5 64:0.5", final_window=64, total_steps=10)
+    config = SkyLadderConfig(schedule, seq_length=64, step_samples=4, begin_samples=2)
+    assert [config.window_at_samples(at) for at in (16, 20, 24)] == [8, 8, 64]
+    assert [row.samples for row in stage_plan.rows(config, 6)] == [2]
+    assert [row.samples for row in stage_plan.rows(config, 7)] == [2, 22]

@@ -120,5 +120,6 @@ def _ahead(config: SkyLadderConfig, now: int, total_samples: int) -> Iterator[tu
     schedules = [config.schedule, *filter(None, [config.local_schedule])]
     for step in sorted({first for each in schedules for first, _, _ in each.segments(steps)}):
         samples = config.begin_samples + step * config.step_samples
-        if samples > now and windows_at(samples) != current:
-            yield samples, windows_at(samples)
+        windows = windows_at(samples)
+        if samples > now and windows != current:
+            yield samples, windows
