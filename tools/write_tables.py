@@ -33,6 +33,7 @@ from megatron_skyladder.ladder.schedules import SCHEDULES, all_settings, schedul
 from megatron_skyladder.ladder.settings import SettingError, rename
 from megatron_skyladder.study import page as study_page
 from megatron_skyladder.study import settings as study_settings
+from megatron_skyladder.study import verdicts as study_verdicts_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STUDY = REPOSITORY / "examples/study.ini"
@@ -200,7 +201,7 @@ def study_verdicts() -> str:
     planned = [run.arm for run in study.runs]
     arms = [arm for arm in given.arms if planned.count(arm.name) > 1]
     names = [arm.name for arm in arms if not given.is_reference(arm)]
-    return study_page.verdicts(given, names).strip()
+    return study_verdicts_of.text(given, names).strip()
 
 
 def message_list() -> str:

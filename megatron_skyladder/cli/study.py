@@ -35,6 +35,9 @@ examples:
   skyladder study --run          text, tokenizer, then every run that has no record yet
   skyladder study --status       how far each run is, and how many core hours are left
   skyladder study --write        the page, from the records of finished runs
+  skyladder study --run --continue
+                                 on another machine: takes the finished runs of the page as
+                                 they are and trains what is missing
 
 The study is {DEFAULT_CONFIG}; another one is a file like it. docs/experiments.md is what came out.
 """
@@ -58,6 +61,13 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
     )
     what.add_argument("--status", action="store_true", help="say how far it is")
     what.add_argument("--write", action="store_true", help="write the page from the records")
+    parser.add_argument(
+        "--continue",
+        action="store_true",
+        dest="is_continued",
+        help="with --run: take the records beside the page as finished, if they are of the same "
+        "text and flags; without it every run that has no record in the output folder is trained",
+    )
     parser.add_argument(
         "--output",
         default=DEFAULT_OUTPUT,
@@ -90,9 +100,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--workers={args.workers}: give 1 or more.")
     if not 0 <= args.nice <= LOWEST_PRIORITY:
         raise UsageError(f"--nice={args.nice}: give 0 (as others) to {LOWEST_PRIORITY}.")
+    if args.is_continued and not args.is_run:
+        raise UsageError("--continue goes with --run; --status and --write change no queue.")
     study = settings.read(config)
     if args.is_run:
-        return _run(study, output, args.workers or available_cores(), args.nice)
+        workers = args.workers or available_cores()
+        return _run(study, output, workers, args.nice, is_continued=args.is_continued)
     if args.status:
         print(_status(study, output))
         return 0
@@ -100,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(study: Any, output: Path, workers: int, priority: int) -> int:
+def _run(study: Any, output: Path, workers: int, priority: int, *, is_continued: bool) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
@@ -118,6 +131,8 @@ def _run(study: Any, output: Path, workers: int, priority: int) -> int:
         (output / queue.RECORDS).mkdir(exist_ok=True)
         shown = {name: value for name, value in made.items() if name != "request"}
         write_text(output / queue.RECORDS / records.CORPUS, json.dumps(shown, indent=1) + "\n")
+        if is_continued:
+            print(f"{queue.take(study, output, made['identity'])} record(s) taken from the page's")
         found = queue.states(study, output)
         with terminal.Progress("study", every=300.0) as progress:
             display = _Display(found, progress)
@@ -216,6 +231,10 @@ def _status(study: Any, output: Path) -> str:
     lines = [terminal.table(rows, left=2), "", f"{done} of {len(found)} runs are finished."]
     if left is not None:
         lines[-1] += f" About {left / 3600:.1f} core hours are left, validation not counted."
+    if num_kept := len(queue.kept(study, output)):
+        lines.append(
+            f"{num_kept} more have records in {study.records}, which --run --continue takes."
+        )
     lines += [f"{state.planned.name} failed: {state.failure}" for state in found if state.failure]
     return "\n".join(lines)
 

@@ -6,24 +6,21 @@ import argparse
 import json
 import os
 import shlex
-import textwrap
-from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_skyladder.files import write_text
 from megatron_skyladder.planning import model_flags, run_flags
-from megatron_skyladder.study import records, results, timing
-from megatron_skyladder.study.records import Record
-from megatron_skyladder.study.results import Arm, Figure
+from megatron_skyladder.study import records, results, timing, verdicts
+from megatron_skyladder.study.markdown import date, folded, listed, table, wrapped
+from megatron_skyladder.study.preparation import TOKENIZER_CHARACTERS
 from megatron_skyladder.study.settings import Study
 from megatron_skyladder.study.tables import (
+    BEYOND,
     Given,
-    at_equal_time,
-    best_rate,
     copying_part,
-    date,
     losses,
-    markdown,
+    machine_of,
+    machines,
     rates,
     runs,
     times,
@@ -35,10 +32,9 @@ PICTURE = "losses.png"
 HEAD = """\
 # Experiments
 
-The paper's comparison at a scale that two CPU cores can rerun: the same small model, text, starting
-weights and order of the text; only the window differs. `skyladder study --write` makes this page
-from the records in `{records}/`, one file for each finished run; `{config}` says
-what is run.
+The paper's comparison at a scale that two CPU cores can rerun: one small model, one text, and arms
+that differ in their windows. `skyladder study --write` makes this page from the records in
+`{records}/`, one file for each finished run; `{config}` says what is run.
 
 """
 
@@ -47,40 +43,51 @@ LIMITS = """\
 run, sequences of {seq_length:,} tokens, on one CPU core each. That is {per_parameter} tokens for
 each parameter; in the paper it is 33 (3 billion parameters, 100 billion tokens) to 833 (120
 million), in sequences of 8,192 and more. So these runs end where the paper's have hardly begun.
-What is below shows whether an effect exists in this setting and how it is made; it does not
-show whether there is one, or how large, in a real run, that an order among schedules holds at
-another scale, or anything about benchmarks and the speed of a GPU.
+{context} What is below does not show whether ladders help in a real run, or by how much, that an
+order among schedules holds at another scale, or anything about benchmarks and the speed of a GPU.
 """
 
 HOW_TO_READ = """\
 Losses are nats per token of the trained models, lower is better, by how many tokens of context they
-see; every model reads the same tokens, all of the held-out text. Figures in parentheses are the
-lowest and the highest seed. Differences are between runs of the same seed, which start from the
-same weights and read the same text in the same order."""
+see; every model reads the same tokens, all of the held-out text. It sees other documents too, also
+where it was trained with documents masked. Figures in parentheses are the seeds, the lowest number
+first. Differences are between runs of the same seed, which start from the same weights and read the
+same text in the same order."""
 
 TIMED = """\
-Time is that of training alone, on one core: each step counts the median of steps with such a window
-and mask in the timing runs (`{names}`). The arms ran beside other work, so what they took
-themselves, in the table of runs, says less about their windows."""
+Time is that of training alone, on one core of machine {machine}: each step counts the median of
+steps with such a window and mask in the timing runs ({names}). The arms ran beside other work, so
+what they took themselves, in the table of runs, says less about their windows. There is one timing
+run for each mask: a saving is good to a few percent, and of this processor."""
 
 UNTIMED = """\
 Time is the CPU time of the training process, validation and checkpoints left out. The runs shared
 caches and memory with other work, which moves it by a tenth and more; the timing runs, which put
 all arms on one clock, have not finished."""
 
+SEVERAL_MACHINES = """\
+The arms ran on more than one machine, so that their times cannot be compared; the timing runs,
+which put all arms on one clock, have not finished."""
+
 NOT_TIMED = """\
-No timing run of their masks has finished on the same machine: `{names}`."""
+No timing run of their masks has finished on the same machine: {names}."""
 
 EQUAL_TIME = """\
 *Equal time* is the difference to a constant run that ends after the same time with a whole
-learning-rate schedule: linear between `{names}`, runs of {steps} steps."""
+learning-rate schedule: linear between `{names}`, runs of {steps} steps, and drawn out where the
+time is not between theirs ({mark})."""
 
 NO_EQUAL_TIME = """\
 *Equal time* needs constant runs of two lengths at least, which have not finished."""
 
 PICTURED = """\
-Along a run each validation takes the next held-out sequences, so the steps up and down in the first
-panel are those of the text; at the same step all arms of a seed read the same."""
+Above: the trained models, a point for each seed; grey is what one seed leaves inconclusive. Below:
+one seed of each arm against `{reference}` of that seed, along the run and by how much context the
+trained model sees."""
+
+REPEATED = """\
+`{name}` is the command of `{first}` once more, {where}: its last validation is
+{difference:+.4f} nats from that."""
 
 
 RERUN = """\
@@ -91,6 +98,7 @@ pip install 'megatron-skyladder[training,data,plot]' safetensors
 skyladder study --run       # nice 19, one core for each run; Ctrl-C saves, the same command goes on
 skyladder study --status    # how far, and how many core hours are left
 skyladder study --write     # this page, from the records
+skyladder study --run --continue  # in place of --run: goes on from this page's records
 ```
 """
 
@@ -124,11 +132,11 @@ def write(study: Study, config: Path) -> None:
         UsageError: as `read`.
     """
     given, picture = read(study), None
-    if given.arms:
+    if given.reference is not None and len(given.arms) > 1:
         from megatron_skyladder.study.pictures import draw
 
         picture = study.records / PICTURE
-        draw(given.arms, picture)
+        draw(given, picture)
     text = page(given, config, _beside(picture, study.page) if picture else None)
     study.page.parent.mkdir(parents=True, exist_ok=True)
     write_text(study.page, text)
@@ -139,25 +147,28 @@ def page(given: Given, config: Path, picture: str | None) -> str:
     study = given.study
     parts = [
         HEAD.format(records=study.records.as_posix(), config=config.as_posix()),
-        _limits(study),
+        _limits(given),
         "\n## What came out\n\n",
-        verdicts(given, study.arms),
-        _missing(given),
+        verdicts.text(given, study.arms),
+        verdicts.of_families(given),
+        verdicts.missing(given),
     ]
     if given.arms:
         parts += [
             f"\n{HOW_TO_READ}\n\n",
-            markdown(losses(given)),
+            table(losses(given)),
             f"\n{_clock(given)}\n",
-            markdown(times(given)),
+            table(times(given)),
             copying_part(given),
         ]
     if picture:
-        parts.append(f"\n![Losses against tokens and time, by context, and copying]({picture})\n")
-        parts.append(f"\n{PICTURED}\n")
+        about = "Differences to the constant window: at the end, along the run, by context"
+        parts.append(f"\n![{about}]({picture})\n")
+        parts.append(f"\n{wrapped(PICTURED.format(reference=given.arms[0].name))}")
     parts += [
         "\n## Runs\n\n",
-        markdown(runs(given)),
+        table(runs(given)),
+        _machines(given),
         _failures(given),
         "\n## The learning rate\n\n",
         _sweep(given),
@@ -171,14 +182,16 @@ def page(given: Given, config: Path, picture: str | None) -> str:
 
 
 def _clock(given: Given) -> str:
-    text = UNTIMED
+    text = UNTIMED if given.is_of_one_machine else SEVERAL_MACHINES
     if given.retimed is not None:
-        names = dict.fromkeys(record.arm for record in timing.clock(given.found))
-        text = TIMED.format(names="`, `".join(names))
+        clock = timing.clock(given.found)
+        names = list(dict.fromkeys(record.arm for record in clock))
+        machine = dict(machines(given))[machine_of(clock[0])]
+        text = TIMED.format(names=listed(names), machine=machine)
         lacking = [arm.name for arm in given.arms if all(it.seconds is None for it in arm.records)]
         if lacking:
-            text += " " + NOT_TIMED.format(names="`, `".join(lacking))
-    return _wrapped(f"{text} {_equal_time(given)}".replace("\n", " "))
+            text += " " + NOT_TIMED.format(names=listed(lacking))
+    return wrapped(f"{text} {_equal_time(given)}")
 
 
 def _equal_time(given: Given) -> str:
@@ -186,19 +199,21 @@ def _equal_time(given: Given) -> str:
     if len(arms) < 2:
         return NO_EQUAL_TIME
     steps = " and ".join(f"{arm.records[0].steps:,}" for arm in arms)
-    return EQUAL_TIME.format(names="` and `".join(arm.name for arm in arms), steps=steps)
+    names = "` and `".join(arm.name for arm in arms)
+    return EQUAL_TIME.format(names=names, steps=steps, mark=BEYOND)
 
 
-def _limits(study: Study) -> str:
-    main = study.main
-    parameters, tokens = _parameters(study), main.train_iters * main.step_tokens
+def _limits(given: Given) -> str:
+    main = given.study.main
+    parameters, tokens = _parameters(given.study), main.train_iters * main.step_tokens
     text = LIMITS.format(
         parameters=f"{parameters / 1e6:.1f}",
         tokens=f"{tokens / 1e6:.1f}",
         per_parameter=f"{tokens / parameters:.1f}",
         seq_length=main.seq_length,
+        context=verdicts.context(given),
     )
-    return _wrapped(text.replace("\n", " "))
+    return wrapped(text)
 
 
 def _parameters(study: Study) -> int:
@@ -210,86 +225,34 @@ def _parameters(study: Study) -> int:
     return model_flags.decoder_shape(run_flags.complete(flags), []).num_parameters
 
 
-def verdicts(given: Given, arms: Collection[str]) -> str:
-    """Return how many runs have finished, and how arms compare with the reference.
-
-    Args:
-        given: what is known.
-        arms: those that are compared; the others are left out.
-
-    Returns:
-        Paragraph and list as Markdown, in lines of 100 characters.
-    """
-    planned = [run for run in given.study.runs if run.is_compared]
-    done = [it for it in given.found if it.is_compared and it.is_whole]
-    lines = [f"{len(done)} of {len(planned)} runs have finished.", _handicap(given)]
-    reference = given.reference
-    compared = []
-    if reference is not None:
-        noise = results.noise(given.arms, reference)
-        why = "the paper's figure; how far seeds lie apart here is not known yet."
-        if noise.is_measured:
-            why = (
-                "the most by which an arm's differences of two seeds lie apart, at least the "
-                f"paper's {results.NOISE}. Read one near it as none."
-            )
-        lines.append(f"Differences below {noise.nats:.3f} are noise here: {why}")
-        for arm in given.arms:
-            if arm is not reference and arm.name in arms:
-                compared += _verdict(given, arm, reference, noise.nats)
-    if not compared:
-        lines.append("Nothing can be compared yet.")
-    text = _wrapped(" ".join(filter(None, lines)))
-    return text + ("\n" + "\n".join(compared) + "\n" if compared else "")
-
-
-def _missing(given: Given) -> str:
-    missing = [name for name in given.study.arms if name not in {arm.name for arm in given.arms}]
-    if not missing:
-        return ""
-    return "\n" + _wrapped(f"Not finished yet: {', '.join(f'`{it}`' for it in missing)}.")
-
-
-def _verdict(given: Given, arm: Arm, reference: Arm, noise: float) -> list[str]:
-    loss = results.difference(arm, reference, results.final_difference)
-    if loss is None:
-        return []
-    seeds = _seeds(loss)
-    tokens = arm.records[0].tokens
-    at = "at equal tokens"
-    if tokens != reference.records[0].tokens:
-        at = f"after {tokens / 1e6:.1f} million tokens"
-    text = (
-        f"- `{arm.name}` against `{reference.name}`, {seeds}: {loss.text(3, signed=True)} nats {at}"
-    )
-    text += f", {_word(loss, noise)}"
-    saved = results.difference(arm, reference, results.time_saved)
-    if saved is not None:
-        more = "less" if saved.mean >= 0 else "more"
-        text += f"; {abs(100 * saved.mean):.1f} % {more} time"
-    alike = None if given.is_reference(arm) else at_equal_time(given, arm)
-    if alike is not None:
-        fewer = "" if len(alike.values) == len(loss.values) else f", {_seeds(alike)}"
-        text += f"; {alike.text(3, signed=True)} at equal time{fewer}, {_word(alike, noise)}"
-    return [_wrapped(text + ".", indent="  ").rstrip()]
-
-
-def _seeds(found: Figure) -> str:
-    return "one seed" if len(found.values) == 1 else f"{len(found.values)} seeds"
-
-
-def _word(difference: Figure, noise: float) -> str:
-    if abs(difference.mean) < noise:
-        return "within noise"
-    return "better" if difference.mean < 0 else "worse"
-
-
 def _failures(given: Given) -> str:
     if not given.failures:
         return "\nNo start of a run has failed.\n"
     lines = ["\nStarts that failed (a failed run goes on from its last checkpoint):\n"]
-    lines += [f"- {date([it['time']])}, `{it['run']}`: {it['what']}" for it in given.failures]
+    names = {run.name for run in given.study.runs}
+    for failure in given.failures:
+        gone = "" if failure["run"] in names else " (in the queue no more)"
+        lines.append(f"- {date([failure['time']])}, `{failure['run']}`{gone}: {failure['what']}")
     return "\n".join(lines) + "\n"
+
+
+def _machines(given: Given) -> str:
+    """Return which machine each letter is, and how far the same run ended apart on two."""
+    letters = dict(machines(given))
+    if not letters:
+        return ""
+    text = "\n" + wrapped("; ".join(f"{letter}: {name}" for name, letter in letters.items()) + ".")
+    if len(letters) > 1:
+        text += wrapped("Machines round differently, as another seed does.")
+    for record, first in results.repeated(given.found):
+        here, there = (letters[machine_of(it)] for it in (record, first))
+        where = f"on {here}" if here == there else f"on {here} in place of {there}"
+        difference = record.last.loss - first.last.loss
+        name, before = record.name, first.name
+        text += wrapped(
+            REPEATED.format(name=name, first=before, where=where, difference=difference)
+        )
+    return text
 
 
 def _sweep(given: Given) -> str:
@@ -298,26 +261,11 @@ def _sweep(given: Given) -> str:
         return "No other rate was tried.\n"
     text = (
         f"Chosen for the constant window, so that it is not handicapped: all arms train with "
-        f"{given.study.main.value('--lr')}. Each run has a whole learning-rate schedule, and the "
-        "last validations of runs of as many steps are of the same text."
+        f"{given.study.main.value('--lr')}. No other arm was tuned. Each run, of one seed, has a "
+        "whole learning-rate schedule; losses are the last validations, which are of the same text "
+        "for runs of as many steps."
     )
-    return f"{_wrapped(text)}\n{markdown(rows)}"
-
-
-def _handicap(given: Given) -> str:
-    """Return a sentence where a rate was tried that suits the reference better; else nothing."""
-    best = best_rate(given)
-    if best is None:
-        return ""
-    main = given.study.main
-    rate, steps = best
-    if float(rate) == float(main.value("--lr")):
-        return ""
-    return (
-        f"**With the learning rate {rate}, `{main.arm}` came to a lower loss in {steps:,} steps "
-        f"than with {main.value('--lr')}, with which all arms train. So differences to it are "
-        "larger than they would be to a tuned baseline.**"
-    )
+    return f"{wrapped(text)}\n{table(rows)}"
 
 
 def _text(given: Given) -> str:
@@ -339,11 +287,13 @@ def _text(given: Given) -> str:
     text = (
         f"{train['documents']:,} documents for training ({train['bytes'] / 1e6:.0f} MB, "
         f"{tokens['train'] / 1e6:.1f} million tokens of a byte-level BPE with "
-        f"{given.study.vocab_size:,} entries trained on them), {held_out['documents']:,} held out "
-        f"({tokens['validation'] / 1e6:.2f} million tokens), chosen by a hash of their text. "
+        f"{given.study.vocab_size:,} entries, trained on the first "
+        f"{TOKENIZER_CHARACTERS / 1e6:.0f} million characters), {held_out['documents']:,} held out "
+        f"({tokens['validation'] / 1e6:.2f} million tokens), chosen by a hash of their text. Only "
+        "equal documents are left out as duplicates; passages may be alike. "
         f"Documents of 8,192 characters or more hold {100 * share:.0f} % of the text."
     )
-    return f"{_wrapped(text)}\n{markdown(rows)}"
+    return f"{wrapped(text)}\n{table(rows)}"
 
 
 def _commands(given: Given) -> str:
@@ -356,38 +306,16 @@ def _commands(given: Given) -> str:
         "record holds its whole command. The flags of all:"
     )
     text = (
-        f"{_wrapped(about)}\n```\n"
-        + _folded(["python -m megatron_skyladder.pretrain_gpt", *given.study.flags])
+        f"{wrapped(about)}\n```\n"
+        + folded(["python -m megatron_skyladder.pretrain_gpt", *given.study.flags])
         + "\n```\n\n"
-        + markdown(rows)
+        + table(rows)
     )
     first = next((it for it in given.found if it.is_compared), None)
     if first is not None:
         words = ["python", *map(shlex.quote, first.command)]
-        text += f"\nThe whole command of `{first.name}`:\n\n```\n{_folded(words)}\n```\n"
-        machines = sorted({_machine(record) for record in given.found})
-        text += "\n" + _wrapped(f"Machine and versions: {'; '.join(machines)}.")
+        text += f"\nThe whole command of `{first.name}`:\n\n```\n{folded(words)}\n```\n"
     return text
-
-
-def _machine(record: Record) -> str:
-    versions = [f"{name} {value}" for name, value in record.machine.items() if name != "processor"]
-    return ", ".join([record.machine.get("processor", "unknown processor"), *versions])
-
-
-def _wrapped(text: str, indent: str = "") -> str:
-    return textwrap.fill(text, 100, subsequent_indent=indent, break_on_hyphens=False) + "\n"
-
-
-def _folded(words: Sequence[str], width: int = 96) -> str:
-    """Return words of a command on lines of a shell."""
-    lines, line = [], ""
-    for word in words:
-        if line and len(line) + len(word) > width:
-            lines.append(line.rstrip() + " \\")
-            line = "  "
-        line += word + " "
-    return "\n".join([*lines, line.rstrip()])
 
 
 def _beside(picture: Path, page: Path) -> str:

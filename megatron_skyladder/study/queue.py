@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.files import write_bytes
 from megatron_skyladder.study import records
 from megatron_skyladder.study.records import Measured
 from megatron_skyladder.study.settings import LOWEST_PRIORITY, Planned, Study
@@ -122,6 +123,30 @@ def check(study: Study, output: Path, corpus: str = "") -> None:
     paths = [record_path(it, output) for it in study.runs]
     found = [records.read(path) for path in paths if path.exists()]
     records.check(found, study, output / RECORDS, corpus)
+
+
+def kept(study: Study, output: Path) -> list[Path]:
+    """Return the records beside the page of runs that have none in the study's folder."""
+    names = [record_path(it, output).name for it in study.runs if not is_finished(it, output)]
+    return [path for name in names if (path := study.records / name).exists()]
+
+
+def take(study: Study, output: Path, corpus: str) -> int:
+    """Take the records beside the page into the study's folder; return how many.
+
+    Args:
+        study: what there is to run.
+        output: the study's folder.
+        corpus: what identifies its text.
+
+    Raises:
+        UsageError: one is of other flags or other text; then none is taken.
+    """
+    paths = kept(study, output)
+    records.check([records.read(path) for path in paths], study, study.records, corpus)
+    for path in paths:
+        write_bytes(output / RECORDS / path.name, path.read_bytes())
+    return len(paths)
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_skyladder.study import commands
 from megatron_skyladder.study.records import Record
 
-NOISE = 0.01  # nats: what the paper counts as no difference; used until seeds say more
+NO_DIFFERENCE = 0.01  # nats: below, the paper counts two losses as equal
+CONFIDENCE = 0.95
 NOTHING = 1.0  # percent: below, a model has not learnt to copy
 BEYOND = 0.25  # of the time between the reference's runs: so far a line through them is drawn out
 
@@ -29,13 +31,10 @@ class Figure:
         return sum(self.values) / len(self.values)
 
     def text(self, digits: int, *, signed: bool = False, scale: float = 1.0) -> str:
-        """Return the mean, and the lowest and highest seed where there are several."""
+        """Return the mean, and in parentheses the seeds in their order where they differ."""
         sign = "+" if signed else ""
-        shown = [f"{scale * value:{sign},.{digits}f}" for value in (self.mean, *self.values)]
-        if len(self.values) == 1:
-            return shown[0]
-        low, high = (scale * pick(self.values) for pick in (min, max))
-        return f"{shown[0]} ({low:{sign},.{digits}f} to {high:{sign},.{digits}f})"
+        mean, *seeds = (f"{scale * it:{sign},.{digits}f}" for it in (self.mean, *self.values))
+        return f"{mean} ({', '.join(seeds)})" if len(set(seeds)) > 1 else mean
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,14 @@ def equal_time_difference(
     return None if own is None or loss is None else own - loss
 
 
+def is_beyond(record: Record, whole: Sequence[Record]) -> bool:
+    """Return whether a run took less or more time than each of these, two at least."""
+    times = [other.seconds for other in whole if other.seconds is not None]
+    if record.seconds is None or len(times) < 2:
+        return False
+    return not min(times) <= record.seconds <= max(times)
+
+
 def loss_after(points: Sequence[tuple[float, float | None]], seconds: float) -> float | None:
     """Return what the reference comes to in a time, linear between two of its runs.
 
@@ -155,25 +162,49 @@ def is_shorter(record: Record, reference: Record) -> bool:
 
 
 @dataclass(frozen=True)
-class Noise:
-    """What a difference has to exceed.
+class Scatter:
+    """How far the differences of two arms lie apart from seed to seed.
 
     Args:
-        nats: the bar.
-        is_measured: whether seeds say so; else it is the paper's `NOISE`.
+        deviation: the standard deviation of one seed's difference, in nats, pooled over arms.
+        freedom: its degrees of freedom: the seeds of each arm but one, summed.
     """
 
-    nats: float
-    is_measured: bool
+    deviation: float
+    freedom: int
+
+    def bar(self, seeds: int) -> float:
+        """Return what a mean over so many seeds has to exceed, in nats.
+
+        Half of its 95 % interval by Student's t, at least `NO_DIFFERENCE`.
+        """
+        from scipy.stats import t
+
+        quantile = float(t.ppf((1 + CONFIDENCE) / 2, self.freedom))
+        return max(NO_DIFFERENCE, quantile * self.deviation / math.sqrt(seeds))
 
 
-def noise(arms: Sequence[Arm], reference: Arm) -> Noise:
-    """Return how far an arm's differences to the reference lie apart between seeds.
+def scatter(differences: Iterable[Figure | None]) -> Scatter | None:
+    """Return how far differences lie apart; None where none has several seeds.
 
-    The most of all arms that have several; at least `NOISE`, and that where none has.
+    Args:
+        differences: one for each pair of arms. Those to one reference share its runs, so that the
+            degrees of freedom are a little flattered.
     """
-    found = [difference(arm, reference, final_difference) for arm in arms if arm is not reference]
-    spreads = [
-        max(it.values) - min(it.values) for it in found if it is not None and len(it.values) > 1
-    ]
-    return Noise(max([NOISE, *spreads]), bool(spreads))
+    several = [it for it in differences if it is not None and len(it.values) > 1]
+    freedom = sum(len(it.values) - 1 for it in several)
+    if not freedom:
+        return None
+    squares = sum((value - it.mean) ** 2 for it in several for value in it.values)
+    return Scatter(math.sqrt(squares / freedom), freedom)
+
+
+def repeated(records: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Return the runs whose command an earlier one of these had, each with that one."""
+    pairs = []
+    for place, record in enumerate(records):
+        for first in records[:place]:
+            if not commands.differences(record.command, first.command, commands.FOLDER):
+                pairs.append((record, first))
+                break
+    return pairs

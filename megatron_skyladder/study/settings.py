@@ -23,6 +23,7 @@ _SECTIONS: dict[str, tuple[str, ...] | None] = {
     "sweep": None,
     "timing": None,
     "arms": None,
+    "against": None,
     "queue": ("runs",),
     "copying": ("distances", "span", "samples"),
 }
@@ -139,6 +140,7 @@ class Study:
         flags: of every run.
         runs: in the order in which they are started.
         arms: name -> the arm's own flags, those of [arms] alone, in the file's order.
+        against: arm -> the arm that it varies, beside the first one.
         copying: what is tested at the end of each run.
     """
 
@@ -150,6 +152,7 @@ class Study:
     flags: tuple[str, ...]
     runs: tuple[Planned, ...]
     arms: dict[str, str]
+    against: dict[str, str]
     copying: Copying
 
     @property
@@ -188,6 +191,10 @@ def read(path: Path) -> Study:
         raise UsageError(f"{path} has {twice} in [queue] twice.")
     for run in runs:
         _ = run.train_iters, run.step_tokens, run.context_lengths  # said now, not after hours
+    for name in (it for pair in sections["against"].items() for it in pair):
+        if name not in sections["arms"]:
+            known = ", ".join(sections["arms"])
+            raise UsageError(f"{path} has {name} in [against]. The arms are: {known}.")
     copying = _copying(sections["copying"], path)
     for run in runs:
         copying.check(run.seq_length)
@@ -200,6 +207,7 @@ def read(path: Path) -> Study:
         flags=common,
         runs=tuple(runs),
         arms={name: " ".join(flags.split()) for name, flags in sections["arms"].items()},
+        against=sections["against"],
         copying=copying,
     )
 

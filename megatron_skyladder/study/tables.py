@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from megatron_skyladder.study import commands, results, timing
+from megatron_skyladder.study.markdown import NONE, date, table
 from megatron_skyladder.study.records import Record
 from megatron_skyladder.study.results import Arm, Figure
 from megatron_skyladder.study.settings import CUE, Planned, Study
-
-NONE = "-"  # a cell that has no run yet
-
 
 COPYING = """\
 A span of {span} random tokens stands twice in held-out text. How many tokens of the second copy
@@ -21,8 +19,11 @@ A span of {span} random tokens stands twice in held-out text. How many tokens of
 tokens; {samples} sequences. Guessing gets {chance:.2f} %."""
 
 NOTHING_COPIED = """
-No model gets {bar:g} % at any distance: at this scale none has learnt to copy, and the test says
-nothing about windows."""
+No model gets more than {best:,.0f} of {tokens:,} tokens right at any distance: at this scale none
+has learnt to copy, and the test says nothing about windows."""
+
+
+BEYOND = "*"  # behind a loss at equal time that no two runs of the reference enclose
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,20 @@ class Given:
         """The arms' runs on one clock; None where timing runs are missing."""
         return timing.retime(self.found)
 
+    @property
+    def is_of_one_machine(self) -> bool:
+        """Whether all arms ran on the same processor, with the same versions."""
+        return len({machine_of(it) for it in self.found if it.is_compared}) < 2
+
     @cached_property
     def arms(self) -> list[Arm]:
-        """Those that have finished runs, on one clock where there is one."""
+        """Those that have finished runs, on one clock where there is one, else by their own.
+
+        Without a time where they have no clock and are of several machines.
+        """
         runs = self.found if self.retimed is None else self.retimed
+        if self.retimed is None and not self.is_of_one_machine:
+            runs = [timing.retimed(it, None) for it in runs]
         return results.arms_of([it for it in runs if it.losses], list(self.study.arms))
 
     def budgets(self, seed: int) -> list[Record]:
@@ -96,7 +107,7 @@ def times(given: Given) -> list[list[str]]:
             [
                 f"`{arm.name}`",
                 NONE if hours is None else hours.text(2, scale=1 / 3600),
-                _against(arm, given.reference, results.time_saved, 1, scale=100),
+                _against(arm, given.reference, results.time_saved, 0, scale=100),
                 *(_at_equal_time(given, arm, length) for length in lengths),
             ]
         )
@@ -127,8 +138,9 @@ def copying_part(given: Given) -> str:
         100 * it.accuracy for arm in arms for run in arm.records for it in run.copying.values()
     )
     if best < results.NOTHING:
-        text += NOTHING_COPIED.format(bar=results.NOTHING)
-    return f"\n{text}\n\n{markdown(rows)}"
+        tokens = options.samples * (options.span - CUE)
+        text += NOTHING_COPIED.format(best=tokens * best / 100, tokens=tokens)
+    return f"\n{text}\n\n{table(rows)}"
 
 
 def _lengths(given: Given) -> list[int]:
@@ -146,7 +158,10 @@ def _at_equal_time(given: Given, arm: Arm, length: int) -> str:
     if given.is_reference(arm):
         return ""
     found = at_equal_time(given, arm, length)
-    return NONE if found is None else found.text(3, signed=True)
+    if found is None:
+        return NONE
+    beyond = any(results.is_beyond(it, given.budgets(it.seed)) for it in arm.records)
+    return found.text(3, signed=True) + (BEYOND if beyond else "")
 
 
 def _at_length(length: int) -> Callable[[Record], float | None]:
@@ -163,26 +178,40 @@ def _copied(distance: int) -> Callable[[Record], float | None]:
 def runs(given: Given) -> list[list[str]]:
     """Return every run of the queue, finished or not."""
     found = {record.name: record for record in given.found}
-    rows = [["run", "seed", "state", "started", "finished", "starts", "CPU hours", "loss"]]
+    head = ["run", "seed", "machine", "state", "started (UTC)", "finished (UTC)", "starts"]
+    rows = [[*head, "CPU hours", "last validation", "held-out text"]]
+    letters = dict(machines(given))
     for planned in given.study.runs:
         record = found.get(planned.name)
         if record is None:
-            rows.append([f"`{planned.arm}`", str(planned.seed), "not finished", *[NONE] * 5])
+            rows.append([f"`{planned.arm}`", str(planned.seed), NONE, "not finished", *[NONE] * 6])
             continue
         starts = [it["time"] for it in record.events if it["event"] == "started"]
         ends = [it["time"] for it in record.events if it["event"] == "finished"]
         seconds = record.seconds
-        loss = record.loss if record.is_compared and record.losses else record.last.loss
         rows.append(
             [
-                *(f"`{record.arm}`", str(record.seed)),
+                *(f"`{record.arm}`", str(record.seed), letters[machine_of(record)]),
                 "finished" if record.is_whole else "trained, not measured",
                 *(date(starts[:1]), date(ends[-1:]), str(len(starts))),
                 NONE if seconds is None else f"{seconds / 3600:.2f}",
-                f"{loss:.4f}" if record.is_whole else NONE,
+                f"{record.last.loss:.4f}",
+                f"{record.loss:.4f}" if record.losses else NONE,
             ]
         )
     return rows
+
+
+def machines(given: Given) -> list[tuple[str, str]]:
+    """Return the machines of finished runs with a letter for each, in the order of the queue."""
+    names = dict.fromkeys(machine_of(record) for record in given.found)
+    return [(name, chr(ord("A") + place)) for place, name in enumerate(names)]
+
+
+def machine_of(record: Record) -> str:
+    """Return a run's processor and versions."""
+    versions = [f"{name} {value}" for name, value in record.machine.items() if name != "processor"]
+    return ", ".join([record.machine.get("processor", "unknown processor"), *versions])
 
 
 def rates(given: Given) -> list[list[str]]:
@@ -242,14 +271,3 @@ def _against(
 
 def _cell(found: Figure | None, digits: int) -> str:
     return NONE if found is None else found.text(digits)
-
-
-def date(times: Sequence[str]) -> str:
-    """Return the first time as a date and a time of day."""
-    return times[0][:16].replace("T", " ") if times else NONE
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return cells as a Markdown table; the first line is the head."""
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"

@@ -221,6 +221,7 @@ def test_the_study_of_the_repository() -> None:
             "cannot stand 57 tokens apart in a sequence of 64",
         ),
         ("span = 8", "span = 4", "Give a span above 4 tokens"),
+        ("[queue]", "[against]\ntwin = lader\n[queue]", r"has lader in \[against\]"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -252,9 +253,10 @@ def test_rows_survive_a_crash(tmp_path: Path) -> None:
 
 
 def test_figures_over_seeds() -> None:
-    assert Figure((1.0, 2.0, 6.0)).text(1) == "3.0 (1.0 to 6.0)"
+    assert Figure((1.0, 6.0, 2.0)).text(1) == "3.0 (1.0, 6.0, 2.0)"  # in the order of the seeds
+    assert Figure((1.01, 1.04)).text(1) == "1.0"  # no spread that can be seen
     assert Figure((-0.02,)).text(3, signed=True) == "-0.020"
-    assert Figure((0.1, 0.2)).text(0, scale=100) == "15 (10 to 20)"
+    assert Figure((0.1, 0.2)).text(0, scale=100) == "15 (10, 20)"
     assert results.figure([None, None]) is None
 
 
@@ -266,19 +268,37 @@ def test_differences_are_of_pairs() -> None:
     assert saved == pytest.approx(1 - 250 / 300)
 
 
-def test_noise_is_how_far_pairs_lie_apart() -> None:
-    """Not how far seeds do: two seeds 0.3 apart in both arms differ by the same."""
-    assert results.noise([CONSTANT], CONSTANT) == results.Noise(0.01, False)
-    assert results.noise([CONSTANT, QUICK], CONSTANT) == results.Noise(0.01, False)  # one pair
-    pairs = [(3.9, 4.2), (3.9, 4.1), (3.9, 4.205)]  # -0.1 twice; -0.1 and -0.2; -0.1 and -0.095
-    arms = [
-        Arm("x", tuple(_record("x", seed, (loss,), (1.0,)) for seed, loss in enumerate(pair, 1)))
-        for pair in pairs
+def test_what_a_difference_has_to_exceed() -> None:
+    """Student's t by hand: 12.706, 4.303 and 3.182 at 95 % with 1, 2 and 3 degrees of freedom."""
+    assert results.scatter([]) is None and results.scatter([None, Figure((0.3,))]) is None
+    one = results.scatter([Figure((-0.1, 0.1)), Figure((5.0,))])  # 0.1^2 + 0.1^2 over 1
+    assert one is not None and one.freedom == 1
+    assert one.deviation == pytest.approx(math.sqrt(0.02))
+    assert one.bar(1) == pytest.approx(12.706 * math.sqrt(0.02), rel=1e-4)
+    assert one.bar(4) == pytest.approx(12.706 * math.sqrt(0.02) / 2, rel=1e-4)
+    two = results.scatter([Figure((-0.1, 0.1)), Figure((0.5, 0.5))])
+    assert two is not None and two.bar(1) == pytest.approx(4.303 * 0.1, rel=1e-3)
+    three = results.scatter([Figure((-0.1, 0.1)), Figure((0.6, 0.3, 0.3))])  # 0.02 + 0.06 over 3
+    assert three is not None and three.bar(1) == pytest.approx(
+        3.182 * math.sqrt(0.08 / 3), rel=1e-3
+    )
+    equal = results.scatter([Figure((0.3, 0.3))])
+    assert equal is not None and equal.bar(1) == 0.01  # what the paper counts as no difference
+
+
+def test_runs_of_one_command_are_repetitions() -> None:
+    flags = ["-m", "x", "--lr", "1"]
+    runs = [
+        replace(CONSTANT.records[0], arm=name, command=[*words, "--save", f"runs/{name}"])
+        for name, words in (
+            ("a", flags),
+            ("b", [*flags, "--seed", "2"]),
+            ("c", flags),
+            ("d", flags),
+        )
     ]
-    found = [results.noise([CONSTANT, *arms[:count]], CONSTANT) for count in (1, 2, 3)]
-    assert [it.is_measured for it in found] == [True] * 3
-    assert [it.nats for it in found] == pytest.approx([0.01, 0.1, 0.1])
-    assert results.noise([CONSTANT, arms[2]], CONSTANT).nats == 0.01  # the paper's at least
+    found = [(it.arm, first.arm) for it, first in results.repeated(runs)]
+    assert found == [("c", "a"), ("d", "a")]
 
 
 def test_losses_at_equal_time() -> None:
@@ -567,19 +587,19 @@ def test_the_page_of_some_runs(tmp_path: Path) -> None:
     text = (tmp_path / "docs/experiments.md").read_text()
     words = " ".join(text.split())
     assert "3 of 4 runs have finished. **With the learning rate 1e-3, `ladder` came to" in words
-    assert "Differences below 0.010 are noise here: the paper's" in words
+    assert "No arm has several seeds yet, so nothing says which differences are noise." in words
     verdict = text[text.index("- `twin` against") :].partition("\n\n")[0]
     assert " ".join(verdict.split()) == (
-        "- `twin` against `ladder`, one seed: -0.200 nats at equal tokens, better; 16.7 % less "
-        "time."
+        "- `twin` against `ladder`, one seed: -0.200 nats at equal tokens; 17 % less time."
     )
-    assert "| `ladder` | 0.0 | 2 | 5.150 (5.000 to 5.300) | 4.150 (4.000 to 4.300) |" in text
-    assert "| `twin` | 0.07 | +16.7 | - | - |" in text
+    assert "| `ladder` | 0.0 | 2 | 5.150 (5.000, 5.300) | 4.150 (4.000, 4.300) |" in text
+    assert "| `twin` | 0.07 | +17 | - | - |" in text
+    assert "The arms ran beside other work" not in text and "more than one machine" not in text
     assert "*Equal time* needs constant runs of two lengths" in text
-    assert "| `ladder` | 37.5 (25.0 to 50.0) |" in text  # copying
+    assert "| `ladder` | 37.5 (25.0, 50.0) |" in text  # copying
     assert "none has learnt to copy" not in text
     assert "- 2026-11-29 06:00, `broken-seed1`: exit code 2" in text
-    assert "| `broken` | 1 | not finished |" in text
+    assert "| `broken` | 1 | - | not finished |" in text
     assert "the timing runs, which put all arms on one clock, have not" in text.replace("\n", " ")
     assert (tmp_path / "docs/records/losses.png").exists()
 
@@ -646,11 +666,11 @@ def test_equal_time_on_the_page(tmp_path: Path) -> None:
     assert main(["study", str(config), "--write", "--output", str(tmp_path / "study")]) == 0
     shown = (tmp_path / "docs/experiments.md").read_text()
     words = " ".join(shown.split())
-    assert "linear between `ladder` and `short`, runs of 30 and 10 steps." in words
-    assert "No model gets 1 % at any distance: at this scale none has learnt to copy," in words
-    assert "16.7 % less time; -0.400 at equal time, better." in words
-    assert "| `twin` | 0.07 | +16.7 | -0.400 | -0.400 |" in shown
-    assert "| `short` | 0.06 | +33.3 |  |  |" in shown
+    assert "linear between `ladder` and `short`, runs of 30 and 10 steps, and drawn out" in words
+    assert "No model gets more than 0 of 16 tokens right at any distance: at this" in words
+    assert "17 % less time; -0.400 at equal time." in words
+    assert "| `twin` | 0.07 | +17 | -0.400 | -0.400 |" in shown
+    assert "| `short` | 0.06 | +33 |  |  |" in shown
     config.write_text(
         config.read_text().replace("ladder:1 twin:1", "ladder:1 ladder:2 twin:1 twin:2")
     )
@@ -658,9 +678,85 @@ def test_equal_time_on_the_page(tmp_path: Path) -> None:
         records.write(_of_study(config, record), tmp_path / "study" / queue.RECORDS)
     assert main(["study", str(config), "--write", "--output", str(tmp_path / "study")]) == 0
     words = " ".join((tmp_path / "docs/experiments.md").read_text().split())
-    assert (
-        "against `ladder`, 2 seeds:" in words and "-0.400 at equal time, one seed, better." in words
+    assert "against `ladder`, 2 seeds: -0.350 (-0.200, -0.500) nats at equal tokens, inc" in words
+    assert "-0.400 at equal time, one seed, inconclusive." in words
+
+
+def test_arms_on_the_page_against_what_they_vary(tmp_path: Path) -> None:
+    """Two seeds of two arms, two machines, a run that was repeated, a time beyond the budgets."""
+    config = write_study(
+        tmp_path, "ladder:1 ladder:2 short:1 twin:1 twin:2 other:1 other:2 again:1"
     )
+    ladder = "--skyladder-start-window 8 --skyladder-expand-fraction 0.5"
+    text = config.read_text().replace(
+        "[arms]",
+        f"[sweep]\nagain = {ladder}\n\n[against]\nother = twin\n\n[arms]",
+    )
+    arms = f"short = {ladder} --train-iters 40\nother = --lr 2e-3\ntwin = --lr 1e-3 "
+    config.write_text(text.replace("twin = ", arms))
+    runs = [
+        *CONSTANT.records,
+        _record("short", 1, (4.4,), (200.0,)),
+        *(
+            _record("twin", *it, (90.0, 180.0, 280.0))
+            for it in ((1, (6, 5, 4.1)), (2, (6, 5, 4.4)))
+        ),
+        *(
+            _record("other", *it, (60.0, 120.0, 180.0))
+            for it in ((1, (6, 5, 3.5)), (2, (6, 5, 3.81)))
+        ),
+        replace(_record("again", 1, (4.25,), (1.0,)), is_sweep=True, machine={"processor": "new"}),
+    ]
+    for record in runs:
+        records.write(_of_study(config, record), tmp_path / "study" / queue.RECORDS)
+    pytest.importorskip("matplotlib")
+    command = ["study", str(config), "--write", "--output", str(tmp_path / "study")]
+    assert main(command) == 0
+    shown = (tmp_path / "docs/experiments.md").read_text()
+    words = " ".join(shown.split())
+    # +0.1 and +0.1 for the twin, -0.5 and -0.49 for the other: 5e-5 over 2, times 4.303
+    assert "scatters by 0.01 nats (2 degrees of freedom): below 0.02 with one seed and" in words
+    assert "`twin` against `ladder`, 2 seeds: +0.100 nats at equal tokens, worse;" in words
+    assert "`other` against `ladder`, 2 seeds: -0.495 (-0.500, -0.490) nats at equal to" in words
+    assert "-0.490) nats at equal tokens, better; 41 % less time" in words
+    assert (
+        "`other` against `twin`, 2 seeds: -0.595 (-0.600, -0.590) nats at equal tokens, b" in words
+    )
+    assert words.count("too small to be seen here") == 0  # 0.02 nats could be
+    # the line from 4.4 after 200 s to 4.0 after 300 s, drawn out to 180 s
+    assert "| `other` | 0.05 | +41 (+40, +42) | -0.980* | -0.980* |" in shown
+    assert "| `twin` | 0.08 | +8 (+7, +10) | +0.020 | +0.020 |" in shown
+    assert "| `again` | 1 | B | finished |" in shown
+    assert (
+        "`again-seed1` is the command of `ladder-seed1` once more, on B in place of A: its "
+        in words
+    )
+    assert "last validation is +0.2500 nats from that." in words
+    twin = replace(runs[4], machine={"processor": "new"})  # an arm now, and no clock
+    records.write(_of_study(config, twin), tmp_path / "study" / queue.RECORDS)
+    assert main(command) == 0
+    shown = (tmp_path / "docs/experiments.md").read_text()
+    assert "The arms ran on more than one machine, so that their times cannot" in shown
+    assert "less time" not in shown and "| `other` | - | - | - | - |" in shown
+
+
+def test_records_of_the_page_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_study(tmp_path, "ladder:1 twin:1")
+    study, output = settings.read(config), tmp_path / "study"
+    record = replace(_of_study(config, CONSTANT.records[0]), corpus="text")
+    path = records.write(record, study.records)
+    assert main(["study", str(config), "--status", "--output", str(output)]) == 0
+    assert "1 more have records in" in capsys.readouterr().out
+    assert main(["study", str(config), "--status", "--continue"]) == 1
+    assert "--continue goes with --run" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"docs/records/ladder-seed1.json is of .* other text"):
+        queue.take(study, output, "other")
+    (output / queue.RECORDS).mkdir()
+    assert queue.take(study, output, "text") == 1 and queue.take(study, output, "text") == 0
+    taken = output / queue.RECORDS / path.name
+    assert taken.read_bytes() == path.read_bytes() and queue.is_finished(study.runs[0], output)
+    assert main(["study", str(config), "--status", "--output", str(output)]) == 0
+    assert "1 of 2 runs are finished" in capsys.readouterr().out
 
 
 def test_an_arm_without_a_clock_is_named_on_the_page(tmp_path: Path) -> None:
