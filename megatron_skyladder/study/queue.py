@@ -144,7 +144,9 @@ def take(study: Study, output: Path, corpus: str) -> int:
     """
     paths = kept(study, output)
     records.check([records.read(path) for path in paths], study, study.records, corpus)
-    for path in paths:
+    failures = study.records / records.FAILURES  # of which the page tells, too
+    is_known = (output / RECORDS / records.FAILURES).exists() or not failures.exists()
+    for path in [*paths, *([] if is_known else [failures])]:
         write_bytes(output / RECORDS / path.name, path.read_bytes())
     return len(paths)
 

@@ -752,7 +752,9 @@ def test_records_of_the_page_are_taken(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(UsageError, match=r"docs/records/ladder-seed1.json is of .* other text"):
         queue.take(study, output, "other")
     (output / queue.RECORDS).mkdir()
+    append_row(study.records / records.FAILURES, {"run": "ladder-seed1", "what": "exit code 2"})
     assert queue.take(study, output, "text") == 1 and queue.take(study, output, "text") == 0
+    assert read_rows(output / queue.RECORDS / records.FAILURES)[0]["what"] == "exit code 2"
     taken = output / queue.RECORDS / path.name
     assert taken.read_bytes() == path.read_bytes() and queue.is_finished(study.runs[0], output)
     assert main(["study", str(config), "--status", "--output", str(output)]) == 0
