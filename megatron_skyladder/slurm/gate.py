@@ -171,7 +171,11 @@ def _write_versions(folder: Path) -> None:
 def _git(folder: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=30
+            ["git", "-C", str(folder), *words],
+            capture_output=True,
+            text=True,
+            errors="replace",  # a changed file may be in any encoding
+            timeout=30,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -416,6 +417,15 @@ def test_versions_are_noted(run: Run) -> None:
 
 
 # --- why an attempt failed ------------------------------------------------------------------------
+
+
+def test_changed_code_may_be_in_any_encoding(tmp_path: Path) -> None:
+    """Or the gate ends before training, on every try."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "a.txt").write_text("before\n")
+    subprocess.run(["git", "-C", str(tmp_path), "add", "a.txt"], check=True)
+    (tmp_path / "a.txt").write_bytes("f\u00fcr\n".encode("latin-1"))
+    assert "+f\ufffdr" in (gate._git(tmp_path, "diff") or "")
 
 
 def test_the_first_error_by_the_clock_is_the_reason(run: Run) -> None:
