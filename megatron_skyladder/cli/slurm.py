@@ -6,7 +6,7 @@ import argparse
 import logging
 import shutil
 import sys
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,32 +134,64 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--chain or --array {jobs}: give at least 1.")
     if args.evaluate:
         return _evaluate(settings, submit=args.submit)
-    text = script.job_script(settings, jobs=jobs, array=args.array is not None)
+    form: dict[str, Any] = {"jobs": jobs, "array": args.array is not None}
+    text, options = script.job_script(settings, **form), script.job_options(settings, **form)
     _check_flags(settings)
     if not args.submit:
-        return _show(settings, text)
-    if settings.evaluation is not None:
-        evaluation.check(settings)
-    ids = script.submit_run(
-        settings,
-        text,
-        jobs=jobs,
-        array=args.array is not None,
-        allow_changes=args.allow_changes,
-    )
+        return _show(settings, text, options)
+    array = "" if settings.evaluation is None else _checked_array(settings, text, options)
+    ids = script.submit_run(settings, text, **form, allow_changes=args.allow_changes)
     print(f"submitted {', '.join(ids)}")
     if settings.evaluation is not None:
-        array = evaluation.job_script(settings, only_finished=True)
         number = settings.evaluation.num_jobs
-        print(f"evaluation after it: {evaluation.submit(settings, array, ids)}, {number} jobs")
+        print(f"evaluation after it: {_submit_behind(settings, array, ids)}, {number} jobs")
     print(f"how it stands: {Path(settings.folder) / 'status.txt'}")
     return 0
+
+
+def _checked_array(settings: Settings, training: str, options: Mapping[str, str]) -> str:
+    """Return the evaluation's script, which sbatch takes: asked before training is submitted.
+
+    Raises:
+        ValueError: its data is not there, or sbatch refuses it.
+    """
+    evaluation.check(settings)
+    text = evaluation.job_script(settings, only_finished=True)
+    refused = _refusal(settings, text, evaluation.job_options(settings))
+    # sbatch queues what --test-only refuses, such as jobs for nodes that are all down just now
+    if refused and not _refusal(settings, training, options):
+        raise ValueError(
+            f"{refused}\nThis is the evaluation behind training; nothing is submitted. Correct "
+            "[evaluate], or leave it out. --evaluate shows its script."
+        )
+    if refused:
+        logger.warning("the evaluation's script could not be checked: %s", refused)
+    return text
+
+
+def _refusal(settings: Settings, text: str, options: Mapping[str, str]) -> str | None:
+    try:
+        script.check_script(settings, text, options)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _submit_behind(settings: Settings, array: str, ids: list[str]) -> str:
+    """Submit the evaluation after training and return its id."""
+    try:
+        return evaluation.submit(settings, array, ids)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}\nTraining is submitted ({', '.join(ids)}). To evaluate it, give --evaluate "
+            "--submit once it is finished."
+        ) from None
 
 
 def _evaluate(settings: Settings, *, submit: bool) -> int:
     array = evaluation.job_script(settings, only_finished=False)
     if not submit:
-        return _show(settings, array, evaluating=True)
+        return _show(settings, array, evaluation.job_options(settings), evaluating=True)
     print(f"submitted {evaluation.submit(settings, array)}")
     print(f"results: {evaluation.of(settings).out}")
     return 0
@@ -198,18 +230,17 @@ def _check_flags(settings: Settings) -> None:
         limits.refuse(found.findings)
 
 
-def _show(settings: Settings, text: str, *, evaluating: bool = False) -> int:
+def _show(
+    settings: Settings, text: str, options: Mapping[str, str], *, evaluating: bool = False
+) -> int:
     """Print the script; let sbatch check it where there is one."""
     print(text, end="")
     code, verdict = 0, "there is no sbatch here, so it has not checked the script"
     if shutil.which("sbatch") is not None:
-        with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
-            file.write(text)
-            file.flush()
-            try:
-                verdict = script.sbatch("--test-only", file.name)
-            except ValueError as error:
-                code, verdict = 1, str(error)
+        try:
+            verdict = script.check_script(settings, text, options)
+        except ValueError as error:
+            code, verdict = 1, str(error)
     print(f"# run folder: {settings.folder}\n# {verdict}", file=sys.stderr)
     for name in settings.environment.passed:
         print(f"# {name}: handed to jobs by sbatch's environment, written nowhere", file=sys.stderr)

@@ -38,9 +38,36 @@ def job_script(settings: Settings, *, only_finished: bool) -> str:
         ValueError: the example file has no [evaluate].
     """
     evaluation = of(settings)
-    lines = [*_directives(settings, evaluation), ""]
+    lines = [*script.directives(job_options(settings)), ""]
     lines += _assignments(settings, evaluation, only_finished)
     return script.filled(SCRIPT_NAME, lines)
+
+
+def job_options(settings: Settings) -> dict[str, str]:
+    """Return the options of sbatch for the array, by their long names.
+
+    Raises:
+        ValueError: sbatch would not read one as it is meant.
+    """
+    evaluation = of(settings)
+    options: dict[str, Any] = {"job-name": f"{evaluation.name}-evaluation", "nodes": 1, "ntasks": 1}
+    if evaluation.gpus:
+        gpu_type = evaluation.gpu_type or settings.gpu_type
+        options["gpus-per-node"] = script.typed(gpu_type, evaluation.gpus)
+    cpus = _cpus(settings, evaluation)
+    left_out = {*_OF_TRAINING, *(() if evaluation.gpus else _BY_GPU)}
+    if cpus:
+        options["cpus-per-task"] = cpus
+        left_out.add("cpus-per-gpu")
+    options |= {k: v for k, v in settings.sbatch.items() if k not in left_out}
+    options |= {
+        "time": evaluation.time,
+        "output": Path(evaluation.out) / "slurm-%A_%a.out",
+        "open-mode": "append",
+        "requeue": "",
+        "array": f"0-{evaluation.num_jobs - 1}",
+    }
+    return script.one_line_each(options)
 
 
 def of(settings: Settings) -> Evaluation:
@@ -74,10 +101,16 @@ def submit(settings: Settings, text: str, after: Sequence[str] = ()) -> str:
     Path(evaluation.out).mkdir(parents=True, exist_ok=True)
     path = Path(settings.folder) / SCRIPT_NAME
     write_text(path, text)
-    words = ["--parsable", *script.export_option(settings)]
-    if after:  # however they end: a chain may fail once and finish; the script looks for the end
-        words.append(f"--dependency=afterany:{':'.join(after)}")
-    return script.sbatch(*words, str(path), variables=settings.secrets).split(";")[0]
+    # however they end: a chain may fail once and finish; the script looks for the end
+    words = [f"--dependency=afterany:{':'.join(after)}"] if after else []
+    options = job_options(settings)
+    try:
+        return script.submit_script(settings, path, options, *words)
+    except script.UnclearAnswer as error:
+        raise ValueError(
+            f"{error}\nLook with squeue --name={options['job-name']} whether the array is there "
+            "before you submit it again."
+        ) from None
 
 
 def check(settings: Settings) -> None:
@@ -92,26 +125,6 @@ def check(settings: Settings) -> None:
             f"data = {evaluation.data} in [evaluate] is not there. Make it first, where there is "
             f"a network: skyladder evaluate --prepare {evaluation.data} ..."
         )
-
-
-def _directives(settings: Settings, evaluation: Evaluation) -> Iterable[str]:
-    options: dict[str, Any] = {"job-name": f"{evaluation.name}-evaluation", "nodes": 1, "ntasks": 1}
-    if evaluation.gpus:
-        options["gpus-per-node"] = evaluation.gpus
-    cpus = _cpus(settings, evaluation)
-    left_out = {*_OF_TRAINING, *(() if evaluation.gpus else _BY_GPU)}
-    if cpus:
-        options["cpus-per-task"] = cpus
-        left_out.add("cpus-per-gpu")
-    options |= {k: v for k, v in settings.sbatch.items() if k not in left_out}
-    options |= {
-        "time": evaluation.time,
-        "output": Path(evaluation.out) / "slurm-%A_%a.out",
-        "open-mode": "append",
-        "requeue": "",
-        "array": f"0-{evaluation.num_jobs - 1}",
-    }
-    return script.directives(options)
 
 
 def _cpus(settings: Settings, evaluation: Evaluation) -> int:

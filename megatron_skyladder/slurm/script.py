@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +38,15 @@ OWNED = (
     "chdir",
     "wrap",
 )
+# variables that say which cluster to talk to, and how; other SLURM_... are a job's
+OF_CLUSTERS = (
+    "SLURM_CLUSTERS",
+    "SLURM_CONF",
+    "SLURM_CONF_SERVER",
+    "SLURM_JWT",
+    "SLURM_SACK_SOCKET",
+)
+_JOB_LINE = re.compile(r"\d+(;.*)?")  # of sbatch --parsable: the id, and the cluster's name
 FSDP_FLAGS = {"--use-torch-fsdp2", "--use-megatron-fsdp"}
 
 logger = logging.getLogger(__name__)
@@ -67,11 +78,18 @@ def job_script(settings: Settings, *, jobs: int | None = None, array: bool = Fal
     Raises:
         ValueError: an option of sbatch that is ours to set.
     """
-    lines = [*_directives(settings, jobs, array), "", *_assignments(settings, jobs)]
-    return filled(SCRIPT_NAME, lines)
+    options = job_options(settings, jobs=jobs, array=array)
+    return filled(SCRIPT_NAME, [*directives(options), "", *_assignments(settings, jobs)])
 
 
-def _directives(settings: Settings, jobs: int | None, array: bool) -> Iterable[str]:
+def job_options(
+    settings: Settings, *, jobs: int | None = None, array: bool = False
+) -> dict[str, str]:
+    """Return the options of sbatch for training, by their long names; see `job_script`.
+
+    Raises:
+        ValueError: one that is ours to set, or that sbatch would not read as it is meant.
+    """
     wrong = [name for name in settings.sbatch if name in OWNED]
     if wrong:
         raise ValueError(
@@ -90,7 +108,7 @@ def _directives(settings: Settings, jobs: int | None, array: bool) -> Iterable[s
         "ntasks-per-node": 1,
     }
     if settings.gpus_per_node:
-        options["gpus-per-node"] = settings.gpus_per_node
+        options["gpus-per-node"] = typed(settings.gpu_type, settings.gpus_per_node)
     options |= settings.sbatch
     options |= {
         "output": folder / ("slurm-%A_%a.out" if array else "slurm-%j.out"),
@@ -102,13 +120,52 @@ def _directives(settings: Settings, jobs: int | None, array: bool) -> Iterable[s
     }
     if array:
         options["array"] = f"1-{jobs}%1"
-    yield from directives(options)
+    return one_line_each(options)
 
 
-def directives(options: Mapping[str, Any]) -> Iterable[str]:
-    """Return options of sbatch as lines of a script; an empty value makes a switch."""
+def typed(gpu_type: str, gpus: int) -> str:
+    """Return what sbatch is asked for: h100:8, or 8."""
+    return f"{gpu_type}:{gpus}" if gpu_type else str(gpus)
+
+
+def one_line_each(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return options with their values as sbatch takes them: without quotes around, or backslashes.
+
+    Raises:
+        ValueError: one has several lines. The second would be a command of the script, and behind
+            the first command sbatch reads no directive.
+    """
+    return {name: _one_line(name, str(value)) for name, value in options.items()}
+
+
+def _one_line(name: str, value: str) -> str:
+    lines = [line.strip() for line in value.splitlines() if line.strip()]
+    if len(lines) > 1:
+        raise ValueError(
+            f"{name} has {len(lines)} lines ({', '.join(lines)}), and sbatch reads an option from "
+            f"one. Write it on one line; a list has commas: {name} = {','.join(lines)}."
+        )
+    text = "".join(lines)
+    quoted = len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]
+    return re.sub(r"\\(.)", r"\1", text[1:-1] if quoted else text)
+
+
+def directives(options: Mapping[str, str]) -> Iterable[str]:
+    """Return options of sbatch as lines of a script; an empty value makes a switch.
+
+    sbatch ends a value at a blank or a #, but for those in quotes, where a backslash escapes.
+    """
     for name, value in options.items():
-        yield f"#SBATCH --{name}={value}" if value != "" else f"#SBATCH --{name}"
+        if re.search(r"""[\s#'"\\]""", value):
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+            yield f'#SBATCH --{name}="{escaped}"'
+        else:
+            yield f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}"
+
+
+def on_command_line(options: Mapping[str, str]) -> list[str]:
+    """Return options as words, beside the same in the script: variables (SBATCH_...) beat those."""
+    return [f"--{name}={value}" if value else f"--{name}" for name, value in options.items()]
 
 
 def _assignments(settings: Settings, jobs: int | None) -> Iterable[str]:
@@ -231,6 +288,7 @@ def submit_run(
         ValueError: the folder has another run, a variable is missing, sbatch refuses a job, or it
             is interrupted.
     """
+    options = job_options(settings, jobs=jobs, array=array)
     _need_sbatch()
     _check_passed(settings)
     files = _FilesBefore(Path(settings.folder))
@@ -238,14 +296,14 @@ def submit_run(
     ids: list[str] = []
     try:
         write_run_folder(settings, script, allow_changes=allow_changes)
-        words = ["--parsable", *export_option(settings), str(Path(settings.folder) / SCRIPT_NAME)]
+        path = Path(settings.folder) / SCRIPT_NAME
         for _ in range(times):
-            ids.append(sbatch(*words, variables=settings.secrets).split(";")[0])
+            ids.append(submit_script(settings, path, options))
     except (ValueError, OSError, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         why = "interrupted while sbatch was at work" if interrupted else str(error)
         # the controller may have taken the job all the same
-        unsure = interrupted or "timed out" in why
+        unsure = interrupted or isinstance(error, UnclearAnswer) or "timed out" in why
         look = f"Look with squeue --name={Path(settings.folder).name} whether"
         if ids:
             one_more = f" {look} there is one more." if unsure else ""
@@ -312,11 +370,58 @@ def _check_passed(settings: Settings) -> None:
 def export_option(settings: Settings) -> list[str]:
     """Return the option that hands passed variables to jobs, where sbatch would not do it."""
     names = settings.environment.passed
-    chosen = os.environ.get("SBATCH_EXPORT") or settings.sbatch.get("export") or "ALL"
+    chosen = settings.sbatch.get("export") or os.environ.get("SBATCH_EXPORT") or "ALL"
     if not names or chosen.split(",")[0] == "ALL":
         return []
     others = () if chosen in ("NONE", "NIL") else chosen.split(",")
     return [f"--export={','.join([*others, *names])}"]
+
+
+class UnclearAnswer(ValueError):
+    """sbatch named no job, and may have taken one."""
+
+
+def submit_script(settings: Settings, path: Path, options: Mapping[str, str], *more: str) -> str:
+    """Submit a script and return the job's id.
+
+    Args:
+        settings: of the run.
+        path: the script.
+        options: those in the script, which no SBATCH_... variable then changes.
+        more: further words of sbatch's command line.
+
+    Raises:
+        ValueError: there is no sbatch, or it refuses.
+        UnclearAnswer: it does not say which job it is.
+    """
+    words = [*on_command_line(options), *export_option(settings), *more]
+    answer = sbatch("--parsable", *words, str(path), variables=_handed_over(settings))
+    # a site's wrapper may say more than sbatch does
+    found = [line.strip() for line in answer.splitlines() if _JOB_LINE.fullmatch(line.strip())]
+    if not found:
+        raise UnclearAnswer(
+            f"sbatch does not say which job it submitted, but: {answer or 'nothing'}"
+        )
+    return found[-1].split(";")[0]
+
+
+def check_script(settings: Settings, text: str, options: Mapping[str, str]) -> str:
+    """Let sbatch check a script without submitting it, and return what it says.
+
+    Raises:
+        ValueError: there is no sbatch, or it refuses.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+        file.write(text)
+        file.flush()
+        words = [*on_command_line(options), *export_option(settings)]
+        return sbatch("--test-only", *words, file.name, variables=_handed_over(settings))
+
+
+def _handed_over(settings: Settings) -> dict[str, str]:
+    """Return the variables that jobs get from sbatch's environment."""
+    names = settings.environment.passed
+    return {n: os.environ[n] for n in names if n in os.environ} | settings.secrets
 
 
 def sbatch(*words: str, variables: Mapping[str, str] | None = None) -> str:
@@ -330,12 +435,28 @@ def sbatch(*words: str, variables: Mapping[str, str] | None = None) -> str:
         ValueError: there is none, or it refuses.
     """
     _need_sbatch()
-    environment = {**os.environ, **(variables or {})}
-    done = subprocess.run(["sbatch", *words], capture_output=True, text=True, env=environment)
+    environment = {n: v for n, v in os.environ.items() if not _of_another_job(n)}
+    done = subprocess.run(
+        ["sbatch", *words],
+        capture_output=True,
+        text=True,
+        errors="replace",  # a message in another encoding must not look like a refusal
+        env=environment | dict(variables or {}),
+    )
     if done.returncode:
         reason = done.stderr.strip() or f"it ends with {done.returncode} and says nothing"
         raise ValueError(f"sbatch refuses the job: {reason}")
     return (done.stdout or done.stderr).strip()
+
+
+def _of_another_job(variable: str) -> bool:
+    """Whether sbatch would hand on what the job says that this shell runs in, or make an array.
+
+    In a job, srun takes SLURM_MEM_PER_NODE, SLURM_CPUS_PER_TASK and the like for its options.
+    """
+    if variable == "SBATCH_ARRAY_INX":  # --chain and --array decide it
+        return True
+    return variable.startswith(("SLURM_", "SRUN_")) and variable not in OF_CLUSTERS
 
 
 def _need_sbatch() -> None:

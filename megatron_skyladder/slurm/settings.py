@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 }
 _CLOSED = ("run", "environment", "survival", "evaluate")  # sections that take no other keys
 LATEST = "latest"
+_GPUS = re.compile(r"(?:([A-Za-z][\w.-]*):)?(\d+)", re.ASCII)  # of a node: 8, or h100:8
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Evaluation:
         groups: what a job evaluates: suites or tasks, joined by commas.
         options: further words of ``skyladder evaluate``.
         gpus: of a job; 0: none are asked for, and it runs on the CPU.
+        gpu_type: which ones; empty: training's.
         time: limit of a job.
         python: the interpreter, where it is another one than training's.
         setup: shell lines before it, likewise.
@@ -91,6 +94,7 @@ class Evaluation:
     python: str = ""
     setup: str = ""
     cpus: int = 0
+    gpu_type: str = ""
 
     @property
     def num_jobs(self) -> int:
@@ -109,6 +113,7 @@ class Settings:
         nodes: of one job.
         ranks_per_node: processes; one per GPU.
         gpus_per_node: 0: none are asked for.
+        gpu_type: as sbatch knows it, in front of their number; empty: any.
         sbatch: further options of sbatch, by their long names.
         environment: where processes run.
         signal_seconds: how long before the time limit a job starts to save.
@@ -130,6 +135,7 @@ class Settings:
     max_tries: int = 3
     secrets: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     evaluation: Evaluation | None = None
+    gpu_type: str = ""
 
     @property
     def num_ranks(self) -> int:
@@ -180,7 +186,7 @@ def from_file(path: Path, overrides: Mapping[tuple[str, str], Any], flags: list[
             sections[section][key] = str(value)
     run, slurm = sections["run"], sections["slurm"]
     example_flags = _example_flags(run)
-    gpus_per_node = _integer(slurm, "gpus-per-node", GPUS_PER_NODE, least=0)
+    gpu_type, gpus_per_node = _gpus(slurm, "gpus-per-node", GPUS_PER_NODE)
     ranks_per_node = _integer(slurm, "ranks-per-node", gpus_per_node)
     all_flags = (*example_flags, *shlex.split(run.get("flags", "")), *flags)
     _refuse_secrets(sections, all_flags)
@@ -199,6 +205,7 @@ def from_file(path: Path, overrides: Mapping[tuple[str, str], Any], flags: list[
         max_tries=_integer(sections["survival"], "max-tries", 3),
         secrets=given,
         evaluation=_evaluation(sections["evaluate"], folder, path),
+        gpu_type=gpu_type,
     )
 
 
@@ -282,7 +289,7 @@ def _evaluation(section: dict[str, str], run: Path, path: Path) -> Evaluation | 
     groups = tuple(section.get("tasks", "standard long").split())
     if not groups:
         raise ValueError("tasks in [evaluate] is empty. Give groups, such as standard long.")
-    gpus = _integer(section, "gpus", 1, least=0)
+    gpu_type, gpus = _gpus(section, "gpus", 1)
     options = ["--length", str(_integer(section, "length", 8192))]
     options += ["--full"] if _boolean(section, "full") else []
     for key in ("backend", "batch-size"):
@@ -300,6 +307,7 @@ def _evaluation(section: dict[str, str], run: Path, path: Path) -> Evaluation | 
         python=section.get("python", ""),
         setup=section.get("setup", "").strip(),
         cpus=_integer(section, "cpus", 1) if "cpus" in section else 0,
+        gpu_type=gpu_type,
     )
 
 
@@ -344,6 +352,18 @@ def _environment(
         variables=variables,
         passed=passed,
     )
+
+
+def _gpus(section: dict[str, str], key: str, default: int) -> tuple[str, int]:
+    """Return type, which may be empty, and number of GPUs."""
+    found = _GPUS.fullmatch(section.get(key, str(default)))
+    if found is None:
+        raise ValueError(
+            f"{key} = {section[key]} in the example file: give a whole number from 0, or a type "
+            "and a number, such as h100:8. What else training asks for goes into gres, beside "
+            "gpus-per-node = 0 and ranks-per-node."
+        )
+    return found[1] or "", int(found[2])
 
 
 def _integer(section: dict[str, str], key: str, default: int, least: int = 1) -> int:

@@ -128,6 +128,42 @@ def test_a_crash_loop_ends_with_the_reason_on_top(cluster: Cluster, jobs: Jobs) 
     assert (run.attempt_folder(3) / "leaving").exists()
 
 
+def test_a_job_is_what_the_file_says_wherever_it_is_submitted(
+    cluster: Cluster, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From within another job, by a user with variables for sbatch, with values to be quoted."""
+    for name, value in {
+        **{"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "400", "SLURM_CPUS_PER_TASK": "1"},
+        **{"SBATCH_PARTITION": "urgent", "SBATCH_TIMELIMIT": "3", "SBATCH_NO_REQUEUE": "1"},
+        **{"SBATCH_MEM_PER_CPU": "50", "SBATCH_ARRAY_INX": "1-2", "SBATCH_JOB_NAME": "other"},
+    }.items():
+        monkeypatch.setenv(name, value)
+    folder = jobs.folder / "try#2"
+    folder.mkdir()
+    (folder / "stop").touch()  # it ends before it trains
+    shell = jobs.folder / "in_each_shell.sh"  # of a step, too
+    shell.write_text(f'echo "memory $SLURM_MEM_PER_NODE" >> "{folder}/memory"\n')
+    quoted = """comment = it's the "first" try, ticket#42\nexclude =\n    node1"""
+    run, (job,) = jobs.submit(
+        "try#2",
+        entry=TOY,
+        slurm=f"partition = batch\ntime = 20\nmem = 0\n{quoted}",
+        options=("--nodes", "1"),
+        variables={"BASH_ENV": str(shell)},
+    )
+    cluster.wait_for(job, "COMPLETED")
+    found = cluster.show(job)
+    assert {name: found[name] for name in ("JobName", "Partition", "TimeLimit", "Requeue")} == {
+        **{"JobName": "try#2", "Partition": "batch", "TimeLimit": "00:20:00", "Requeue": "1"},
+    }
+    assert found["StdOut"] == f"{folder}/slurm-{job}.out" and "stopped by" in headline(run)
+    assert found["ExcNodeList"] == "node1"
+    assert """Comment=it's the "first" try, ticket#42""" in cluster.run(
+        "scontrol", "show", "job", job
+    )
+    assert "400" not in (folder / "memory").read_text()
+
+
 def test_the_examples_pass_sbatch_and_shellcheck(jobs: Jobs, tmp_path: Path) -> None:
     """On this cluster's two nodes with two fake GPUs each."""
     subprocess.run(["shellcheck", str(REPOSITORY / "slurm" / "job.sbatch")], check=True)

@@ -104,6 +104,63 @@ def test_options_that_the_script_relies_on_are_refused(settings: Settings) -> No
         script.job_script(replace(settings, sbatch={"gres": "gpu:8"}))
 
 
+def as_sbatch_reads(line: str) -> str:
+    """Return the first word behind #SBATCH by the rules of Slurm's src/sbatch/opt.c."""
+    word, quote, escaped = "", "", False
+    for character in line.removeprefix("#SBATCH "):
+        if escaped:
+            word, escaped = word + character, False
+        elif character == "\\":
+            escaped = True
+        elif quote:
+            word, quote = (word, "") if character == quote else (word + character, quote)
+        elif character in "'\"":
+            quote = character
+        elif character == "#" or character.isspace():
+            break
+        else:
+            word += character
+    return word
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("first try", "first try"),
+        ("ticket#42", "ticket#42"),
+        ("it's", "it's"),
+        ('the "first" one', 'the "first" one'),
+        ('"first try"', "first try"),  # in quotes already, as it had to be
+        (r'"the \"first\" one"', 'the "first" one'),
+        (r"a\#b", "a#b"),
+        (r"a\\b c", r"a\b c"),
+        ("\n  n[1-3]  ", "n[1-3]"),  # a value on the line below its key
+        ("n1,n2", "n1,n2"),
+    ],
+)
+def test_values_arrive_whole(settings: Settings, given: str, meant: str) -> None:
+    """In the script, of which sbatch drops what follows a blank or #, and on its command line."""
+    settings = replace(settings, sbatch={"comment": given, "time": "7"})
+    text = script.job_script(settings)
+    assert directives(text)["signal"] == "B:USR1@600"
+    read = [as_sbatch_reads(line) for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert f"--comment={meant}" in read and "--time=7" in read
+    assert read == script.on_command_line(script.job_options(settings))
+
+
+def test_folders_that_differ_behind_a_hash_have_names_of_their_own(tmp_path: Path) -> None:
+    """Else Slurm's singleton runs them one after the other."""
+    settings = read(tmp_path, "[run]\nfolder = /x/try#2\n")
+    lines = [as_sbatch_reads(line) for line in script.job_script(settings).splitlines()]
+    assert "--job-name=try#2" in lines and "--output=/x/try#2/slurm-%j.out" in lines
+
+
+def test_an_option_on_several_lines_is_refused(tmp_path: Path) -> None:
+    settings = read(tmp_path, "[run]\nfolder = /x\n[slurm]\nexclude =\n    n3\n    n4\ntime = 1\n")
+    with pytest.raises(ValueError, match=r"exclude has 2 lines \(n3, n4\).* exclude = n3,n4\."):
+        script.job_script(settings)
+
+
 def array_words(text: str, name: str) -> list[str]:
     """Return the elements of a shell array, as bash reads them."""
     (line,) = re.findall(rf"^{name}=\(.*\)$", text, flags=re.MULTILINE)
@@ -287,6 +344,17 @@ def test_mistakes_in_example_files(tmp_path: Path, text: str, message: str) -> N
         read(tmp_path, text)
 
 
+def test_gpus_of_a_type(tmp_path: Path) -> None:
+    settings = read(tmp_path, "[run]\nfolder = /x\n[slurm]\ngpus-per-node = h100:4\nnodes = 2\n")
+    assert (settings.gpu_type, settings.gpus_per_node, settings.num_ranks) == ("h100", 4, 8)
+    assert directives(script.job_script(settings))["gpus-per-node"] == "h100:4"
+    (tmp_path / "settings.json").write_text(settings.to_json())
+    assert Settings.read(tmp_path) == settings
+    for wrong in ("h100", "h100:", "a100:2,h100:2"):
+        with pytest.raises(ValueError, match=f"gpus-per-node = {wrong} .* such as h100:8.* gres"):
+            read(tmp_path, f"[run]\nfolder = /x\n[slurm]\ngpus-per-node = {wrong}\n")
+
+
 def test_a_relative_folder_is_below_the_current_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +422,13 @@ def test_the_next_job_finds_another_environment(
 # --- the command ----------------------------------------------------------------------------------
 
 
+SBATCH_LINE = re.compile(r"^#SBATCH --.*$", re.MULTILINE)
+
+
+def job_of(run: Path) -> str:
+    return (run / "job.sbatch").read_text()
+
+
 def fake_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     path = folder / "bin" / "sbatch"
     path.parent.mkdir()
@@ -394,7 +469,11 @@ def test_submitting(
     words = ["slurm", str(EXAMPLES[1]), "--run-dir", str(run), "--submit"]
     assert main([*words, "--chain", "3", "--", "--seed", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "submitted 7, 7, 7"
-    assert (tmp_path / "calls").read_text().splitlines() == [f"--parsable {run}/job.sbatch"] * 3
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == [calls[0]] * 3
+    # all that the script says: a variable SBATCH_PARTITION beats a script, and not these
+    options = [option.removeprefix("#SBATCH ") for option in SBATCH_LINE.findall(job_of(run))]
+    assert calls[0].split() == ["--parsable", *options, f"{run}/job.sbatch"]
     assert json.loads((run / "settings.json").read_text())["flags"][-2:] == ["--seed", "1"]
     assert main([*words, "--array", "3", "--", "--seed", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "submitted 7"
@@ -578,6 +657,52 @@ def test_a_submission_that_is_interrupted_may_have_been_taken(tmp_path: Path, ta
     assert (run / "settings.json").exists() and (run / "submitted").exists()
 
 
+def test_what_a_site_prints_beside_the_id_is_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does a message in another encoding make a submitted job a refused one."""
+    banner = "printf '42 jobs are yours\\n7;cluster\\nBudget f\\374r M\\344rz: 8\\n'"
+    fake_sbatch(tmp_path, monkeypatch, f"{banner}; printf '\\374\\n' >&2")
+    words = ["slurm", str(EXAMPLES[1]), "--run-dir", str(tmp_path / "run"), "--submit"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "submitted 7"
+    assert (tmp_path / "run" / "settings.json").exists()
+
+
+@pytest.mark.parametrize("answer", ["", "submitted: 7", "7 jobs"])
+def test_an_answer_without_an_id_may_be_that_of_a_queued_job(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    answer: str,
+) -> None:
+    fake_sbatch(tmp_path, monkeypatch, f"echo '{answer}'")
+    words = ["slurm", str(EXAMPLES[1]), "--run-dir", str(tmp_path / "run"), "--submit"]
+    assert main(words) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    said = answer or "nothing"
+    assert f"sbatch does not say which job it submitted, but: {said} {LOOK}" in error
+    assert (tmp_path / "run" / "settings.json").exists()
+
+
+@pytest.mark.parametrize("submitting", [True, False])
+def test_a_job_gets_nothing_from_the_job_that_submits_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submitting: bool
+) -> None:
+    """Within salloc or a Jupyter job: srun takes these variables for its options."""
+    fake_sbatch(tmp_path, monkeypatch, f"env > {tmp_path}/got; echo 7")
+    for name in (
+        *("SLURM_MEM_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_JOB_ID", "SRUN_CPUS_PER_TASK"),
+        *("SBATCH_ARRAY_INX", "SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CPU_BIND", "SBATCH_QOS"),
+    ):
+        monkeypatch.setenv(name, "1")
+    path = example_with(tmp_path, "SLURM_CPU_BIND\n")  # named by the file: meant
+    assert main(["slurm", str(path), *["--submit"] * submitting]) == 0
+    got = {line.partition("=")[0] for line in (tmp_path / "got").read_text().splitlines()}
+    kept = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CPU_BIND", "SBATCH_QOS"}
+    assert {name for name in got if name.startswith(("SLURM_", "SRUN_", "SBATCH_"))} == kept
+
+
 # --- secrets --------------------------------------------------------------------------------------
 
 KEY = "a-secret-of-mine"
@@ -649,6 +774,8 @@ def test_sites_where_sbatch_exports_nothing(
     monkeypatch.setenv("SBATCH_EXPORT", chosen)
     assert script.export_option(passing) == option
     assert script.export_option(settings) == []
+    monkeypatch.setenv("SBATCH_EXPORT", "Y")  # which sbatch's command line overrides
+    assert script.export_option(with_option) == (option if chosen else ["--export=Y,A_KEY"])
 
 
 NAMES = (

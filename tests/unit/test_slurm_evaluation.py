@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_slurm import directives, read
+from test_slurm import directives, fake_sbatch, read
 
 from megatron_skyladder.cli import main
 from megatron_skyladder.slurm import evaluation, script
@@ -194,12 +194,101 @@ def test_an_unfinished_run_is_not_evaluated(tmp_path: Path) -> None:
         ("data = /d\ntasks =\n", r"tasks in \[evaluate\] is empty"),
         ("data = /d\nlength = long\n", "length = long .* whole number"),
         ("data = /d\ncpus = 0\n", "cpus = 0 .* whole number from 1"),
+        ("data = /d\ngpus = two\n", "gpus = two .* whole number from 0"),
         ("data\n", r"has data in \[evaluate\] without a value"),
     ],
 )
 def test_mistakes_in_the_section(tmp_path: Path, section: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(tmp_path, f"{RUN}[evaluate]\n{section}")
+
+
+def test_results_may_go_where_a_blank_is(tmp_path: Path) -> None:
+    settings = read(tmp_path, f"{RUN}{EVALUATE}out = /my scores\n")
+    text = evaluation.job_script(settings, only_finished=True)
+    assert directives(text)["output"] == '"/my scores/slurm-%A_%a.out"'
+    assert "--output=/my scores/slurm-%A_%a.out" in script.on_command_line(
+        evaluation.job_options(settings)
+    )
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "found"),
+    [("", "h100:1"), ("gpus = 2", "h100:2"), ("gpus = a100:1", "a100:1"), ("gpus = 0", None)],
+)
+def test_gpus_of_a_type_behind_training(tmp_path: Path, evaluate: str, found: str | None) -> None:
+    asked = asked_for(tmp_path, "[slurm]\ngpus-per-node = h100:4\n", evaluate)
+    assert asked.get("gpus-per-node") == found
+
+
+def with_data(folder: Path) -> Path:
+    """Write an example file with [evaluate] whose data is there."""
+    path = folder / "run.ini"
+    (folder / "data").mkdir()
+    text = RUN.replace("/runs/ladder", str(folder / "run")) + EVALUATE
+    path.write_text(text.replace("/data/eval", str(folder / "data")))
+    return path
+
+
+def test_the_array_is_checked_before_training_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuses = 'case "$*" in *--job-name=ladder-evaluation*) echo "no such qos" >&2; exit 1; esac'
+    fake_sbatch(tmp_path, monkeypatch, refuses.replace("ladder", "run") + "; echo 7")
+    words = ["slurm", str(with_data(tmp_path)), "--submit"]
+    assert main(words) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "no such qos This is the evaluation behind training; nothing is submitted" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_no_check_is_possible_of_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With all nodes down, sbatch queues jobs, and --test-only refuses them."""
+    down = 'case "$*" in *--test-only*) echo "not available" >&2; exit 1; esac; echo 7'
+    fake_sbatch(tmp_path, monkeypatch, down)
+    assert main(["slurm", str(with_data(tmp_path)), "--submit"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "submitted 7",
+        "evaluation after it: 7, 6 jobs",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("echo limit >&2; exit 1", "sbatch refuses the job: limit Training is submitted (7)."),
+        ("echo sent; exit 0", "but: sent Look with squeue --name=run-evaluation whether the array"),
+    ],
+)
+def test_an_array_that_is_refused_behind_training(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    answer: str,
+    message: str,
+) -> None:
+    refuses = f'case "$*" in *--parsable*--dependency=afterany:7*) {answer};; esac; echo 7'
+    fake_sbatch(tmp_path, monkeypatch, refuses)
+    assert main(["slurm", str(with_data(tmp_path)), "--submit"]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+    assert "To evaluate it, give --evaluate --submit once it is finished" in error
+    assert (tmp_path / "run" / "job.sbatch").exists()
+
+
+def test_the_array_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its options are on the command line, and what a site prints beside the id is no job."""
+    body = f'echo "$@" > {tmp_path}/call; env > {tmp_path}/got; echo "Welcome"; echo 7'
+    fake_sbatch(tmp_path, monkeypatch, body)
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "400")
+    assert main(["slurm", str(with_data(tmp_path)), "--evaluate", "--submit"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "submitted 7"
+    assert "--partition=a100 --time=2:00:00" in (tmp_path / "call").read_text()
+    assert "SLURM_MEM_PER_NODE" not in (tmp_path / "got").read_text()
 
 
 def test_what_is_missing_is_said_before_anything_queues(
