@@ -38,6 +38,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 _CLOSED = ("run", "environment", "survival", "evaluate")  # sections that take no other keys
 LATEST = "latest"
 _GPUS = re.compile(r"(?:([A-Za-z][\w.-]*):)?(\d+)", re.ASCII)  # of a node: 8, or h100:8
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # of a shell's variable
+# $NAME, ${NAME}, ${NAME:-...}; not ${a.b}, which Bridge's overrides may have
+_REFERENCE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*(?:[-:+=?#%][^}]*)?\})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -188,8 +191,9 @@ def from_file(path: Path, overrides: Mapping[tuple[str, str], Any], flags: list[
     example_flags = _example_flags(run)
     gpu_type, gpus_per_node = _gpus(slurm, "gpus-per-node", GPUS_PER_NODE)
     ranks_per_node = _integer(slurm, "ranks-per-node", gpus_per_node)
-    all_flags = (*example_flags, *shlex.split(run.get("flags", "")), *flags)
+    all_flags = (*example_flags, *_flags(run), *flags)
     _refuse_secrets(sections, all_flags)
+    _refuse_references(sections)
     variables, passed, given = _split_variables(sections["variables"])
     folder = _folder(run, path)
     return Settings(
@@ -256,6 +260,12 @@ def _example_flags(run: dict[str, str]) -> list[str]:
     ).words
 
 
+def _flags(run: dict[str, str]) -> list[str]:
+    """Return the file's flags, with ~ at the start of a value as the folder's."""
+    words = [word.partition("=") for word in shlex.split(run.get("flags", ""))]
+    return [f"{_at_home(name)}{sign}{_at_home(value)}" for name, sign, value in words]
+
+
 def _folder(run: dict[str, str], path: Path) -> Path:
     if "folder" not in run:
         raise ValueError(
@@ -297,23 +307,77 @@ def _evaluation(section: dict[str, str], run: Path, path: Path) -> Evaluation | 
     options += ["--device", "cuda" if gpus else "cpu"]
     return Evaluation(
         data=str(_absolute(section["data"])),
-        out=str(_absolute(section.get("out", str(run / "evaluation")))),
-        name=section.get("name", run.name),
+        out=_out(section, run),
+        name=_name(section, run),
         checkpoints=tuple(each if each == LATEST else str(int(each)) for each in iterations),
         groups=groups,
         options=tuple(options),
         gpus=gpus,
         time=section.get("time", Evaluation.time),
-        python=section.get("python", ""),
+        python=_at_home(section.get("python", "")),
         setup=section.get("setup", "").strip(),
         cpus=_integer(section, "cpus", 1) if "cpus" in section else 0,
         gpu_type=gpu_type,
     )
 
 
+def _name(section: dict[str, str], run: Path) -> str:
+    """Return the name that results go under: of folders, of a job, and a word of commands."""
+    name = section.get("name", run.name)
+    if not re.fullmatch(r"[^\s#%/\\'\"$,:.-][^\s#%/\\'\"$,:]*", name):
+        given = f"name = {name}" if "name" in section else f"no name, and the run folder is {name}"
+        raise ValueError(
+            f"[evaluate] has {given}: results go into a folder of that name, and the job has it. "
+            "Give a name = ... that does not start with a dot or a dash, without spaces, quotes, "
+            "#, %, /, $, \\, : and commas."
+        )
+    return name
+
+
+def _out(section: dict[str, str], run: Path) -> str:
+    out = str(_absolute(section.get("out", str(run / "evaluation"))))
+    if any(character in "%'\"$\\:,\n" for character in out):
+        raise ValueError(
+            f"out = {out} in [evaluate] has a character that sbatch or containers stumble over. "
+            "Give a path without quotes, %, $, \\, : and commas."
+        )
+    return out
+
+
 def _absolute(text: str) -> Path:
     path = Path(text).expanduser()
     return path if path.is_absolute() else Path.cwd() / path
+
+
+def _at_home(text: str) -> str:
+    """Return a path, or several between colons, with the home folder for ~ as a shell has it."""
+    return re.sub(r"(^|:)~(?=[/:]|$)", lambda start: f"{start[1]}{Path.home()}", text)
+
+
+def _refuse_references(sections: dict[str, dict[str, str]]) -> None:
+    """Refuse a shell's variables where no shell expands them: the job would get the letters."""
+    places = {
+        "run": ("flags", "entry"),
+        "environment": ("python", "image", "mounts"),
+        "evaluate": ("python", "data"),
+        "variables": tuple(sections["variables"]),
+    }
+    for section, keys in places.items():
+        for key in keys:
+            value = sections[section].get(key, "")
+            # a password may have a dollar
+            secret = section == "variables" and masking.is_secret(key, value)
+            found = _REFERENCE.fullmatch(value) if secret else _REFERENCE.search(value)
+            if found is None:
+                continue
+            advice = "Write out its value."
+            if secret or value.strip("${}") == key:
+                advice = f"To take {key} from the shell that submits, give its name without =."
+            elif section == "variables":
+                advice = f"Let setup in [environment] do it: export {key}={value}"
+            raise ValueError(
+                f"{key} in [{section}] has {found[0]}, which nothing expands. {advice}"
+            )
 
 
 def _refuse_secrets(sections: dict[str, dict[str, str]], flags: Sequence[str]) -> None:
@@ -327,9 +391,19 @@ def _refuse_secrets(sections: dict[str, dict[str, str]], flags: Sequence[str]) -
 def _split_variables(
     section: dict[str, str],
 ) -> tuple[dict[str, str], tuple[str, ...], dict[str, str]]:
-    """Return variables to write down, names to pass on, and values given for some of these."""
+    """Return variables to write down, names to pass on, and values given for some of these.
+
+    Raises:
+        ValueError: a name that a shell does not take, which would end the job script.
+    """
+    wrong = next((name for name in section if not _NAME.fullmatch(name)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"[variables] has {wrong!r}, which is no name of a variable. Give NAME = VALUE, or the "
+            "NAME alone to take its value from the shell that submits, without export."
+        )
     passed = {n: v for n, v in section.items() if v == NO_VALUE or masking.is_secret(n, v)}
-    written = {name: value for name, value in section.items() if name not in passed}
+    written = {name: _at_home(value) for name, value in section.items() if name not in passed}
     given = {name: value for name, value in passed.items() if value not in ("", NO_VALUE)}
     return written, tuple(passed), given
 
@@ -345,10 +419,10 @@ def _environment(
         raise ValueError(f"kind = {kind} in [environment] {needs}.")
     return Environment(
         kind=kind,
-        image=image,
-        mounts=tuple(section.get("mounts", "").split()),
+        image=_at_home(image),
+        mounts=tuple(_at_home(mount) for mount in section.get("mounts", "").split()),
         setup=section.get("setup", "").strip(),
-        python=section.get("python", "python"),
+        python=_at_home(section.get("python", "python")),
         variables=variables,
         passed=passed,
     )

@@ -344,6 +344,87 @@ def test_mistakes_in_example_files(tmp_path: Path, text: str, message: str) -> N
         read(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[run]\nflags = --data-cache-path $SCRATCH/c\n", r"flags in \[run\] has \$SCRATCH, which"),
+        ("[run]\nentry = ${HOME}/pretrain.py\n", r"entry in \[run\] has \$\{HOME\}, which nothing"),
+        ("[environment]\npython = $VIRTUAL_ENV/bin/python\n", r"has \$VIRTUAL_ENV, .* Write out"),
+        ("[environment]\nkind = pyxis\nimage = ${A:-b}\n", r"image in .* has \$\{A:-b\}"),
+        ("[environment]\nmounts = /a $B\n", r"mounts in \[environment\] has \$B"),
+        ("[evaluate]\ndata = $B/data\n", r"data in \[evaluate\] has \$B"),
+        (
+            "[variables]\nLD_LIBRARY_PATH = /nccl/lib:$LD_LIBRARY_PATH\n",
+            r"has \$LD_LIBRARY_PATH, which nothing expands\. Let setup in \[environment\] do it: "
+            r"export LD_LIBRARY_PATH=/nccl/lib:\$LD_LIBRARY_PATH",
+        ),
+        (
+            "[variables]\nWANDB_API_KEY = $KEY\n",
+            "To take WANDB_API_KEY from the shell .* without =",
+        ),
+        ("[variables]\nHF_HOME = ${HF_HOME}\n", "To take HF_HOME from the shell that submits"),
+    ],
+)
+def test_variables_where_no_shell_expands_them(tmp_path: Path, text: str, message: str) -> None:
+    text = text if text.startswith("[run]") else f"[run]\n{text}"
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, text.replace("[run]\n", "[run]\nfolder = /x\n"))
+
+
+def test_other_dollars_are_taken_as_they_are(tmp_path: Path) -> None:
+    flags = "dataset.length=${model.seq_length} 'x$' 5$"
+    variables = "A_PASSWORD = pa$word\nCOST = 5$\n"
+    settings = read(tmp_path, f"[run]\nfolder = /x\nflags = {flags}\n[variables]\n{variables}")
+    assert settings.flags == ("dataset.length=${model.seq_length}", "x$", "5$")
+    assert settings.secrets == {"A_PASSWORD": "pa$word"}
+    assert settings.environment.variables == {"COST": "5$"}
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell has it, where none reads the file: at the start of a path alone."""
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = read(
+        tmp_path,
+        """\
+[run]
+folder = ~/run
+flags = --data-path ~/a 1 ~/b --save-to=~/c ~model.key d~/e
+[environment]
+kind = apptainer
+image = ~/x.sif
+mounts = ~/data:/data ~ /a~b
+python = ~/venv/bin/python
+[variables]
+PATHS = /a:~/b
+HF_HOME = ~/hf
+URL = http://x/~/y
+""",
+    )
+    assert settings.folder == "/home/me/run"
+    assert settings.flags == (
+        *("--data-path", "/home/me/a", "1", "/home/me/b", "--save-to=/home/me/c"),
+        *("~model.key", "d~/e"),
+    )
+    environment = settings.environment
+    assert (environment.image, environment.python) == (
+        "/home/me/x.sif",
+        "/home/me/venv/bin/python",
+    )
+    assert environment.mounts == ("/home/me/data:/data", "/home/me", "/a~b")
+    assert environment.variables == {
+        "PATHS": "/a:/home/me/b",
+        "HF_HOME": "/home/me/hf",
+        "URL": "http://x/~/y",
+    }
+
+
+@pytest.mark.parametrize("name", ["export WANDB_API_KEY", "export A = 1", "NCCL-IB = 1", "2A = x"])
+def test_what_is_no_name_of_a_variable_is_refused(tmp_path: Path, name: str) -> None:
+    """It would end the job script, or be a word too many in its list of names."""
+    with pytest.raises(ValueError, match=r"\[variables\] has .* no name of a variable"):
+        read(tmp_path, f"[run]\nfolder = /x\n[variables]\n{name}\n")
+
+
 def test_gpus_of_a_type(tmp_path: Path) -> None:
     settings = read(tmp_path, "[run]\nfolder = /x\n[slurm]\ngpus-per-node = h100:4\nnodes = 2\n")
     assert (settings.gpu_type, settings.gpus_per_node, settings.num_ranks) == ("h100", 4, 8)

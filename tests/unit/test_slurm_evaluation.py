@@ -194,6 +194,14 @@ def test_an_unfinished_run_is_not_evaluated(tmp_path: Path) -> None:
         ("data = /d\ntasks =\n", r"tasks in \[evaluate\] is empty"),
         ("data = /d\nlength = long\n", "length = long .* whole number"),
         ("data = /d\ncpus = 0\n", "cpus = 0 .* whole number from 1"),
+        ("data = /d\nname = SkyLadder 1B\n", "has name = SkyLadder 1B: .* Give a name"),
+        ("data = /d\nname = a#b\n", "has name = a#b: results go into a folder of that name"),
+        ("data = /d\nname = 50%\n", "has name = 50%"),
+        ("data = /d\nname = a/b\n", "has name = a/b"),
+        ("data = /d\nname = .a\n", "has name = .a"),
+        ("data = /d\nname = -a\n", "has name = -a"),
+        ("data = /d\nname =\n", "has name = : "),
+        ("data = /d\nout = /scores/50%\n", r"out = /scores/50% in \[evaluate\] has a character"),
         ("data = /d\ngpus = two\n", "gpus = two .* whole number from 0"),
         ("data\n", r"has data in \[evaluate\] without a value"),
     ],
@@ -201,6 +209,14 @@ def test_an_unfinished_run_is_not_evaluated(tmp_path: Path) -> None:
 def test_mistakes_in_the_section(tmp_path: Path, section: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(tmp_path, f"{RUN}[evaluate]\n{section}")
+
+
+def test_a_run_folder_that_gives_no_name(tmp_path: Path) -> None:
+    text = RUN.replace("/runs/ladder", "/runs/.ladder")
+    assert read(tmp_path, text).evaluation is None
+    with pytest.raises(ValueError, match=r"has no name, and the run folder is \.ladder"):
+        read(tmp_path, text + EVALUATE)
+    assert read(tmp_path, f"{text}{EVALUATE}name = ladder\n").evaluation is not None
 
 
 def test_results_may_go_where_a_blank_is(tmp_path: Path) -> None:
