@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
+import gc
 import importlib
 import inspect
 import json
@@ -37,6 +39,7 @@ def main() -> None:
         job = json.loads(line)
         answers.write(json.dumps({"exit_codes": _run(job, answers)}) + "\n")
         answers.flush()
+    gc.unfreeze()  # else what is collected at an interpreter's end is reported as leaked
 
 
 def _prepare(preload: list[str]) -> None:
@@ -44,6 +47,7 @@ def _prepare(preload: list[str]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["SKYLADDER_DEVICE"] = "cpu"
     os.environ["OMP_NUM_THREADS"] = "1"  # bit-identical sums, and the cores are few
+    gc.disable()  # nothing that is imported is garbage
     from megatron_skyladder.cpu import engine as cpu_engine
 
     cpu_engine.install()
@@ -65,6 +69,38 @@ def _prepare(preload: list[str]) -> None:
         except ImportError:  # another release: the job itself will say what it lacks
             traceback.print_exc()
     _fork_checkpoint_helpers()
+    _read_help_once()
+    # a rank's first full collection would walk half a million objects, and so copy their pages
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def _read_help_once() -> None:
+    """Keep the help of flags, which Megatron (since 0.17) reads out of the source of its classes.
+
+    It does so whenever it makes its parser, which is twice in each rank.
+    """
+    from megatron.training import arguments
+
+    factory = getattr(arguments, "ArgumentGroupFactory", None)
+    if factory is None:
+        return
+    original = factory._get_field_docstrings
+    known: dict[type, dict[str, str]] = {}
+
+    def docstrings(self: Any, config: type) -> dict[str, str]:
+        if config not in known:
+            known[config] = original(self, config)
+        return known[config]
+
+    factory._get_field_docstrings = docstrings
+    reader = factory.__new__(factory)
+    for module in (arguments, importlib.import_module("megatron.training.config")):
+        for value in list(vars(module).values()):
+            if isinstance(value, type) and dataclasses.is_dataclass(value):
+                with contextlib.suppress(OSError, TypeError):  # its source is not there
+                    reader._get_field_docstrings(value)
 
 
 def _fork_checkpoint_helpers() -> None:

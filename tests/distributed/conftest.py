@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 from histories import RESHARDABLE, History
-from runs import Trainer
+from runs import Run, Trainer
 
 from megatron_skyladder.testing import ProcessPool
 
@@ -23,6 +23,21 @@ def pool() -> Iterator[ProcessPool]:
 def trainer(pool: ProcessPool, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """Starts recorded runs."""
     return Trainer(pool, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def reference(trainer: Trainer) -> Callable[[str, str], Run]:
+    """Runs of stock Megatron with dense masks, one per mask and architecture of `test_parity`."""
+    from test_parity import MASKS, SAMPLES
+
+    @cache
+    def run(mask: str, architecture: str) -> Run:
+        flags = f"{SAMPLES} --micro-batch-size 4"
+        return trainer.train(
+            flags, architecture=architecture, gradients=True, dense=MASKS[mask].dense
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from histories import LADDER, RESHARDABLE, WINDOWS, History, assert_same_history
 from runs import Run, Trainer
-from test_parity import (  # noqa: F401
+from test_parity import (
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
     MASKS,
@@ -20,7 +20,6 @@ from test_parity import (  # noqa: F401
     assert_same_data,
     gradient_errors,
     loss_errors,
-    reference,
 )
 
 from megatron_skyladder.testing import ProcessPool, requires_megatron
@@ -120,7 +119,7 @@ MORE_BALANCED = (
 )
 def test_equals_one_process_with_a_dense_mask(
     trainer: Trainer,
-    reference,  # noqa: F811
+    reference,
     case: Case,
     held: str,
 ) -> None:
@@ -144,7 +143,7 @@ def test_equals_one_process_with_a_dense_mask(
 
 def test_bf16_is_as_exact_as_stock_megatron_in_one_process(
     trainer: Trainer,
-    reference,  # noqa: F811
+    reference,
 ) -> None:
     """The error against fp32 is at most twice that of Megatron's attention with a dense mask."""
     mask = "ragged+documents"
@@ -246,7 +245,7 @@ def test_layouts_that_differ_end_the_run(trainer: Trainer, broken: str, complain
 )
 def test_parity_sees_layouts_that_differ(
     trainer: Trainer,
-    reference,  # noqa: F811
+    reference,
     broken: str,
 ) -> None:
     """Embeddings are relative: where ranks hold whole windows a wrong start alone is not seen."""

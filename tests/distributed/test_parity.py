@@ -8,7 +8,6 @@ hand. Same starting weights (one checkpoint), same data.
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields
-from functools import cache
 
 import pytest
 import torch
@@ -186,20 +185,6 @@ def test_cases_mix_all_values() -> None:
             chosen = [case for case in CASES if getattr(case, name) == value]
             for other in {"layout", *mixed} - {name}:
                 assert len({getattr(case, other) for case in chosen}) >= 2, (name, value, other)
-
-
-@pytest.fixture(scope="session")
-def reference(trainer: Trainer):
-    """Runs of stock Megatron with dense masks, one per mask and architecture."""
-
-    @cache
-    def run(mask: str, architecture: str) -> Run:
-        flags = f"{SAMPLES} --micro-batch-size 4"
-        return trainer.train(
-            flags, architecture=architecture, gradients=True, dense=MASKS[mask].dense
-        )
-
-    return run
 
 
 def train(trainer: Trainer, case: Case, more_flags: str = "", **options: object) -> Run:

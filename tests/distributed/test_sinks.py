@@ -11,14 +11,13 @@ import pytest
 from histories import LADDER, WINDOWS, History, assert_same_history
 from runs import Run, Trainer
 from test_context_parallel_runs import BALANCED
-from test_parity import (  # noqa: F401
+from test_parity import (
     MASKS,
     OWN,
     RECOMPUTE,
     SAMPLES,
     assert_parity,
     gradient_errors,
-    reference,
 )
 
 from megatron_skyladder.testing import requires_megatron
@@ -54,7 +53,7 @@ def train(trainer: Trainer, flags: str, num_processes: int, **options: object) -
 )
 def test_equals_one_process_with_a_dense_mask(
     trainer: Trainer,
-    reference,  # noqa: F811
+    reference,
     num_processes: int,
     layout: str,
     mask: str,
@@ -81,7 +80,7 @@ def test_resumed_in_mid_ramp(trainer: Trainer) -> None:
 
 def test_a_sink_that_is_left_out_would_be_seen(
     trainer: Trainer,
-    reference,  # noqa: F811
+    reference,
 ) -> None:
     flags = f"--micro-batch-size 2 {MASKS['ragged+documents'].flags}"
     run = train(trainer, flags, 1, broken="sinks_left_out")
