@@ -11,6 +11,7 @@ import gzip
 import importlib.util
 import io
 import logging
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -204,10 +205,8 @@ def _expand(given: str, input_format: str | None) -> list[InputFile]:
 
 def _in_folder(folder: Path, input_format: str | None) -> list[InputFile]:
     files, left_out = [], []
-    for path in sorted(each for each in folder.rglob("*") if each.is_file()):
+    for path in _files_below(folder):
         inside = path.relative_to(folder)
-        if any(part.startswith(".") for part in inside.parts):
-            continue
         if input_format in ("jsonl", "lines", "parquet") or format_of(_inner(path)):
             _refuse_compressed(path, str(path))
         if form := input_format or format_of(path):
@@ -222,6 +221,42 @@ def _in_folder(folder: Path, input_format: str | None) -> list[InputFile]:
             left_out[0],
         )
     return files
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Return the files in a folder and below it, sorted by path; nothing that is hidden.
+
+    Links to folders are followed, each folder is read once: links may lead around in circles, and
+    documents must not count twice. Where a folder is in its place as well, that path counts.
+    """
+    found: list[Path] = []
+    read: set[tuple[int, int]] = set()
+    repeated, unread = [], []
+    waiting = [folder]
+    while waiting:
+        start, waiting = waiting[0], waiting[1:]
+        links = []
+        for place, names, files in os.walk(start, onerror=lambda e: unread.append(e.filename)):
+            status = os.stat(place)
+            # below the folder itself nothing repeats, whatever numbers its file system gives
+            if start != folder and (status.st_dev, status.st_ino) in read:
+                repeated.append(place)
+                names.clear()
+                continue
+            read.add((status.st_dev, status.st_ino))
+            names[:] = [name for name in names if not name.startswith(".")]
+            links += [Path(place, name) for name in names if os.path.islink(f"{place}/{name}")]
+            paths = [Path(place, name) for name in files if not name.startswith(".")]
+            found += [path for path in paths if path.is_file()]
+            unread.extend(str(path) for path in paths if path.is_symlink() and not path.exists())
+        waiting += sorted(links)
+    for left_out, why in (
+        (repeated, "left out %d links to folders that are read under another path"),
+        (unread, "%d folders or links cannot be read and are left out"),
+    ):
+        if left_out:
+            logger.warning(f"%s: {why}, such as %s", folder, len(left_out), left_out[0])
+    return sorted(found)
 
 
 def format_of(path: Path) -> str:

@@ -123,6 +123,74 @@ def test_folder_is_sorted_and_leaves_out_what_is_no_text(
     ]
 
 
+def make_tree(folder: Path, *names: str) -> Path:
+    """Write small files, each with its own name in it."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"text": name}) + "\n")
+    return folder
+
+
+def names_in(folder: Path) -> list[str]:
+    return [file.name for file in find_inputs([str(folder)])]
+
+
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    make_tree(tmp_path / "other", "x.jsonl", "deep/y.jsonl", ".hidden/z.jsonl")
+    corpus = make_tree(tmp_path / "corpus", "a.jsonl", "n/b.jsonl")
+    (corpus / "m").symlink_to(tmp_path / "other")
+    (corpus / ".n").symlink_to(tmp_path / "other")
+    (corpus / "z.jsonl").symlink_to(corpus / "a.jsonl")
+    expected = ["a.jsonl", "m/deep/y.jsonl", "m/x.jsonl", "n/b.jsonl", "z.jsonl"]
+    assert names_in(corpus) == expected
+    (tmp_path / "named").symlink_to(corpus)
+    assert names_in(tmp_path / "named") == expected
+
+
+def test_links_to_folders_repeat_no_document(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = make_tree(tmp_path / "corpus", "b/x.jsonl", "b/c/y.jsonl", ".cache/w.jsonl")
+    (corpus / "a").symlink_to(corpus / "b")  # read in its place: its name stays what it was
+    (corpus / "b" / "up").symlink_to(corpus)
+    assert names_in(corpus) == ["b/c/y.jsonl", "b/x.jsonl"]
+    assert "left out 2 links to folders that are read under another path" in caplog.text
+    assert f"such as {corpus}/a" in caplog.text
+    (corpus / "d").symlink_to(corpus / ".cache")  # a hidden folder is not read in its place
+    make_tree(tmp_path / "around", "q.jsonl", "in/r.jsonl")
+    (tmp_path / "around" / "in" / "round").symlink_to(tmp_path)
+    (corpus / "e").symlink_to(tmp_path / "around" / "in")
+    expected = ["b/c/y.jsonl", "b/x.jsonl", "d/w.jsonl", "e/r.jsonl", "e/round/around/q.jsonl"]
+    assert names_in(corpus) == expected
+
+
+def test_order_in_a_folder_without_links_stays(tmp_path: Path) -> None:
+    """An output that was begun before goes on only where files come in the same order."""
+    names = ("a/b.txt", "a.txt", "a-b/c.txt", "a/b/d.jsonl", "B.txt", "a/.x/y.txt", "é/1.txt")
+    corpus = make_tree(tmp_path / "corpus", *names)
+    before = sorted(each for each in corpus.rglob("*") if each.is_file())
+    before = [each for each in before if ".x" not in each.parts]
+    assert [file.path for file in find_inputs([str(corpus)])] == before
+
+
+def test_what_cannot_be_read_in_a_folder_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = make_tree(tmp_path / "corpus", "a.jsonl", "closed/b.jsonl")
+    (corpus / "gone.jsonl").symlink_to(tmp_path / "not_mounted")
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("closed"):  # tests may run as root, which may read all
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert names_in(corpus) == ["a.jsonl"]
+    assert "2 folders or links cannot be read and are left out, such as " in caplog.text
+
+
 def test_arguments_keep_their_order_and_patterns_are_sorted(tmp_path: Path) -> None:
     for name in ("z.jsonl", "b.jsonl", "a.jsonl"):
         (tmp_path / name).write_text("{}")
