@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -78,12 +79,21 @@ def take(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], 
 def run(arguments: argparse.Namespace) -> int:
     """Examine, compare with the other ranks where there are any, and print on rank 0."""
     report = doctor.examine(arguments, arguments.pasted)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and doctor.has_torch(report):
+    size = os.environ.get("WORLD_SIZE", "")
+    given = int(size) if size.isdigit() else 1
+    ranks = given if _is_rank(os.environ) else 1
+    if given > ranks:
+        report.notes.append(
+            f"WORLD_SIZE={given} is set, but neither torchrun nor srun started this process as one "
+            "of so many: it looked at itself alone. To compare all ranks: torchrun ... -m "
+            "megatron_skyladder doctor <flags>."
+        )
+    if ranks > 1 and doctor.has_torch(report):
         problems = report.problems
         others = doctor.compare_ranks(report)
         report.problems = problems + others
-        report.run["ranks"] = "disagree" if others else f"{os.environ['WORLD_SIZE']}, all alike"
-    if os.environ.get("RANK", "0") == "0":
+        report.run["ranks"] = "disagree" if others else f"{ranks}, all alike"
+    if ranks == 1 or os.environ.get("RANK", "0") == "0":
         if arguments.json:
             lines = _verdict(report, arguments.pasted)
             print(json.dumps({"verdict": lines, **asdict(report)}, indent=2))
@@ -91,6 +101,18 @@ def run(arguments: argparse.Namespace) -> int:
             print(_page(report, arguments.pasted, details=arguments.verbose))
     fit = _fit(arguments.pasted)
     return 1 if report.problems or (fit is not None and not fit.fits) else 0
+
+
+def _is_rank(environment: Mapping[str, str]) -> bool:
+    """Whether the other ranks of WORLD_SIZE were started as well, so that they can be waited for.
+
+    Pods of a PyTorchJob, Azure ML and shells in such a place have RANK and WORLD_SIZE whatever
+    runs there.
+    """
+    if "TORCHELASTIC_RUN_ID" in environment:  # torchrun's
+        return True
+    step = environment.get("SLURM_PROCID"), environment.get("SLURM_STEP_NUM_TASKS")
+    return None not in step and step == (environment.get("RANK"), environment.get("WORLD_SIZE"))
 
 
 def _fit(found: Pasted) -> verdict.Fit | None:

@@ -440,6 +440,39 @@ def test_variables_that_decide_a_run_are_compared(monkeypatch):
     assert facts["torch"] == "2" and facts["schedule"] == "s"
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_that_nobody_started_are_not_waited_for(
+    rank, tmp_path, megatron, capsys, monkeypatch
+):
+    """Pods of a PyTorchJob and Azure ML set WORLD_SIZE for whatever runs in them."""
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    monkeypatch.setattr(doctor, "compare_ranks", lambda report: pytest.fail("waits for ranks"))
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    ranks = {"RANK": rank, "WORLD_SIZE": "4", "MASTER_ADDR": "job-master", "MASTER_PORT": "2"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    code, report = ask(capsys)
+    assert code == 0 and "ranks" not in report["run"]
+    (note,) = [note for note in report["notes"] if "WORLD_SIZE=4 is set, but neither" in note]
+    assert "torchrun ... -m megatron_skyladder doctor" in note
+    monkeypatch.setenv("SLURM_PROCID", "0")  # a shell in an allocation, a step of one task
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert ask(capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "sign",
+    [{"TORCHELASTIC_RUN_ID": "none"}, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}],
+)
+def test_ranks_that_were_started_are_compared(sign, tmp_path, megatron, capsys, monkeypatch):
+    megatron(doctor.releases.megatron_in(write_megatron(tmp_path)))
+    monkeypatch.setattr(doctor, "compare_ranks", lambda report: ["another torch on rank 3"])
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", **sign}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["doctor"]) == 1 and capsys.readouterr().out == ""  # rank 0 prints
+
+
 def test_under_torchrun_all_ranks_compare(tmp_path):
     """Two ranks with schedules of their own: both fail, one prints."""
     write_megatron(tmp_path / "megatron")
