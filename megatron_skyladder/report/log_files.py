@@ -10,8 +10,11 @@ lines. Where each rank has a file of its own, what belongs to one start is put t
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 
 SUFFIXES = (".log", ".out", ".txt", ".err")
@@ -20,11 +23,16 @@ _RANK_FILE = re.compile(r"rank\.\d+\.log$")
 _TORCHRUN_ATTEMPT = re.compile(r"attempt_\d+$")
 _NUMBERS = re.compile(r"\d+")
 _LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
+_CLOCKS_APART = timedelta(days=1)  # more than clocks of two time zones differ by
 Finder = Callable[[str], object]  # a pattern's search
 
 
 def texts_of_starts(path: Path, training: Finder, arguments: Finder) -> list[str]:
     """Return what each start of a run printed, in the order of the starts.
+
+    Files whose names differ in numbers alone are in the order of these: the times in them are local
+    ones, set back when summer time ends or where a container has another zone. Files of other names
+    are put between them by time.
 
     Args:
         path: a log file, or a run's folder.
@@ -35,10 +43,13 @@ def texts_of_starts(path: Path, training: Finder, arguments: Finder) -> list[str
     reader = _Reader(training, arguments)
     if not path.is_dir():
         return [reader.of_file(path)]
-    texts: list[str] = []
-    for files in _groups([*path.glob("*"), *path.glob("logs/**/*")]):
-        texts += reader.of_start(files) if _are_ranks(files) else reader.of_family(files)
-    texts = sorted(filter(training, texts), key=reader.first_time)
+    families: dict[object, list[str]] = {}
+    groups = _groups([*path.glob("*"), *path.glob("logs/**/*")])
+    for files in sorted(groups, key=lambda files: _numbers(_attempt_of(files[0]) or files[0])):
+        found = reader.of_start(files) if _are_ranks(files) else reader.of_family(files)
+        families.setdefault(_family_of(files[0]), []).extend(filter(training, found))
+    ordered = map(reader.in_order, families.values())
+    texts = list(heapq.merge(*ordered, key=reader.first_time))
     below = "*" if path.name == ATTEMPTS else f"{ATTEMPTS}/*"
     for folder in sorted(path.glob(below), key=_numbers):
         # one that ended before its first training line was a start as well
@@ -81,10 +92,12 @@ class _Reader:
         """Return the texts of files whose names differ in a number: of a rank, or of a start."""
         texts = [self.read(path) for path in files]
         trained = [text for text in texts if self._training(text)]
-        starts = [text for text in trained if self._arguments(text)]
         lines = [text for text in trained if not self._arguments(text)]
         head = self.head_of(files) if lines else ""
-        return starts + ([head + lines[-1]] if head else lines)
+        if not head:
+            return trained
+        last = [head + text if text is lines[-1] else text for text in trained]
+        return [text for text in last if self._arguments(text)]
 
     def head_of(self, files: Sequence[Path]) -> str:
         """Return what the first rank printed that knows the arguments; nothing where none does."""
@@ -96,6 +109,16 @@ class _Reader:
                 logged = self.read(other) if path.name == "stdout.log" and other.exists() else ""
                 return f"{text}\n{logged}\n"
         return ""
+
+    def in_order(self, texts: list[str]) -> list[str]:
+        """Return texts of numbered files in the order of the starts.
+
+        Numbers that times contradict by more than clocks can differ are of nodes, or the like.
+        """
+        given = [time for text in texts if (time := _read_time(self.first_time(text)))]
+        pairs = itertools.pairwise(given)
+        is_order = all(before - after <= _CLOCKS_APART for before, after in pairs)
+        return texts if is_order else sorted(texts, key=self.first_time)
 
     def first_time(self, text: str) -> str:
         match = self._training(text)
@@ -128,6 +151,23 @@ def _group_of(path: Path) -> object:
     if attempt is not None:
         return attempt, path.name
     return path.parent, _LAST_NUMBER.sub("", path.name)
+
+
+def _family_of(path: Path) -> object:
+    """Return what the files of all starts have in common whose numbers tell their order."""
+    if _RANK_FILE.match(path.name):
+        return path.parent
+    attempt = _attempt_of(path)
+    if attempt is not None:
+        return attempt.parent, path.name
+    return path.parent, _NUMBERS.sub("", path.name)
+
+
+def _read_time(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text.strip())
+    except ValueError:  # none, or of another form
+        return None
 
 
 def _files_beside(path: Path) -> list[Path]:

@@ -416,3 +416,55 @@ def test_logs_of_several_jobs_stay_starts_of_their_own(tmp_path: Path) -> None:
     for number, lines in ((1, LAST_RANK), (2, RESUMED)):
         (tmp_path / f"job-{number}.out").write_text(lines)
     assert [record.iteration for record in read_run(tmp_path).iterations] == [1, 2, 3, 4]
+
+
+# --- clocks that are set back ---------------------------------------------------------------------
+
+# the second start begins later, but its first lines have earlier times: summer time has ended, or
+# its container's clock shows UTC
+BEFORE = "\n".join([line(1, 5.0), line(2, 4.5), line(3, 3.0)]).replace("06:34", "02:34")
+AFTER = "\n".join([line(3, 3.5), line(4, 3.2)]).replace("06:34", "02:04")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("slurm-9.out", "slurm-10.out"),
+        ("9_{}.out", "10_{}.out"),
+        ("logs/x/attempt_9/{}/stdout.log", "logs/x/attempt_10/{}/stdout.log"),
+    ],
+)
+@pytest.mark.parametrize("has_head", [True, False])
+def test_starts_are_in_the_order_of_their_numbers(
+    tmp_path: Path, first: str, second: str, has_head: bool
+) -> None:
+    for name, lines in ((first, BEFORE), (second, AFTER)):
+        ranks = 2 if "{}" in name else 1
+        for rank in range(ranks):
+            path = tmp_path / name.format(rank)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            head = ARGUMENTS if rank == 0 and (has_head or name == second) else "no head\n"
+            path.write_text(head + (lines if rank == ranks - 1 else ""))
+    run = read_run(tmp_path)
+    assert [record.iteration for record in run.iterations] == [1, 2, 3, 4]
+    assert [record.loss for record in run.iterations] == pytest.approx([5.0, 4.0, 3.5, 2.9])
+
+
+def test_numbers_that_are_no_order(tmp_path: Path) -> None:
+    """Logs named for nodes: a time that is earlier by days is no matter of clocks."""
+    (tmp_path / "node7.log").write_text(ARGUMENTS + LAST_RANK)
+    (tmp_path / "node3.log").write_text(ARGUMENTS + RESUMED.replace("11-23", "11-25"))
+    assert [record.iteration for record in read_run(tmp_path).iterations] == [1, 2, 3, 4]
+
+
+def test_files_of_several_names_are_put_together_by_time(tmp_path: Path) -> None:
+    third = "\n".join([line(4, 3.1), line(5, 3.0), line(6, 2.9)])
+    for name, lines in (
+        ("slurm-9.out", LAST_RANK),
+        ("again.log", RESUMED),
+        ("slurm-10.out", third),
+    ):
+        (tmp_path / name).write_text(ARGUMENTS + lines)
+    run = read_run(tmp_path)
+    assert [record.iteration for record in run.iterations] == [1, 2, 3, 4, 5, 6]
+    assert run.num_attempts == 3
