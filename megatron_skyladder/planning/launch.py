@@ -14,13 +14,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_skyladder.planning import shell
+from megatron_skyladder.planning import processes, shell
 from megatron_skyladder.planning.shell import Word
 
 ENTRY_POINT = "megatron_skyladder.pretrain_gpt"
-_LAUNCHERS = ("torchrun", "srun", "mpirun", "mpiexec", "deepspeed", "accelerate", "env", "nohup")
-_PYTHON = re.compile(r"(python[0-9.]*|pypy3?)$")
-_LAUNCHER_MODULES = ("torch.distributed.run", "torch.distributed.launch")
 _NOT_LAUNCHING = (
     "echo",
     "printf",
@@ -36,23 +33,7 @@ _NOT_LAUNCHING = (
     "set",
 )
 _ENVIRONMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-# option of a launcher -> what it counts; several nodes or processes multiply
-_COUNTS = {
-    "--nproc-per-node": "per_node",
-    "--nproc_per_node": "per_node",
-    "--nnodes": "nodes",
-    "--num_processes": "all",
-    "--num_gpus": "per_node",
-    "--num_nodes": "nodes",
-    "--nodes": "nodes",
-    "-N": "nodes",
-    "--ntasks-per-node": "tasks",
-    "--ntasks": "all_tasks",
-    "-n": "all_tasks",
-    "-np": "all_tasks",
-    "--gpus-per-node": "gpus",
-    "--gres": "gpus",
-}
+_STARTING = (*processes.LAUNCHERS, *processes.WRAPPERS)
 _TRAINS = ("--num-layers", "--seq-length", "--train-iters", "--train-samples", "--hidden-size")
 
 
@@ -135,7 +116,8 @@ def from_script(path: str, values: Mapping[str, str]) -> Launch:
             f"{path} cannot be read as a shell script: {error} Paste the command instead: "
             "torchrun ... pretrain_gpt.py <flags>."
         ) from None
-    launches = [launch for ran in interpreter.commands if (launch := _launch_of(ran)) is not None]
+    job = processes.of_job(text)
+    launches = [launch for ran in interpreter.commands if (launch := _launch_of(ran, job))]
     if not launches:
         raise ValueError(
             f"{path} starts no training that can be seen: wanted is a command such as torchrun ... "
@@ -148,17 +130,16 @@ def from_script(path: str, values: Mapping[str, str]) -> Launch:
     notes = [f"{Path(path).name}, {note}" for note in interpreter.notes]
     if len(training) > 1:
         notes.append(f"{Path(path).name} starts {len(training)} trainings; read was the last one")
-    num_gpus = chosen.num_gpus or _gpus_of_job(text)
-    return replace(chosen, source=Path(path).name, num_gpus=num_gpus, notes=tuple(notes))
+    return replace(chosen, source=Path(path).name, notes=tuple(notes))
 
 
-def _launch_of(ran: shell.Ran) -> Launch | None:
+def _launch_of(ran: shell.Ran, job: processes.Counts) -> Launch | None:
     """Return the launch that a command is, or None."""
     if not ran.words or ran.words[0].text in _NOT_LAUNCHING:
         return None
     if _entry_of(ran.words) is None:
         return None
-    return replace(_take_apart(ran.words), environment=ran.environment)
+    return replace(_take_apart(ran.words, job), environment=ran.environment)
 
 
 def _start_of_launch(words: Sequence[str], switches: Collection[str]) -> int | None:
@@ -168,7 +149,7 @@ def _start_of_launch(words: Sequence[str], switches: Collection[str]) -> int | N
         before = words[index - 1] if index else ""
         if before.startswith("-") and "=" not in before and before not in switches:
             continue  # the value of a flag
-        if name in _LAUNCHERS or _PYTHON.match(name) or name.endswith(".py"):
+        if name in _STARTING or processes.PYTHON.match(name) or name.endswith(".py"):
             return _with_environment(words, index)
     return None
 
@@ -182,17 +163,21 @@ def _with_environment(words: Sequence[str], index: int) -> int:
 
 def _entry_of(words: Sequence[Word]) -> tuple[int, str] | None:
     """Return the index behind the script or module that trains, and its name."""
+    program: str | None = None
     for index, word in enumerate(words):
-        if word.text in ("-m", "--module") and index + 1 < len(words):
+        named = processes.program_of(word.text)
+        program = program if named is None else named
+        runs_modules = program not in processes.WITHOUT_MODULES
+        if word.text in ("-m", "--module") and runs_modules and index + 1 < len(words):
             module = words[index + 1].text
-            if module not in _LAUNCHER_MODULES:
+            if module not in processes.LAUNCHER_MODULES:
                 return index + 2, module
         if word.text.endswith(".py"):
             return index + 1, word.text
     return None
 
 
-def _take_apart(words: Sequence[Word]) -> Launch:
+def _take_apart(words: Sequence[Word], job: processes.Counts | None = None) -> Launch:
     found = _entry_of(words)
     if found is None:
         return Launch(tuple(words))
@@ -200,50 +185,5 @@ def _take_apart(words: Sequence[Word]) -> Launch:
     environment = {
         match[1]: match[2] for word in words[:end] if (match := _ENVIRONMENT.fullmatch(word.text))
     }
-    return Launch(tuple(words[end:]), entry, _num_gpus(words[:end]), environment=environment)
-
-
-def _num_gpus(words: Sequence[Word]) -> int | None:
-    """Return the number of processes that launchers start, or None."""
-    counts: dict[str, int | None] = {}
-    for index, word in enumerate(words):
-        name, equals, value = word.text.partition("=")
-        if name in _COUNTS:
-            if not equals:
-                value = words[index + 1].text if index + 1 < len(words) else ""
-            counts[_COUNTS[name]] = _whole(value)
-    names = {word.text.rpartition("/")[2] for word in words}
-    if None in counts.values():
-        return None
-    known: dict[str, int] = {name: count for name, count in counts.items() if count is not None}
-    nodes = known.get("nodes", 1)
-    if "all" in known:
-        return known["all"]
-    if "per_node" in known:  # torchrun, perhaps once on each node under srun
-        return known["per_node"] * nodes
-    if names & {"torchrun"} or any(word.text in _LAUNCHER_MODULES for word in words):
-        return nodes  # one process a node is torchrun's default
-    if "all_tasks" in known:
-        return known["all_tasks"]
-    if "tasks" in known:
-        return known["tasks"] * nodes
-    return None
-
-
-def _whole(text: str) -> int | None:
-    """Return a count; ``gpu:h100:8`` counts 8, ``2:4`` (elastic) and names count None."""
-    if text.startswith("gpu:"):
-        text = text.rpartition(":")[2]
-    return int(text) if text.isdigit() else None
-
-
-def _gpus_of_job(text: str) -> int | None:
-    """Return the GPUs that the ``#SBATCH`` lines of a script ask for, or None."""
-    counts: dict[str, int | None] = {}
-    for line in re.findall(r"^#SBATCH\s+(.*)$", text, flags=re.MULTILINE):
-        match = re.match(r"(--?[\w-]+)[=\s]*([^\s#]*)", line)
-        if match and match[1] in _COUNTS:
-            counts[_COUNTS[match[1]]] = _whole(match[2])
-    per_node = counts.get("gpus") or counts.get("tasks")
-    nodes = counts.get("nodes", 1)
-    return per_node * nodes if per_node and nodes else None
+    num_gpus = processes.number([word.text for word in words[:end]], job)
+    return Launch(tuple(words[end:]), entry, num_gpus, environment=environment)

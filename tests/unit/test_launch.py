@@ -61,6 +61,25 @@ def refused(capsys: pytest.CaptureFixture[str], command: str) -> str:
         ("mpirun -np 8 python a.py", "a.py", 8),
         ("python a.py", "a.py", None),
         ("a.py", "a.py", None),
+        ("srun -N4 --ntasks-per-node=8 python a.py", "a.py", 32),
+        ("srun -n32 python a.py", "a.py", 32),
+        ("srun -N4 --gpus-per-node=h100:8 torchrun --nproc-per-node=gpu a.py", "a.py", 32),
+        ("srun -N4 -G32 torchrun --nproc-per-node=gpu --nnodes=4 a.py", "a.py", 32),
+        ("srun -N4 -G h100:32 torchrun --nproc-per-node=gpu --nnodes=2 a.py", "a.py", 16),
+        ("srun --gres=gpu:x torchrun --nproc-per-node=8 --nnodes=4 a.py", "a.py", 32),
+        ("srun -N 1-4 torchrun --nproc-per-node=8 --nnodes=4 a.py", "a.py", 32),
+        ("srun torchrun --nproc-per-node=8 --nnodes=$SLURM_NNODES a.py", "a.py", None),
+        ("srun -N4 torchrun --nproc-per-node=8 --nnodes=$SLURM_NNODES a.py", "a.py", 32),
+        ("srun docker run --gpus all x torchrun --nproc-per-node=8 a.py", "a.py", 8),
+        ("accelerate launch --num_processes 16 --num_machines 2 a.py", "a.py", 16),
+        ("deepspeed --num_gpus 8 --num_nodes 2 a.py", "a.py", 16),
+        # options of what stands between are not the launcher's
+        ("numactl -N 0 -m 0 torchrun --nproc-per-node=8 --nnodes=4 a.py", "a.py", 32),
+        ("numactl -N 0 torchrun --nproc-per-node=8 a.py", "a.py", 8),
+        ("nice -n 10 python a.py", "a.py", None),
+        ("srun -n 16 nice -n 10 python -m x.y", "x.y", 16),
+        ("srun -m cyclic -N2 --ntasks-per-node=8 python -u -m x.y", "x.y", 16),
+        ("srun -n 8 uv run -m x.y", "x.y", 8),
     ],
 )
 def test_launchers(launcher: str, entry: str, num_gpus: int | None) -> None:
@@ -127,6 +146,62 @@ def test_values_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert shared.words[-2:] == ["--seed", "5"]
     few = plan(capsys, f"--from-script {DENSE} --set NUM_NODES=4 --vocab-size 9 --tflops 1")
     assert few["time"]["gpus"] == 32 and few["tokens"] // 8192 == 24_414_063 // 32 * 32
+
+
+TORCHRUN = "torchrun --nproc-per-node=8 --nnodes=$SLURM_NNODES"
+ON_GPUS = "torchrun --nproc-per-node=gpu --nnodes=$SLURM_NNODES"
+
+
+@pytest.mark.parametrize(
+    ("job", "launcher", "num_gpus"),
+    [
+        ("-N4", f"srun {TORCHRUN}", 32),
+        ("-N4|--gpus-per-node=8", f"srun {TORCHRUN}", 32),
+        ("-N4 --ntasks-per-node=8 # all of them|--gpus-per-node=8", "srun python", 32),
+        ("-N 4|-n 32", "srun python", 32),
+        ("-n32", "srun python", 32),
+        ("--nodes=4|--ntasks-per-node=1|--gpus-per-node=h100:8", f"srun {ON_GPUS}", 32),
+        ("--nodes=4|--gres=gpu:8,nvme:1", f"srun {ON_GPUS}", 32),
+        ("--nodes=4|--gres=nvme:1,gpu:h100:8(S:0,1)", f"srun {ON_GPUS}", 32),
+        ("--nodes=4|--gres=gpu:h100", f"srun {ON_GPUS}", 4),
+        ("--nodes=4|--gres=gpu:a100:4,gpu:h100:4", f"srun {ON_GPUS}", 32),
+        ("--nodes=4|--gpus=32|--ntasks-per-node=1", f"srun {ON_GPUS}", 32),
+        ("--nodes=4|-G32|--ntasks-per-node=1", f"srun {ON_GPUS}", 32),
+        ("--gpus=32|--ntasks-per-node=1", f"srun {ON_GPUS}", 32),
+        ("--nodes=4|--gpus=32", f"srun -N2 {ON_GPUS}", 16),
+        ("--nodes=4", f"srun -G32 {ON_GPUS}", 32),
+        ("--nodes=3|--gpus=8", f"srun {ON_GPUS}", 8),
+        (
+            "--nodes=4|--ntasks-per-node=1|--gpus-per-node=h100:8",
+            "srun --gpus-per-node=h100:8 torchrun --nproc-per-node=8 --nnodes=4",
+            32,
+        ),
+        ("--nodes=4|--gpus-per-node=8", "srun --ntasks-per-node=8 python", 32),
+        ("--nodes=4|--ntasks-per-node=8", "srun -N2 python", 16),
+        ("--nodes=4|--ntasks=32|--gpus-per-node=8", "srun -n 16 python", 16),
+        ("--nodes=4|--gpus-per-node=8", "srun -n $RANKS python", 32),
+        # what cannot be read is not guessed from something else, such as tasks
+        ("--gpus-per-node=8", f"srun {TORCHRUN}", None),
+        ("--nodes=4|--ntasks-per-node=1|--gpus-per-node=h100", f"srun {ON_GPUS}", None),
+        ("--nodes=4|--ntasks-per-node=1|--gpus-per-node=h100", "srun python", None),
+        ("--nodes=4|--ntasks-per-node=1", f"srun {ON_GPUS}", None),
+        ("--nodes=2-4|--gpus-per-node=8", f"srun {TORCHRUN}", None),
+        ("--nodes=4|--gres=gpu:$N", f"srun {ON_GPUS}", None),
+        # and what does not decide does not matter
+        ("--nodes=4|--gpus-per-node=$N|--ntasks=x", f"srun {TORCHRUN}", 32),
+        ("--nodes=4|--gres=nvme:1|--ntasks-per-node=8", "srun python", 32),
+        ("--comment=don't|--nodes=4", f"srun {TORCHRUN}", 32),
+    ],
+)
+def test_gpus_of_a_job(tmp_path: Path, job: str, launcher: str, num_gpus: int | None) -> None:
+    lines = "".join(f"#SBATCH {line}\n" for line in job.split("|"))
+    path = script(tmp_path, f"#!/bin/bash\n{lines}{launcher} a.py --num-layers 2\n")
+    assert from_script(path, {}).num_gpus == num_gpus
+
+
+def test_a_value_for_the_nodes_counts(tmp_path: Path) -> None:
+    path = script(tmp_path, f"#SBATCH --nodes=4\nsrun {TORCHRUN} a.py --num-layers 2\n")
+    assert from_script(path, {"SLURM_NNODES": "2"}).num_gpus == 16
 
 
 def test_what_stands_behind_the_script_wins(capsys: pytest.CaptureFixture[str]) -> None:
