@@ -74,7 +74,7 @@ def _words_of_file(path: str | None) -> list[str]:
     if not path:
         return []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return shlex.split(file.read(), comments=True)
     except OSError as error:
         raise UsageError(f"{CONFIG_VARIABLE}={path} cannot be read: {error.strerror}.") from None

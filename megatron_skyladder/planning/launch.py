@@ -107,7 +107,7 @@ def from_script(path: str, values: Mapping[str, str]) -> Launch:
     Raises:
         ValueError: it cannot be read, or starts no training.
     """
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     interpreter = shell.Interpreter(dict(values))
     try:
         interpreter.run(shell.parse(text))

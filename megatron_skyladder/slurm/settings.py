@@ -219,7 +219,7 @@ def _read_sections(path: Path) -> dict[str, dict[str, str]]:
     )
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # variables have capitals
     try:
-        parser.read_string(path.read_text(), source=str(path))
+        parser.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
     except configparser.Error as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     unknown = set(parser.sections()) - SECTIONS.keys()

@@ -170,7 +170,7 @@ def read(path: Path) -> Study:
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(" #",))
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # names may have capitals
     try:
-        parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
+        parser.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
     except configparser.Error as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     _check_names(parser, path)

@@ -215,6 +215,11 @@ def script(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
+def test_a_script_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    text = "NODES=4\ntorchrun --nnodes=$NODES --nproc-per-node=8 a.py --num-layers 2\n"
+    assert from_script(script(tmp_path, f"\ufeff{text}"), {}).num_gpus == 32
+
+
 def test_what_has_no_value_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = FLAGS.replace("--global-batch-size 16", "--global-batch-size $GBS")
     path = script(tmp_path, f"N=$(nproc)\ntorchrun a.py {flags} \\\n  --train-samples $((N * 2))\n")

@@ -634,6 +634,10 @@ def test_points_from_a_file(tmp_path: Path) -> None:
     path.write_text("share,window\n0, 32\n\n1/2,4096\n0.64,final\n")
     by_file = WindowSchedule("points", points=str(path), total_steps=100)
     assert by_file == WindowSchedule("points", points="0:32 0.5:4096 0.64:final", total_steps=100)
+    path.write_text("\ufeff" + path.read_text(encoding="utf-8"), encoding="utf-8")  # as Excel does
+    assert WindowSchedule("points", points=str(path), total_steps=100) == by_file
+    path.write_text("\ufeff0,32\n0.5,4096\n0.64,final\n", encoding="utf-8")
+    assert WindowSchedule("points", points=str(path), total_steps=100) == by_file
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,13 @@ def read(folder: Path, text: str) -> Settings:
     return from_file(write(folder, text), {}, [])
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = EXAMPLES[0]
+    marked = tmp_path / path.name
+    marked.write_text("\ufeff" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert from_file(marked, {}, []).flags == from_file(path, {}, []).flags
+
+
 def test_an_example_file_by_hand(tmp_path: Path) -> None:
     path = write(
         tmp_path,

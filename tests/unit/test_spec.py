@@ -179,6 +179,12 @@ def test_wrong_settings(environment, message):
         given(**environment)
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "flags.txt"
+    path.write_text("\ufeff--skyladder-start-window 8\n", encoding="utf-8")
+    assert given(CONFIG=str(path))["start_window"] == 8
+
+
 def test_a_file_with_an_unknown_flag(tmp_path):
     path = tmp_path / "flags.txt"
     path.write_text("--skyladder-strt-window 8\n")

@@ -243,6 +243,8 @@ yarn = 5/2
 
 def test_a_file_says_the_same(tmp_path: Path) -> None:
     path = tmp_path / "stages.ini"
+    path.write_text("\ufeff" + FILE, encoding="utf-8")  # as some editors save it
+    assert configured(str(path)) == configured(ALL_FOUR)
     path.write_text(FILE)
     assert configured(str(path)) == configured(ALL_FOUR)
     args = launch(str(path), step_batch_size_schedule="0:4 2048:8")

@@ -194,6 +194,13 @@ def test_the_study_of_the_repository() -> None:
     assert short.train_iters == 1680  # the arm's own word counts
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    study = settings.read(path)
+    path.write_text("\ufeff" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert settings.read(path) == study
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

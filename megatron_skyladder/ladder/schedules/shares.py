@@ -74,7 +74,7 @@ def _read_points(given: Point | str) -> tuple[Point, ...]:
 def _read_points_file(path: str) -> tuple[Point, ...]:
     """Read a CSV file with a share and a window in each line; a first line may name them."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             lines = list(itertools.islice(csv.reader(file), MAX_POINTS + 2))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no CSV text"

@@ -217,7 +217,7 @@ def _read_file(path: str) -> tuple[Stage, ...]:
     """Read an .ini file with a section for each stage, in their order; the names are free."""
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
