@@ -1,14 +1,20 @@
-"""Files that are there whole or not at all: written under another name, then renamed."""
+"""Files that are there whole or not at all: written under another name, then renamed; and locks."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
+
+from megatron_skyladder.errors import UsageError
 
 PARTIAL = ".partial"  # how the names end that files are written under
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without flock, among others
 
 
 @contextmanager
@@ -35,6 +41,29 @@ def whole(path: str | Path) -> Iterator[Path]:
 def sha256(path: str | Path) -> str:
     """Return the hash of a file's bytes, in hexadecimal digits."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()  # file_digest needs Python 3.11
+
+
+def lock(file: IO[Any] | int, kind: int, what: str | Path) -> None:
+    """Lock an open file against other commands, until it is closed.
+
+    Args:
+        file: it, or its descriptor.
+        kind: as for `fcntl.flock`.
+        what: is protected by it, for the message.
+
+    Raises:
+        BlockingIOError: another command holds it, and ``kind`` says not to wait.
+        UsageError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, kind)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise UsageError(
+            f"cannot lock {what} against other commands: {error.strerror}. Give a folder on a file "
+            "system with locks (for Lustre, one mounted with flock), and move what is made there."
+        ) from None
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -31,6 +31,8 @@ from megatron_skyladder.data.record import (
     write_record,
 )
 from megatron_skyladder.data.sources import START, Place
+from megatron_skyladder.errors import UsageError
+from megatron_skyladder.files import lock
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class Journal:
         same_input: see `identity.differences`.
 
     Raises:
+        UsageError: its file system has no locks.
         ValueError: another run holds it, or its settings differ.
     """
 
@@ -84,7 +87,11 @@ class Journal:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.path)
+        except UsageError:
+            if not os.path.getsize(self.path):  # made just now
+                self.path.unlink()
+            raise
         except BlockingIOError:
             raise ValueError(
                 f"{self.path} is in use: another skyladder prepare is writing this output. Wait "

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.files import sha256, write_text
+from megatron_skyladder.files import lock, sha256, write_text
 
 MANIFEST = "MANIFEST.json"
 LOCK = ".manifest.lock"
@@ -161,7 +161,7 @@ class DataFolder:
     def _locked(self) -> Iterator[None]:
         """Wait until no other process writes here."""
         with (self.path / LOCK).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, fcntl.LOCK_EX, self.path)
             yield
 
     def questions(self, name: str) -> list[Question]:

@@ -27,7 +27,6 @@ from megatron_skyladder.errors import UsageError
 RECORD = "skyladder_export.json"
 LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without flock, among others
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)|\bcode: (\d+)")  # as Rust displays and debugs it
 
 
@@ -147,16 +146,7 @@ class Staging:
 
     def _take_lock(self) -> None:
         self._lock = (self.folder / LOCK).open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            raise UsageError(
-                f"cannot lock {self.folder} against other commands: {error.strerror}. Give a "
-                "folder on a file system with locks (for Lustre, one mounted with flock), and move "
-                "what is made there."
-            ) from None
+        files.lock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, self.folder)
 
     def _close(self) -> None:
         """Give up the lock, and remove the folder where there is nothing in it."""

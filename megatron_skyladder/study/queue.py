@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_skyladder.errors import UsageError
-from megatron_skyladder.files import write_bytes
+from megatron_skyladder.files import lock, write_bytes
 from megatron_skyladder.study import records
 from megatron_skyladder.study.records import Measured
 from megatron_skyladder.study.settings import LOWEST_PRIORITY, Planned, Study
@@ -156,13 +156,13 @@ def locked(output: Path) -> Iterator[int]:
     """Hold the study's folder for one queue; the descriptor goes to the processes it starts.
 
     Raises:
-        UsageError: another queue runs, or what it started still does.
+        UsageError: another queue runs, or what it started still does; or there are no locks.
     """
     output.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         for _ in range(_LOCK_TRIES):  # a --status holds it for a moment
-            if _takes(descriptor, fcntl.LOCK_EX):
+            if _takes(descriptor, fcntl.LOCK_EX, output):
                 break
             time.sleep(0.1)
         else:
@@ -182,14 +182,16 @@ def is_locked(output: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return not _takes(descriptor, fcntl.LOCK_SH)
+        return not _takes(descriptor, fcntl.LOCK_SH, output)
+    except UsageError:  # where there are no locks no queue runs
+        return False
     finally:
         os.close(descriptor)
 
 
-def _takes(descriptor: int, kind: int) -> bool:
+def _takes(descriptor: int, kind: int, output: Path) -> bool:
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        lock(descriptor, kind | fcntl.LOCK_NB, output)
     except BlockingIOError:
         return False
     return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +106,18 @@ def test_two_preparations_of_one_folder_keep_each_others_files(tmp_path: Path) -
     one.write("standard/piqa.mcf.jsonl", "piqa", rows, "made up")
     names = [f"standard/{each}.jsonl" for each in ("csqa.cf", "piqa.cf", "piqa.mcf")]
     assert sorted(DataFolder(tmp_path).entries) == names
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*args: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    rows = [Question("0", ("q",), (" a", " b"), 1)]
+    with pytest.raises(UsageError, match=f"cannot lock {tmp_path} against .* Give a folder on"):
+        DataFolder(tmp_path).write("standard/piqa.cf.jsonl", "piqa", rows, "made up")
 
 
 WRITER = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ from megatron_skyladder.data.output import (
 )
 from megatron_skyladder.data.record import read_record
 from megatron_skyladder.data.sources import Place
+from megatron_skyladder.errors import UsageError
 
 SETTINGS = {"inputs": "abc", "eod": 9, "dtype": "uint16"}
 KEYS = ["text", "title"]
@@ -305,3 +307,23 @@ def test_partial_files_that_shrank_leave_the_journal_free(tmp_path: Path) -> Non
             ResumableOutput(f"{tmp_path}/a", KEYS, np.dtype("<u2"), SETTINGS)
         errors.append(error)
     assert journal_path(f"{tmp_path}/a").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Lustre without flock, among others; nothing is left that a later run would stumble over."""
+
+    def no_locks(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    where = f"cannot lock {tmp_path}/a.prepare.journal against other commands: "
+    with pytest.raises(UsageError, match=f"{where}.* Give a folder on a file system with locks"):
+        run(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a.prepare.journal").write_text('{"settings": {}}\n')
+    with pytest.raises(UsageError, match=where):
+        run(tmp_path / "a")
+    assert (tmp_path / "a.prepare.journal").exists()  # of a run elsewhere

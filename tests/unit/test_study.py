@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 import subprocess
 import zipfile
@@ -644,6 +646,23 @@ def test_status_without_and_with_runs(tmp_path: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     words = {line.split()[0]: line.split()[1] for line in shown.splitlines() if "seed1" in line}
     assert words["ladder-seed1"] == "trained" and words["twin-seed1"] == "waiting"
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No queue runs there; what is there can be looked at."""
+
+    def no_locks(*args: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with (
+        pytest.raises(UsageError, match=f"cannot lock {tmp_path} against .* Give a folder on"),
+        queue.locked(tmp_path),
+    ):
+        pass
+    assert not queue.is_locked(tmp_path)
 
 
 def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
