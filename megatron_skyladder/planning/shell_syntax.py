@@ -18,6 +18,7 @@ NAME = re.compile(r"[A-Za-z_]\w*")
 DECLARING = ("export", "declare", "readonly", "local", "typeset")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=")
 _OPERATORS = ("&&", "||", ";;&", ";;", ";&", "&>>", "&>", "|&", "|", "&", ";", "(", ")")
+_HEREDOC = re.compile(r"(?<!<)<<(?!<)-?[ \t]*(['\"\\]?)([^\s'\"|&;()<>]+)\1?")
 _REDIRECTION = re.compile(r"\d*(<<<|<<-?|>>|>&|<&|>\||<>|>|<)")
 
 
@@ -344,8 +345,13 @@ class _Lexer:
 
     def _balanced(self, opening: str, closing: str) -> str:
         """Return what stands between brackets, other brackets inside included."""
-        inner_open, inner_close = opening[-1], closing[-1]
         start = self.at + len(opening)
+        if opening == "$(":
+            end = _end_of_command(self.text, start)
+            if end < 0:
+                raise ShellError(f"line {self.line}: {opening} is not closed.")
+            return self._take(start, end, closing)
+        inner_open, inner_close = opening[-1], closing[-1]
         depth, at = 1, start
         while at < len(self.text):
             character = self.text[at]
@@ -357,16 +363,98 @@ class _Lexer:
                 if at < 0:
                     break
             elif character == inner_close and depth == 1 and self.text.startswith(closing, at):
-                content = self.text[start:at]
-                self.line += content.count("\n")
-                self.at = at + len(closing)
-                return content
+                return self._take(start, at, closing)
             elif character == inner_open:
                 depth += 1
             elif character == inner_close:
                 depth -= 1
             at += 1
         raise ShellError(f"line {self.line}: {opening} is not closed.")
+
+    def _take(self, start: int, end: int, closing: str) -> str:
+        """Move behind a closing bracket and return what stands before it."""
+        content = self.text[start:end]
+        self.line += content.count("\n")
+        self.at = end + len(closing)
+        return content
+
+
+def _end_of_command(text: str, at: int) -> int:
+    """Return where the ``)`` of a ``$(`` stands whose content begins here; -1: nowhere.
+
+    Brackets and quotes do not count in quotes, comments and here-documents.
+    """
+    depth, heredocs = 1, []
+    while 0 <= at < len(text):
+        character, before = text[at], text[at - 1]
+        if character in "\\'\"`$":
+            at = _behind_quoted(text, at)
+            continue
+        heredoc = _HEREDOC.match(text, at)
+        if heredoc:
+            heredocs.append(heredoc[2])
+            at = heredoc.end()
+            continue
+        if character == "#" and before in " \t\n;|&(":
+            at = text.find("\n", at)
+            continue
+        if character == "\n":
+            at = _behind_heredocs(text, at + 1, heredocs)
+            heredocs = []
+            continue
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return at
+        at += 1
+    return -1
+
+
+def _behind_quoted(text: str, at: int) -> int:
+    """Return the index behind an escape, quotes or an expansion that begins here; -1: no end."""
+    opening = text[at]
+    if opening == "\\":
+        return at + 2
+    if opening == "'":
+        return text.find("'", at + 1) + 1 or -1
+    if opening == "$":
+        for begin, end in (("$((", "))"), ("$(", ")"), ("${", "}")):
+            if not text.startswith(begin, at):
+                continue
+            if begin == "$(":
+                return _end_of_command(text, at + 2) + 1 or -1
+            return _behind(text, at + len(begin), end)
+        return at + 1
+    return _behind(text, at + 1, opening)
+
+
+def _behind(text: str, at: int, end: str) -> int:
+    """Return the index behind the next ``end`` that does not stand in quotes; -1: no end.
+
+    In double quotes single ones are text.
+    """
+    depth = 0  # of brackets in arithmetic
+    while 0 <= at < len(text):
+        if depth == 0 and text.startswith(end, at):
+            return at + len(end)
+        if text[at] in "\\$" or (text[at] in '`"' and end != "`"):
+            at = _behind_quoted(text, at)
+            continue
+        if end == "))":
+            depth += (text[at] == "(") - (text[at] == ")")
+        at += 1
+    return -1
+
+
+def _behind_heredocs(text: str, at: int, ends: Iterable[str]) -> int:
+    """Return the index behind the bodies of here-documents, of which the first begins here."""
+    for end in ends:
+        while at < len(text):
+            stop = text.find("\n", at)
+            stop = len(text) if stop < 0 else stop
+            line, at = text[at:stop].strip(), stop + 1
+            if line == end:
+                break
+    return at
 
 
 _KEYWORDS = ("if", "then", "elif", "else", "while", "until", "do", "{", "!", "time", "exec", "env")
