@@ -102,4 +102,5 @@ def _hash(file: InputFile, num_bytes: int) -> str:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    # names of files need not be UTF-8
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -384,6 +385,22 @@ def test_digest_tells_inputs_apart(tmp_path: Path) -> None:
     assert digest(find_inputs([a, b], "lines")) != before
     (tmp_path / "b.jsonl").write_text("{}\n{}\n")
     assert digest(find_inputs([a, b])) != before
+
+
+def test_a_name_that_is_not_utf8_has_a_digest(tmp_path: Path) -> None:
+    """Latin-1 from an old archive; names in UTF-8 have the digest that they had."""
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")).write_text("{}\n")
+    except OSError:
+        pytest.skip("this file system has UTF-8 names alone")
+    odd = digest(find_inputs([str(tmp_path)]))
+    (tmp_path / "\udce9.jsonl").write_text("{}\n")
+    assert odd != digest(find_inputs([str(tmp_path)]))
+    other = make_tree(tmp_path / "other", "café.jsonl")
+    (file,) = find_inputs([str(other)])
+    content = hashlib.blake2b(file.path.read_bytes(), digest_size=16).hexdigest()
+    line = f"{file.name}\t{file.num_bytes}\t{file.format}\n{content}"
+    assert digest([file]) == hashlib.sha256(line.encode()).hexdigest()[:16]
 
 
 def test_digest_does_not_change_when_the_folder_moves(tmp_path: Path) -> None:
