@@ -50,6 +50,7 @@ skyladder COMMAND --help explains a command, with examples.
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 done, 1 failed, 2 wrong usage."""
+    _open_streams()
     arguments = sys.argv[1:] if argv is None else argv
     completing = "_ARGCOMPLETE" in os.environ  # a shell asks what may follow the cursor
     parser = argparse.ArgumentParser(
@@ -94,6 +95,13 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         command.error(_explain_unknown(unknown[0], command))
     return _run(parsed)
+
+
+def _open_streams() -> None:
+    """Open what was closed (``>&-``): Python has None there, and the next file would be in it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the end)
 
 
 def _explain_unknown(word: str, command: argparse.ArgumentParser) -> str:

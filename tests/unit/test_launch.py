@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +404,15 @@ def test_doctor_takes_a_launch_without_torchrun(
     main(["doctor", "--from-script", str(DENSE)])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[1:3]] == ["Runs", "Next"]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_may_be_closed(closed: str) -> None:
+    """A cron job or a launcher may start it without: Python has None in their place."""
+    command = f"{shlex.quote(sys.executable)} -m megatron_skyladder plan --preset 1b-8k {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("Fits:" in done.stdout) == (closed == "2>&-")
 
 
 def test_an_empty_launch() -> None:
