@@ -48,7 +48,7 @@ _LLAMA_8B = (
     "--untie-embeddings-and-output-weights --attention-dropout 0"
 )
 MODELS = {"1B": "--preset 1b-8k", "3B": "--preset 3b-8k", "8B": _LLAMA_8B}
-# folders whose errors a user can meet, in the order of a run
+# folders and files whose errors a user can meet, in the order of a run
 MESSAGE_FOLDERS = {
     "ladder": "Schedules and windows",
     "planning": "`plan`, `compare`, `doctor`, `example`",
@@ -65,6 +65,7 @@ MESSAGE_FOLDERS = {
     "gpu_check": "`check-gpu`",
     "study": "`study`",
     "cli": "Commands",
+    "files.py": "Whatever writes files",
 }
 _NOT_FOR_USERS = {"NotImplementedError", "AssertionError", "AttributeError", "TypeError"}
 _HOLE = "..."  # what a run fills in
@@ -209,7 +210,8 @@ def message_list() -> str:
     parts = []
     for folder, title in MESSAGE_FOLDERS.items():
         found = []
-        for path in sorted((REPOSITORY / "megatron_skyladder" / folder).rglob("*.py")):
+        place = REPOSITORY / "megatron_skyladder" / folder
+        for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
             found += [text for text in _messages(path) if text not in found]
         if found:
             parts.append("\n".join([f"## {title}\n", *(f"- {text}" for text in found)]))
