@@ -17,6 +17,8 @@ _NAME = re.compile(r"\$(\$|\w+)")
 
 # `extra` of a log record that follows from the settings alone: the first rank speaks for all
 SAME_ON_ALL_RANKS = {"same_on_all_ranks": True}
+# of one that follows from what a node has, packages or files: its first rank speaks for the node
+SAME_ON_A_NODE = {"same_on_a_node": True}
 
 Naming = Callable[[str], str]  # a field's name -> what whoever set it calls it
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.continuation import Checkpoint
+from megatron_skyladder.ladder.settings import SAME_ON_A_NODE
 
 _INTERIM = "non_persistent"  # Bridge's folder beside the iterations
 _ITERATION = re.compile(r"iter_(\d+)")
@@ -46,6 +47,7 @@ def loaded(state: Any, *, may_be_unknown: bool) -> Checkpoint | None:
             "this run's, as allowed",
             load,
             why,
+            extra=SAME_ON_A_NODE,
         )
         return None
     raise UsageError(

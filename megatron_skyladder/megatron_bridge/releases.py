@@ -7,6 +7,7 @@ import logging
 import os
 from dataclasses import dataclass
 
+from megatron_skyladder.ladder.settings import SAME_ON_A_NODE
 from megatron_skyladder.megatron_lm.releases import ALLOW_VARIABLE, MegatronMismatchError
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def check(version: str | None) -> None:
     known = ", ".join(f"{line}.x" for line in RELEASES)
     if os.environ.get(ALLOW_VARIABLE):
         text = "Megatron Bridge %s is untested; treating it as %s, as %s says."
-        logger.warning(text, version, known, ALLOW_VARIABLE)
+        logger.warning(text, version, known, ALLOW_VARIABLE, extra=SAME_ON_A_NODE)
         return
     raise MegatronMismatchError(
         f"Megatron Bridge {version} is not among the tested releases: needed is {known}. Use it, "

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
 from megatron_skyladder.ladder.flags import add_arguments, is_requested
+from megatron_skyladder.ladder.settings import SAME_ON_ALL_RANKS
 from megatron_skyladder.runtime.console import log_to_console
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,11 @@ def flags(environment: Mapping[str, str]) -> argparse.Namespace:
         words += _words(action, variable, environment.get(variable))
     for variable in sorted(set(environment) - known):
         if variable.startswith(PREFIX):
-            logger.warning("%s is set, but there is no such flag; it has no effect.", variable)
+            logger.warning(
+                "%s is set, but there is no such flag; it has no effect.",
+                variable,
+                extra=SAME_ON_ALL_RANKS,
+            )
     return parser.parse_args(words)
 
 
@@ -123,6 +128,7 @@ def switch_on(options: Any) -> None:
         )
     logger.warning(
         "documents are not masked: --spec brings the window alone. To keep documents apart, patch "
-        "the checkout (skyladder patch apply DIR) and add --skyladder-intra-document."
+        "the checkout (skyladder patch apply DIR) and add --skyladder-intra-document.",
+        extra=SAME_ON_ALL_RANKS,
     )
     hooks.install(config, options)

@@ -21,6 +21,7 @@ from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import clock, layer_pattern
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.flags import FINGERPRINT, keep_stages
+from megatron_skyladder.ladder.settings import SAME_ON_A_NODE
 from megatron_skyladder.megatron_lm import (
     compat,
     data_check,
@@ -111,7 +112,7 @@ def install_guards() -> None:
         try:
             _wrap(hook)
         except compat.MegatronMismatchError as error:  # nothing of ours was asked for
-            logger.warning("%s", error)
+            logger.warning("%s", error, extra=SAME_ON_A_NODE)
 
 
 def check_options(config: SkyLadderConfig, options: Any) -> None:

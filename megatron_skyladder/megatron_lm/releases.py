@@ -17,6 +17,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_skyladder.errors import UsageError
+from megatron_skyladder.ladder.settings import SAME_ON_A_NODE
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,7 @@ def release_of(found: Megatron) -> Release:
             found.version,
             nearest.line,
             ALLOW_VARIABLE,
+            extra=SAME_ON_A_NODE,
         )
         return nearest
     raise MegatronMismatchError(

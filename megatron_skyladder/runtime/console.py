@@ -25,14 +25,22 @@ def is_first_rank() -> bool:
     return rank() == 0
 
 
+def is_first_of_node() -> bool:
+    """Return whether this process speaks for its node; where no launcher counts, each one does."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
+
+
 def _is_for_this_rank(record: logging.LogRecord) -> bool:
-    return is_first_rank() or not getattr(record, "same_on_all_ranks", False)
+    if getattr(record, "same_on_all_ranks", False):
+        return is_first_rank()
+    return is_first_of_node() or not getattr(record, "same_on_a_node", False)
 
 
 def log_to_console() -> None:
     """Show it whatever level Megatron sets for the rest: all on rank 0, warnings on every rank.
 
-    But for those that are the same on all of them (`settings.SAME_ON_ALL_RANKS`): rank 0 has them.
+    But for those that are the same on all of them (`settings.SAME_ON_ALL_RANKS`), which rank 0 has,
+    and for those of a node (`settings.SAME_ON_A_NODE`), which its first rank has.
     """
     package = logging.getLogger("megatron_skyladder")
     if package.handlers:

@@ -15,6 +15,7 @@ from megatron_skyladder.runtime import console
 TRACEBACK_VARIABLE = "SKYLADDER_TRACEBACK"  # set: refusals keep their traceback too
 REFUSED = 2  # exit code, as that of argparse
 GRACE_SECONDS = 10.0  # in which a launcher ends the other ranks when one has failed
+NODE_SECONDS = 10.0  # more, in which that of a node ends the others there
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,11 @@ def explained() -> Iterator[None]:
 
 
 def _say_once(error: UsageError, rank: int) -> None:
-    """Leave it to rank 0; but where rank 0 has no reason to end, nobody else would say it."""
+    """Leave it to rank 0; but where rank 0 has no reason to end, nobody else would say it.
+
+    Launchers of other nodes may never hear of rank 0. Then a node's first rank speaks before the
+    others, whom its own launcher ends thereupon.
+    """
     if rank != 0:
-        time.sleep(GRACE_SECONDS)
+        time.sleep(GRACE_SECONDS if console.is_first_of_node() else GRACE_SECONDS + NODE_SECONDS)
     logger.error("error%s: %s", f" on rank {rank}" if rank else "", error)

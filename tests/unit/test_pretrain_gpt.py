@@ -44,6 +44,9 @@ def launch(monkeypatch):
     monkeypatch.setattr(pretrain_gpt, "log_to_console", lambda: None)
     monkeypatch.setattr(logging.getLogger("megatron_skyladder"), "propagate", True)
 
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+
     def run(trainer, rank="0"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setattr(pretrain_gpt, "_launch", trainer)
@@ -67,6 +70,20 @@ def test_a_refusal_of_one_rank_alone_is_said_by_it_in_time(launch, caplog, monke
     assert leaving.value.code == 2
     assert waited == [ending.GRACE_SECONDS]  # in which the launcher ends it, if rank 0 refused too
     assert "error on rank 3: start_window=9 is above" in caplog.text
+
+
+@pytest.mark.parametrize("local", ["LOCAL_RANK", "SLURM_LOCALID"])
+def test_the_first_rank_of_a_node_says_it_before_the_others_there(launch, monkeypatch, local):
+    """A launcher elsewhere may not hear of rank 0; the node's own ends the others meanwhile."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for rank in range(16, 24):
+        monkeypatch.setenv(local, str(rank - 16))
+        with pytest.raises(SystemExit):
+            launch(refuse, str(rank))
+    first, *others = waited
+    assert first == ending.GRACE_SECONDS
+    assert others == [ending.GRACE_SECONDS + ending.NODE_SECONDS] * 7
 
 
 def test_the_traceback_on_request(launch, monkeypatch):
