@@ -19,6 +19,7 @@ BLOCK_BYTES = 16 * 1024
 FILE_BYTES = 64 * 1024, 8 * 1024**2  # hashed of a file: at least, at most
 TOTAL_BYTES = 256 * 1024**2  # of all files, where they are few enough
 THREADS = 16  # files are many, and their places far away
+FILES_AT_ONCE = 1024  # handed to the threads: each takes a Future, and there may be millions
 CHANGED = "modified"  # what may differ where a user says that the files are the same
 
 
@@ -32,19 +33,23 @@ def identity(files: Sequence[InputFile], name: str = "inputs") -> dict[str, Any]
     """
     budget = TOTAL_BYTES // max(1, len(files))
     num_bytes = max(FILE_BYTES[0], min(FILE_BYTES[1], budget))
+    content, names, times = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    is_sampled = False
     with ThreadPoolExecutor(THREADS) as pool:
-        hashes = list(pool.map(lambda file: _hash(file, num_bytes), files))
-    lines = [f"{file.name}\t{file.num_bytes}\t{file.format}\n" for file in files]
-    times = [
-        f"{file.name}\t{file.path.stat().st_mtime_ns}\n"
-        for file in files
-        if file.num_bytes > num_bytes
-    ]
-    content = (line + content for line, content in zip(lines, hashes, strict=True))
+        for first in range(0, len(files), FILES_AT_ONCE):
+            some = files[first : first + FILES_AT_ONCE]
+            hashes = pool.map(lambda file: _hash(file, num_bytes), some)
+            for file, hashed in zip(some, hashes, strict=True):
+                line = f"{file.name}\t{file.num_bytes}\t{file.format}\n"
+                names.update(_bytes(line))
+                content.update(_bytes(line + hashed))
+                if file.num_bytes > num_bytes:
+                    is_sampled = True
+                    times.update(_bytes(f"{file.name}\t{file.path.stat().st_mtime_ns}\n"))
     return {
-        name: _digest("".join(content)),
-        "names": _digest("".join(lines)),
-        CHANGED: _digest("".join(times)) if times else None,
+        name: _short(content),
+        "names": _short(names),
+        CHANGED: _short(times) if is_sampled else None,
     }
 
 
@@ -101,6 +106,9 @@ def _hash(file: InputFile, num_bytes: int) -> str:
     return state.hexdigest()
 
 
-def _digest(text: str) -> str:
-    # names of files need not be UTF-8
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+def _short(state: hashlib._Hash) -> str:
+    return state.hexdigest()[:16]
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")  # names of files need not be UTF-8

@@ -19,6 +19,7 @@ import logging
 import re
 import struct
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,12 +106,13 @@ def unpack(
         return records
     output = ResumableOutput(output_prefix, [KEY], files[0].dtype, settings, same_input=same_input)
     with opened(output):
-        meter = ProgressMeter(output, sum(file.num_bytes for file in named), report)
+        read_bytes = list(accumulate(file.num_bytes for file in named))  # up to each file
+        meter = ProgressMeter(output, read_bytes[-1], report)
         for part in read_documents(files, eod, output.place):
             output.add(
                 {KEY: part.documents}, part.next_place, cut_off=part.cut_off, padding=part.padding
             )
-            meter.show(sum(file.num_bytes for file in named[: part.next_place.file + 1]))
+            meter.show(read_bytes[min(part.next_place.file, len(named) - 1)])
         if output.counts["cut_off"] == sum(p.num_documents for p in output.positions.values()):
             raise ValueError(
                 f"token {eod} is nowhere in the packed files, so it cannot be their EOS. Give the "

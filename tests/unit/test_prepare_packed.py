@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_skyladder.cli import main
-from megatron_skyladder.data import output
+from megatron_skyladder.data import output, packed
 from megatron_skyladder.data.indexed import IndexedReader
 from megatron_skyladder.data.packed import find_packed, read_documents, unpack
-from megatron_skyladder.data.sources import START
+from megatron_skyladder.data.progress import Progress
+from megatron_skyladder.data.sources import START, InputFile
 
 EOS = 2
 
@@ -96,6 +98,30 @@ def test_goes_on_from_every_place(tmp_path: Path) -> None:
         assert [p.documents.tokens.tolist() for p in rest] == [
             p.documents.tokens.tolist() for p in parts[number + 1 :]
         ]
+
+
+def test_progress_up_to_each_file_without_adding_up_all_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    class Counted(InputFile):
+        def __getattribute__(self, name: str) -> Any:
+            nonlocal asked
+            asked += name == "num_bytes"
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(packed, "InputFile", Counted)
+    write_packed(tmp_path, "train_cc_0", [5, EOS, 6] * 100, 3)
+    sizes = [path.stat().st_size for path in sorted(tmp_path.glob("*.bin"))]
+    shown: list[Progress] = []
+    unpack([str(tmp_path)], f"{tmp_path}/out", EOS, shown.append)
+    assert [each.read_bytes for each in shown] == [
+        *(sum(sizes[: number + 1]) for number in range(100)),
+        sum(sizes),  # what the last file leaves unfinished
+    ]
+    assert all(each.total_bytes == sum(sizes) for each in shown)
+    assert asked < 10 * 100
 
 
 def test_stop_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

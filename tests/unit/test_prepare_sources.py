@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -365,6 +366,47 @@ def test_large_files_are_sampled_and_their_times_noted(
     (asked,) = differences(before, outside, same_input=False)
     assert "say so with --same-input" in asked
     assert differences(before, outside, same_input=True) == []
+
+
+@pytest.mark.parametrize("files_at_once", [1, 2, 3, 1000])
+def test_what_is_noted_of_files_stays_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files_at_once: int
+) -> None:
+    """Half-finished outputs hold these: with others no run of an earlier version would go on."""
+    monkeypatch.setattr(identity_module, "FILES_AT_ONCE", files_at_once)
+    monkeypatch.setattr(identity_module, "FILE_BYTES", (64 * 1024, 64 * 1024))
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_bytes(f"document {number} é\n".encode() * 10)
+    assert settings_of(tmp_path) == {
+        "inputs": "52ccaaa8bfdb8d4c",
+        "names": "ca78f4b61b211f4b",
+        "modified": None,
+    }
+    for number in (1, 3):  # sampled
+        path = tmp_path / f"{number}.txt"
+        path.write_bytes(bytes(range(256)) * 300)
+        os.utime(path, (1000 + number, 1000 + number))
+    assert settings_of(tmp_path) == {
+        "inputs": "a628770db919fa34",
+        "names": "ef05a074e564a3ad",
+        "modified": "523926d6e18bff9c",
+    }
+    assert digest([]) == "e3b0c44298fc1c14"
+
+
+def test_many_files_are_hashed_without_holding_something_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity_module, "FILES_AT_ONCE", 50, raising=False)
+    (tmp_path / "a.txt").write_text("a document\n")
+    files = find_inputs([str(tmp_path)]) * 2000
+    tracemalloc.start()
+    try:
+        identity(files)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 500_000  # a Future and a line for each: 3.3 MB
 
 
 def test_what_an_earlier_version_noted_still_counts(tmp_path: Path) -> None:
