@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_skyladder.attention import core_attention, recurrent
-from megatron_skyladder.ladder import clock
+from megatron_skyladder.ladder import clock, sequence_layout
 from megatron_skyladder.ladder.clock import Clock
 from megatron_skyladder.ladder.config import SkyLadderConfig
 
@@ -123,8 +123,9 @@ def begin_step() -> None:
     """Get ready for a training step; every rank has to call it before the step's first micro-batch.
 
     The window is looked up for what is logged: on a pipeline stage without attention no layer does.
-    Masks of the step before are dropped with their device tensors: each travels with a micro-batch,
-    and no micro-batch outlives its step, recomputed and interleaved ones included.
+    Masks of the step before are dropped with their device tensors and the layouts of their
+    sequences: each travels with a micro-batch, and no micro-batch outlives its step, recomputed and
+    interleaved ones included.
     """
     clock.current().window(training=True)
     _forget_masks()
@@ -142,6 +143,7 @@ def uninstall() -> None:
 def _forget_masks() -> None:
     core_attention.forget_masks()
     recurrent.forget_masks()
+    sequence_layout.of_sequence.cache_clear()
 
 
 @lru_cache(maxsize=1)

@@ -11,6 +11,7 @@ from megatron_skyladder.attention import core_attention, recurrent  # noqa: E402
 from megatron_skyladder.attention.segments import Rows  # noqa: E402
 from megatron_skyladder.ladder.config import SkyLadderConfig  # noqa: E402
 from megatron_skyladder.ladder.schedules import WindowSchedule  # noqa: E402
+from megatron_skyladder.ladder.sequence_layout import of_sequence  # noqa: E402
 from megatron_skyladder.runtime import trainer  # noqa: E402
 from megatron_skyladder.testing.trainer import PlainTrainer  # noqa: E402
 
@@ -25,10 +26,12 @@ def test_a_step_begins_with_its_window_and_without_masks_of_the_one_before() -> 
     for cache in (core_attention._masks, recurrent._masks):
         cache.get(torch.tensor([0, 8, 64], dtype=torch.int32), rows)
         assert cache._entries
+    of_sequence((8, 56), 2)
     samples[0] = 3
     trainer.begin_step()
     assert active.last_window == 20
     assert not core_attention._masks._entries and not recurrent._masks._entries
+    assert of_sequence.cache_info().currsize == 0
     trainer.uninstall()
 
 
