@@ -1,4 +1,4 @@
-"""Which files are the log of a run, and in which order: one text for each start.
+"""Which files are the log of a run, and in which order: those of each start together.
 
 Megatron's ranks print different things: the first one its arguments, the last one the training
 lines. Where each rank has a file of its own, what belongs to one start is put together:
@@ -13,22 +13,74 @@ from __future__ import annotations
 import heapq
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 
 SUFFIXES = (".log", ".out", ".txt", ".err")
 ATTEMPTS = "attempts"
+BLOCK_CHARACTERS = 1 << 20  # read at a time
 _RANK_FILE = re.compile(r"rank\.\d+\.log$")
 _TORCHRUN_ATTEMPT = re.compile(r"attempt_\d+$")
 _NUMBERS = re.compile(r"\d+")
 _LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
 _CLOCKS_APART = timedelta(days=1)  # more than clocks of two time zones differ by
 Finder = Callable[[str], object]  # a pattern's search
+Start = list["Log"]  # what one start printed, in the order to be read
 
 
-def texts_of_starts(path: Path, training: Finder, arguments: Finder) -> list[str]:
-    """Return what each start of a run printed, in the order of the starts.
+class Log:
+    """A log file, read anew in pieces whenever it is asked about; it may be larger than memory.
+
+    Args:
+        path: the file.
+        training, arguments: see `logs_of_starts`.
+    """
+
+    def __init__(self, path: Path, training: Finder, arguments: Finder) -> None:
+        self.path, self._training, self._arguments = path, training, arguments
+        # a pipe can be read only once
+        self._text = None if path.is_file() else path.read_text(encoding="utf-8", errors="replace")
+
+    def blocks(self) -> Iterator[str]:
+        """Yield the text, whole lines, about `BLOCK_CHARACTERS` at a time."""
+        if self._text is not None:
+            yield self._text
+            return
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            while lines := file.readlines(BLOCK_CHARACTERS):
+                yield "".join(lines)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines."""
+        for block in self.blocks():
+            yield from block.splitlines()
+
+    @cached_property
+    def first_time(self) -> str | None:
+        """The time of the first training line, empty where it has none; None: there is no line."""
+        match = self._first(self._training)
+        if isinstance(match, re.Match):
+            return match[1] or ""
+        return "" if match else None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has a training line."""
+        return self.first_time is not None
+
+    @cached_property
+    def has_arguments(self) -> bool:
+        """Whether it has the head of Megatron's arguments."""
+        return bool(self._first(self._arguments))
+
+    def _first(self, find: Finder) -> object:
+        return next(filter(None, map(find, self.blocks())), None)
+
+
+def logs_of_starts(path: Path, training: Finder, arguments: Finder) -> list[Log]:
+    """Return the files to read one after the other, for what each start of a run printed in turn.
 
     Files whose names differ in numbers alone are in the order of these: the times in them are local
     ones, set back when summer time ends or where a container has another zone. Files of other names
@@ -42,19 +94,18 @@ def texts_of_starts(path: Path, training: Finder, arguments: Finder) -> list[str
     """
     reader = _Reader(training, arguments)
     if not path.is_dir():
-        return [reader.of_file(path)]
-    families: dict[object, list[str]] = {}
+        return reader.of_file(path)
+    families: dict[object, list[Start]] = {}
     groups = _groups([*path.glob("*"), *path.glob("logs/**/*")])
     for files in sorted(groups, key=lambda files: _numbers(_attempt_of(files[0]) or files[0])):
         found = reader.of_start(files) if _are_ranks(files) else reader.of_family(files)
-        families.setdefault(_family_of(files[0]), []).extend(filter(training, found))
-    ordered = map(reader.in_order, families.values())
-    texts = list(heapq.merge(*ordered, key=reader.first_time))
+        families.setdefault(_family_of(files[0]), []).extend(filter(_trains, found))
+    starts = list(heapq.merge(*map(_in_order, families.values()), key=_first_time))
     below = "*" if path.name == ATTEMPTS else f"{ATTEMPTS}/*"
     for folder in sorted(path.glob(below), key=_numbers):
         # one that ended before its first training line was a start as well
-        texts += reader.of_start(rank_logs(folder))
-    return texts
+        starts += reader.of_start(rank_logs(folder))
+    return [log for start in starts for log in start]
 
 
 def rank_logs(attempt: Path) -> list[Path]:
@@ -62,67 +113,89 @@ def rank_logs(attempt: Path) -> list[Path]:
     return sorted(attempt.glob("rank.*.log"), key=_numbers)
 
 
+def ranks_that_log(files: Sequence[Path]) -> list[Path]:
+    """Return those of a start's rank files that training lines may be in, of thousands.
+
+    Megatron's last rank prints them, Megatron Bridge's first.
+    """
+    return list(dict.fromkeys([*files[-1:], *files[:1]]))
+
+
 class _Reader:
-    """Reads files of ranks and puts those of a start together."""
+    """Looks into files of ranks and puts those of a start together."""
 
     def __init__(self, training: Finder, arguments: Finder) -> None:
         self._training, self._arguments = training, arguments
+        self._logs: dict[Path, Log] = {}
 
-    def read(self, path: Path) -> str:
-        return path.read_text(encoding="utf-8", errors="replace")
+    def log(self, path: Path) -> Log:
+        """Return a file, the same object each time: it remembers what was found in it."""
+        if path not in self._logs:
+            self._logs[path] = Log(path, self._training, self._arguments)
+        return self._logs[path]
 
-    def of_file(self, path: Path) -> str:
-        """Return the text of a file; of a rank's file, also what the other ranks printed."""
-        text = self.read(path)
-        if self._training(text) and self._arguments(text):
-            return text
+    def of_file(self, path: Path) -> Start:
+        """Return a file; of a rank's file, also what the other ranks printed."""
+        log = self.log(path)
+        if log.trains and log.has_arguments:
+            return [log]
         ranks = _files_beside(path)
         if ranks and _are_ranks(ranks):
-            return "\n".join(self.of_start(ranks))
-        return self.head_of(ranks) + text if self._training(text) else text
+            return next(iter(self.of_start(ranks)), [])
+        return [*self.head_of(ranks), log] if log.trains else [log]
 
-    def of_start(self, files: list[Path]) -> list[str]:
-        """Return the text of the ranks of one start: the first one's head, the last one's lines."""
-        texts = (self.read(path) for path in reversed(files))  # one may do, of thousands
-        lines = next(filter(self._training, texts), "")
-        text = lines if self._arguments(lines) else self.head_of(files) + lines
-        return [text] if text else []
+    def of_start(self, files: list[Path]) -> list[Start]:
+        """Return the files of the ranks of one start: the first one's head, the last one's lines.
 
-    def of_family(self, files: list[Path]) -> list[str]:
-        """Return the texts of files whose names differ in a number: of a rank, or of a start."""
-        texts = [self.read(path) for path in files]
-        trained = [text for text in texts if self._training(text)]
-        lines = [text for text in trained if not self._arguments(text)]
-        head = self.head_of(files) if lines else ""
-        if not head:
-            return trained
-        last = [head + text if text is lines[-1] else text for text in trained]
-        return [text for text in last if self._arguments(text)]
-
-    def head_of(self, files: Sequence[Path]) -> str:
-        """Return what the first rank printed that knows the arguments; nothing where none does."""
-        for path in files:
-            text = self.read(path)
-            if self._arguments(text) and not self._training(text):
-                # torchrun keeps what a rank prints and what it logs apart
-                other = path.with_name("stderr.log")
-                logged = self.read(other) if path.name == "stdout.log" and other.exists() else ""
-                return f"{text}\n{logged}\n"
-        return ""
-
-    def in_order(self, texts: list[str]) -> list[str]:
-        """Return texts of numbered files in the order of the starts.
-
-        Numbers that times contradict by more than clocks can differ are of nodes, or the like.
+        The others may be thousands, and are not read.
         """
-        given = [time for text in texts if (time := _read_time(self.first_time(text)))]
-        pairs = itertools.pairwise(given)
-        is_order = all(before - after <= _CLOCKS_APART for before, after in pairs)
-        return texts if is_order else sorted(texts, key=self.first_time)
+        lines = next((log for log in map(self.log, ranks_that_log(files)) if log.trains), None)
+        if lines is not None and lines.has_arguments:
+            return [[lines]]
+        found = self.head_of(files[:1]) + ([] if lines is None else [lines])
+        return [found] if found else []
 
-    def first_time(self, text: str) -> str:
-        match = self._training(text)
-        return (match[1] or "") if isinstance(match, re.Match) else ""
+    def of_family(self, files: list[Path]) -> list[Start]:
+        """Return the starts of files whose names differ in a number: of a rank, or of a start."""
+        trained = [log for log in map(self.log, files) if log.trains]
+        lines = [log for log in trained if not log.has_arguments]
+        head = self.head_of(files) if lines else []
+        if not head:
+            return [[log] for log in trained]
+        return [
+            [log] if log.has_arguments else [*head, log]
+            for log in trained
+            if log.has_arguments or log is lines[-1]
+        ]
+
+    def head_of(self, files: Sequence[Path]) -> Start:
+        """Return the file of the first rank that knows the arguments; nothing where none does."""
+        for log in map(self.log, files):
+            if log.has_arguments and not log.trains:
+                # torchrun keeps what a rank prints and what it logs apart
+                other = log.path.with_name("stderr.log")
+                logged = log.path.name == "stdout.log" and other.exists()
+                return [log, self.log(other)] if logged else [log]
+        return []
+
+
+def _in_order(starts: list[Start]) -> list[Start]:
+    """Return the starts of numbered files in their order.
+
+    Numbers that times contradict by more than clocks can differ are of nodes, or the like.
+    """
+    given = [time for start in starts if (time := _read_time(_first_time(start)))]
+    is_order = all(before - after <= _CLOCKS_APART for before, after in itertools.pairwise(given))
+    return starts if is_order else sorted(starts, key=_first_time)
+
+
+def _trains(start: Start) -> bool:
+    return any(log.trains for log in start)
+
+
+def _first_time(start: Start) -> str:
+    """Return the time of the first training line; empty where it has none."""
+    return next((log.first_time for log in start if log.first_time is not None), "")
 
 
 def _groups(paths: Iterable[Path]) -> list[list[Path]]:

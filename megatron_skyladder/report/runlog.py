@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -126,6 +128,9 @@ class Validation:
         )
 
 
+_Validations = dict[tuple[int, str], Validation]  # by iteration and dataset, as they came
+
+
 @dataclass
 class RunLog:
     """Everything the logs of one run say.
@@ -197,7 +202,9 @@ def read_run(path: str | Path) -> RunLog:
         OSError: it cannot be read.
     """
     path = Path(path)
-    run = parse("\n".join(log_files.texts_of_starts(path, _ITERATION.search, _ATTEMPT.search)))
+    logs = log_files.logs_of_starts(path, _ITERATION.search, _ATTEMPT.search)
+    is_bridges = _is_bridges(block for log in logs for block in log.blocks())
+    run = _parse((line for log in logs for line in log.lines()), is_bridges=is_bridges)
     run.path = path
     if not run.iterations:
         files_read = (
@@ -214,13 +221,18 @@ def read_run(path: str | Path) -> RunLog:
 
 def parse(text: str) -> RunLog:
     """Return what the text of a log says; see `read_run`."""
+    return _parse(text.splitlines(), is_bridges=_is_bridges([text]))
+
+
+def _parse(lines: Iterable[str], *, is_bridges: bool) -> RunLog:
+    """Return what the lines of a log say; they are forgotten one by one."""
     run = RunLog(path=Path())
-    is_bridges = _is_bridges(text)
+    validations: _Validations = {}
     ours: dict[int, dict[str, float]] = {}  # by iteration, until the trainer's line comes
     first: Iteration | None = None  # the line whose iteration the next line contains again
     lost: dict[int, Iteration] = {}  # by the iteration that an attempt began again at
     attempt_began = False
-    for raw in text.splitlines():
+    for raw in lines:
         line = _ANSI.sub("", raw)
         if _ATTEMPT.search(line):
             run.num_attempts += 1
@@ -232,7 +244,7 @@ def parse(text: str) -> RunLog:
             if record is None:  # damaged: there is no place for it
                 continue
             run.total_iterations = int(match[3])
-            dropped = _drop_from(run, record.iteration)
+            dropped = _drop_from(run, validations, record.iteration)
             if dropped is not None and not dropped.is_first:
                 lost[record.iteration] = dropped
             record.values.update(ours.pop(record.iteration, {}))
@@ -253,9 +265,10 @@ def parse(text: str) -> RunLog:
             attempt_began = False
             run.iterations.append(record)
         elif match := _VALIDATION.search(line):
-            _add_validation(run, match)
+            _add_validation(validations, match)
         else:
             _note_setting(run, line)
+    run.validations = list(validations.values())
     if UNTIL_015 not in run.settings:
         _cover_start(run.iterations)
     _cover_kept(run.iterations, lost)
@@ -263,11 +276,15 @@ def parse(text: str) -> RunLog:
     return run
 
 
-def _is_bridges(text: str) -> bool:
+def _is_bridges(blocks: Iterable[str]) -> bool:
     """Whether a log is Bridge's: with SkyLadder's own line, or without it as its time shows."""
-    if _OURS.search(text):
-        return True
-    return bool(_BRIDGES_TIME.search(text)) and not _ATTEMPT.search(text)
+    has_time = has_arguments = False
+    for block in blocks:
+        if _OURS.search(block):
+            return True
+        has_time = has_time or bool(_BRIDGES_TIME.search(block))
+        has_arguments = has_arguments or bool(_ATTEMPT.search(block))
+    return has_time and not has_arguments
 
 
 def _cover_start(records: list[Iteration]) -> None:
@@ -369,19 +386,19 @@ def _numbers(fields: str) -> dict[str, float]:
     for part in fields.split("|"):
         name, _, text = part.rpartition(":")
         try:
-            numbers[name.strip()] = float(text)
+            numbers[sys.intern(name.strip())] = float(text)  # the same names in every line
         except ValueError:
             continue
     return numbers
 
 
-def _drop_from(run: RunLog, iteration: int) -> Iteration | None:
+def _drop_from(run: RunLog, validations: _Validations, iteration: int) -> Iteration | None:
     """Leave out what an earlier attempt logged from this iteration on; return its first record."""
     dropped = None
     while run.iterations and run.iterations[-1].iteration >= iteration:
         dropped = run.iterations.pop()
-    while run.validations and run.validations[-1].iteration >= iteration:
-        run.validations.pop()
+    while validations and next(reversed(validations))[0] >= iteration:
+        validations.popitem()
     return dropped
 
 
@@ -405,19 +422,14 @@ def _paced(record: Iteration, elapsed_ms: float) -> Iteration:
     return replace(record, elapsed_ms=elapsed_ms, values=values)
 
 
-def _add_validation(run: RunLog, match: re.Match[str]) -> None:
+def _add_validation(validations: _Validations, match: re.Match[str]) -> None:
+    """Add a line's losses at the end, in the place of those of the same iteration and dataset."""
     dataset = ("test" if match[3] == "test" else "validation") + match[1]
     numbers = _numbers(match[4])
     values = {name[: -len(_VALUE)]: x for name, x in numbers.items() if name.endswith(_VALUE)}
-    record = Validation(int(match[2]), dataset, values)
-    same = (
-        old
-        for old in run.validations
-        if (old.iteration, old.dataset) == (record.iteration, record.dataset)
-    )
-    for old in list(same):
-        run.validations.remove(old)
-    run.validations.append(record)
+    key = int(match[2]), dataset
+    validations.pop(key, None)
+    validations[key] = Validation(*key, values)
 
 
 def _note_setting(run: RunLog, line: str) -> None:

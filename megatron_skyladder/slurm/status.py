@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_skyladder.report.log_files import rank_logs
+from megatron_skyladder.report.log_files import rank_logs, ranks_that_log
 from megatron_skyladder.report.runlog import Iteration, parse, read_run
 from megatron_skyladder.slurm import attempts
 from megatron_skyladder.slurm.attempts import Attempt, RunFolder
@@ -136,7 +136,7 @@ def _reason(ended: Attempt | None) -> str:
 def _last_line(run: RunFolder, starts: list[Attempt]) -> tuple[Iteration | None, int | None]:
     """Return the last training line of the latest attempt that has one, and the run's length."""
     for attempt in reversed(starts):
-        for log in reversed(rank_logs(run.attempt_folder(attempt.number))):  # the last rank's
+        for log in ranks_that_log(rank_logs(run.attempt_folder(attempt.number))):
             found = parse(_part(log, -TAIL_BYTES))
             if found.iterations:
                 return found.iterations[-1], found.total_iterations

@@ -1,12 +1,17 @@
 """Logs of Megatron as they are found: several attempts, prefixes, colours, interval means."""
 
 import math
+import os
 import re
+import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_skyladder.report import log_files, runlog
 from megatron_skyladder.report.runlog import parse, read_run
 
 ARGUMENTS = """using world size: 2, data-parallel size: 2
@@ -342,6 +347,80 @@ def test_a_file_without_training_lines_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
+# --- logs larger than one would like ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("characters", [1, 100, 1 << 20])
+def test_a_file_is_the_same_in_pieces_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, characters: int
+) -> None:
+    monkeypatch.setattr(log_files, "BLOCK_CHARACTERS", characters, raising=False)
+    progress = "loading:  10%\rloading: 100%\r\n" + "wandb: \N{ROCKET} View run\x0cat\u2028here\n"
+    first = [ARGUMENTS, progress, line(1, 5.0), line(2, 4.5), VALIDATION, line(3, 3.0)]
+    second = [ARGUMENTS.replace(" 128", " 256"), line(3, 3.5) + "\r" + line(4, 3.2)]
+    data = "\n".join([*first, *second]).encode().replace(b"View", b"\xff\xc3View")
+    (tmp_path / "a.log").write_bytes(data)  # ends without a newline
+    (tmp_path / "b.log").write_text(line(5, 3.0))
+    run = read_run(tmp_path)
+    (whole := parse("\n".join([*first, *second, line(5, 3.0)]))).path = tmp_path
+    assert run == whole
+    assert [record.iteration for record in run.iterations] == [1, 2, 3, 4, 5]
+    assert (run.num_attempts, run.seq_length, len(run.validations)) == (2, 256, 1)
+
+
+@pytest.mark.parametrize("layout", ["skyladder slurm", "srun --output %j_%t.out"])
+def test_memory_is_that_of_the_records(tmp_path: Path, layout: str) -> None:
+    """A single emoji makes a text of four bytes per character, and each line is a string as well."""
+    write_ranks(tmp_path, layout)
+    noise = "[rank17]: W1130 12:00:00 torch/foo.py:123] some library warns of something\n" * 14_000
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and path.stat().st_size > 100:  # those that are looked into
+            path.write_text("\N{ROCKET}\n" + noise + path.read_text())
+    tracemalloc.start()
+    try:
+        run = read_run(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(run.iterations) == 4
+    assert peak < 16e6  # as one text, 34 MB
+
+
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    """As of ``skyladder report <(zcat run.log.gz)``."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    text = ARGUMENTS + line(1, 5.0) + "\n" + line(2, 4.5)
+    threading.Thread(target=pipe.write_text, args=(text,), daemon=True).start()
+    assert len(read_run(pipe).iterations) == 2
+
+
+def test_records_share_the_names_of_their_numbers() -> None:
+    first, second = parse(ARGUMENTS + line(1, 5.0) + "\n" + line(2, 4.5)).iterations
+    assert all(a is b for a, b in zip(first.values, second.values, strict=True))
+
+
+def test_many_validations_are_not_compared_with_one_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = 0
+
+    class Counted(runlog.Validation):
+        def __getattribute__(self, name: str) -> Any:
+            nonlocal asked
+            asked += name == "iteration"
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(runlog, "Validation", Counted)
+    rows = []
+    for iteration in range(1, 201):
+        rows.append(line(iteration % 60, 4.0).replace(f"{iteration % 60:8d}/", f"{iteration:8d}/"))
+        rows += [VALIDATION.replace("iteration 2", f"iteration {iteration}")] * 2
+    run = parse("\n".join(rows))
+    assert asked < 10 * 200
+    assert [each.iteration for each in run.validations] == list(range(1, 201))
+
+
 # --- ranks with files of their own ----------------------------------------------------------------
 
 LAST_RANK = "\n".join([line(1, 5.0), line(2, 4.5), line(3, 3.0)])
@@ -395,6 +474,33 @@ def test_parts_of_a_slurm_folder(tmp_path: Path) -> None:
         run = read_run(path)
         assert [record.iteration for record in run.iterations] == iterations
         assert (run.seq_length, run.num_attempts) == (128, attempts)
+
+
+@pytest.mark.parametrize("lines", ["last", "first", "none"])
+def test_of_thousands_of_ranks_only_the_first_and_the_last_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str
+) -> None:
+    """Megatron's last rank prints training lines, Bridge's first; a start may have none at all."""
+    write_ranks(tmp_path, "skyladder slurm")
+    attempt = tmp_path / "attempts/001"
+    if lines == "first":
+        (attempt / "rank.0000.log").write_text(LAST_RANK)  # without arguments, as Bridge's
+    if lines != "last":
+        (attempt / "rank.0011.log").write_text("")
+    opened: set[str] = set()
+    for method in ("open", "read_text"):
+
+        def noted(path: Path, *args: Any, _do: Any = getattr(Path, method), **kwargs: Any) -> Any:
+            opened.add(path.name)
+            return _do(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, method, noted)
+    run = read_run(tmp_path)
+    assert [record.iteration for record in run.iterations] == [
+        *([] if lines == "none" else [1, 2]),
+        *(3, 4),
+    ]
+    assert opened == {"rank.0000.log", "rank.0011.log"}
 
 
 def test_what_torchrun_keeps_apart(tmp_path: Path) -> None:

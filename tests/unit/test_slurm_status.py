@@ -153,6 +153,29 @@ def test_the_end_of_a_long_log_is_enough(run: Run, monkeypatch: pytest.MonkeyPat
     assert of(run).iteration == 39
 
 
+@pytest.mark.parametrize("speaker", ["first", "last", "none"])
+def test_of_thousands_of_ranks_only_the_first_and_the_last_are_asked(
+    run: Run, monkeypatch: pytest.MonkeyPatch, speaker: str
+) -> None:
+    """Megatron's last rank prints training lines, Bridge's first; a start may have none yet."""
+    run.begin()
+    for rank in range(12):
+        (run.attempt_folder() / f"rank.{rank:04}.log").write_text("building the model\n")
+    if speaker != "none":
+        number = {"first": 0, "last": 11}[speaker]
+        (run.attempt_folder() / f"rank.{number:04}.log").write_text(line(7, 4.0) + "\n")
+    read: set[str] = set()
+    part = status._part
+
+    def noted(path: Path, num_bytes: int) -> str:
+        read.add(path.name)
+        return part(path, num_bytes)
+
+    monkeypatch.setattr(status, "_part", noted)
+    assert of(run).iteration == (None if speaker == "none" else 7)
+    assert read <= {"rank.0000.log", "rank.0011.log"}
+
+
 def test_the_command(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
