@@ -22,6 +22,7 @@ from megatron_skyladder.planning.budget import Fit
 from megatron_skyladder.planning.devices import list_devices
 from megatron_skyladder.planning.estimate import Plan
 from megatron_skyladder.planning.evidence import Measured, nearest
+from megatron_skyladder.planning.files_read import FilesRead
 from megatron_skyladder.planning.text import amount, scientific
 from megatron_skyladder.terminal import NAME, paragraph, remark, styled, table
 
@@ -162,11 +163,12 @@ def make_plans(args: argparse.Namespace) -> list[Plan]:
         ValueError: nothing to compare was named, or a flag is wrong.
     """
     plans: list[Plan] = []
+    files = FilesRead()
     for name, preset, changes in _entries(args):
         # what does not finish is a row that is marked; the others are still to be seen
         allowed = {"skyladder_allow_unfinished": True}
         own = argparse.Namespace(**{**vars(args), **allowed, **changes})
-        plan = estimate.make_plan(own, name=name, preset=preset)
+        plan = estimate.make_plan(own, name=name, preset=preset, files=files)
         same = [p for p in plans if (p.shape, p.tokens) == (plan.shape, plan.tokens)]
         same = [p for p in same if p.config.seq_length == plan.config.seq_length]
         if not same and not _is_constant(plan):

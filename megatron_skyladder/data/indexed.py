@@ -236,8 +236,10 @@ class IndexedReader:
         self.sequence_lengths = _map(idx, "<i4", offset, num_sequences)
         offset += 12 * num_sequences  # the lengths and the pointers, which the lengths imply
         self.document_indices = _map(idx, "<i8", offset, num_documents + 1)
-        sequence_ends = np.cumsum(self.sequence_lengths, dtype=np.int64)
-        self.num_tokens = int(sequence_ends[-1]) if num_sequences else 0
+        starts = np.zeros(num_sequences + 1, dtype=np.int64)  # of sequences, and the token total
+        starts[1:] = self.sequence_lengths  # a sum from the map itself takes a copy
+        np.cumsum(starts, out=starts)
+        self.num_tokens = int(starts[-1])
         size, needed = os.path.getsize(bin_path), self.num_tokens * self.dtype.itemsize
         if size != needed:
             raise ValueError(
@@ -245,8 +247,8 @@ class IndexedReader:
                 "not belong together, or one was cut off while it was copied."
             )
         self.tokens = _map(bin_path, self.dtype, 0, self.num_tokens)
-        starts = np.concatenate((np.zeros(1, dtype=np.int64), sequence_ends))
-        self._document_starts = starts[self.document_indices]
+        one_each = _counts_up(self.document_indices, num_sequences)
+        self._document_starts = starts if one_each else starts[self.document_indices]
 
     def __len__(self) -> int:
         return len(self.document_indices) - 1
@@ -266,6 +268,15 @@ class IndexedReader:
     def document_starts(self) -> np.ndarray:
         """First token of each document and the token total, int64 [num_documents + 1]."""
         return self._document_starts
+
+
+def _counts_up(indices: np.ndarray, last: int) -> bool:
+    """Return whether these are 0, 1, 2 and so on up to the last: each document is one sequence."""
+    if len(indices) != last + 1:
+        return False
+    starts = range(0, len(indices), CHUNK)
+    chunks = ((start, indices[start : start + CHUNK]) for start in starts)
+    return all((chunk == np.arange(start, start + len(chunk))).all() for start, chunk in chunks)
 
 
 class Counts(NamedTuple):

@@ -249,8 +249,8 @@ def by_positions(seq_length: int, cp_size: int, window_len: int) -> Layout:
 def of_sequence(lengths: tuple[int, ...], cp_size: int) -> Layout:
     """Return `by_fragments` of one sequence's fragments; the latest few hundred are kept.
 
-    Until the step ends, see `runtime.trainer.begin_step`: with its order, a layout of 131,072 tokens
-    takes a MiB, and hardly a sequence comes again.
+    Until the step ends, see `runtime.trainer.begin_step`: hardly a sequence comes again, and with
+    its order a layout of 131,072 tokens takes a MiB.
     """
     return by_fragments(lengths, cp_size)
 

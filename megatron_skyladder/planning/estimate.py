@@ -19,11 +19,12 @@ from megatron_skyladder.ladder.fragments import window_pairs
 from megatron_skyladder.ladder.presets import PAPER_RUNS, SCHEDULE_PRESETS
 from megatron_skyladder.ladder.schedules import WindowSchedule
 from megatron_skyladder.planning import model_flags, run_flags, stage_plan, tokenizer_check
+from megatron_skyladder.planning.files_read import FilesRead
 from megatron_skyladder.planning.parallel import BusiestRank, busiest_rank, parallel_costs
 from megatron_skyladder.planning.pasted import Pasted
 from megatron_skyladder.planning.time_model import TimeModel, time_model
 from megatron_skyladder.planning.training_data import TrainingData, training_data
-from megatron_skyladder.planning.visible_context import Documents, measure
+from megatron_skyladder.planning.visible_context import Documents
 
 RECOMMENDED_SHARES = (Fraction(60, 100), Fraction(64, 100))  # arXiv:2503.15450
 QUANTILES = (0.1, 0.5, 0.9, 0.99)  # of document lengths and visible context
@@ -243,13 +244,20 @@ class Plan:
         return other.mean_pairs if ladder else other.pairs(self.config.seq_length)
 
 
-def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None) -> Plan:
+def make_plan(
+    args: argparse.Namespace,
+    *,
+    name: str,
+    preset: str | None = None,
+    files: FilesRead | None = None,
+) -> Plan:
     """Return the plan for parsed flags.
 
     Args:
         args: what `run_flags.add_run_flags` parsed.
         name: for the first column of a table.
         preset: a run of the paper, in place of ``--preset``.
+        files: what the plans before it have read.
 
     Raises:
         ValueError: a flag is wrong; the message says which and what to do.
@@ -266,7 +274,8 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
         config = config_from_args(flags)
     assert config is not None
     shape, not_counted = _shape(flags, pasted, notes)
-    documents = _documents(flags, config, pasted, notes)
+    files = files or FilesRead()
+    documents = _documents(flags, config, pasted, notes, files)
     total_steps = run_flags.total_steps(flags)
     _note_layout(flags, notes)
     _note_final_window(config, notes)
@@ -290,7 +299,7 @@ def make_plan(args: argparse.Namespace, *, name: str, preset: str | None = None)
     )
     # ranks as unequal as in the plan: what `calibrate` fits, `timed_fractions` multiplies with
     over_mean = functools.cache(plan.over_mean)
-    return replace(plan, time=time_model(flags, shape, config, notes, over_mean))
+    return replace(plan, time=time_model(flags, shape, config, notes, over_mean, files))
 
 
 def _shape(
@@ -354,7 +363,11 @@ def _note_local_layers(config: SkyLadderConfig, notes: list[str]) -> None:
 
 
 def _documents(
-    flags: argparse.Namespace, config: SkyLadderConfig, pasted: Pasted, notes: list[str]
+    flags: argparse.Namespace,
+    config: SkyLadderConfig,
+    pasted: Pasted,
+    notes: list[str],
+    files: FilesRead,
 ) -> Documents | None:
     data = _training_data(flags, config, notes)
     if data is None:
@@ -367,7 +380,7 @@ def _documents(
     if not data.is_here and not config.intra_document:
         notes.append(f"{data} is not here: not measured.")
         return None
-    documents = measure(data.blend, config.seq_length, flag=data.flag)
+    documents = files.documents(data.blend, config.seq_length, flag=data.flag)
     notes += data.notes
     unmasked = tokenizer_check.note(flags, config, data, pasted.launch.words)
     if unmasked:

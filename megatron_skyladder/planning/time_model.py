@@ -15,8 +15,8 @@ from megatron_skyladder.ladder.fragments import window_pairs
 from megatron_skyladder.ladder.numbers import argument, real, whole
 from megatron_skyladder.planning.calibration import Calibration, OverMean, calibrate
 from megatron_skyladder.planning.devices import DEVICES, device
+from megatron_skyladder.planning.files_read import FilesRead
 from megatron_skyladder.planning.log_check import check_log, has_the_same_ranks
-from megatron_skyladder.report.runlog import read_run
 
 _FP8_SPEEDUP = 2.0  # of every device in the table that has FP8
 DEFAULT_MFU = 0.4  # a common share for Megatron; the paper's 1B run at 8K comes to 0.49
@@ -110,6 +110,7 @@ def time_model(
     config: SkyLadderConfig,
     notes: list[str],
     over_mean: OverMean,
+    files: FilesRead,
 ) -> TimeModel | None:
     """Return the time model the flags ask for; None where they name no device, rate or log.
 
@@ -119,13 +120,14 @@ def time_model(
         config: of the plan.
         notes: gets what the reader has to know about the time.
         over_mean: how unequal the work of context-parallel ranks is.
+        files: what other plans have read.
 
     Raises:
         ValueError: the flags do not fit each other, or the log is of no use.
     """
     _check_time_flags(flags)
     if flags.calibrate:
-        run = read_run(flags.calibrate)
+        run = files.log(flags.calibrate)
         check_log(run, flags, shape, config, notes)
         fit = calibrate(run, over_mean if has_the_same_ranks(run, flags) else None)
         return _calibrated(flags, fit, notes)

@@ -17,6 +17,9 @@ from megatron_skyladder.ladder.local_layers import LocalLayers
 
 SAMPLE_ROWS = 2048  # 16M tokens at 8K: the mean context is then known to about 1 %
 SAMPLE_DOCUMENTS = 1_000_000
+# Documents whose last token is looked at: a read from somewhere in the file each
+LAST_TOKENS = 1000  # shared over the files
+MIN_LAST_TOKENS = 8  # of each
 SEED = 1234
 MAX_WINDOWS = 256  # evaluated; between them the work is interpolated
 
@@ -187,21 +190,24 @@ def measure(data_path: Sequence[str], seq_length: int, *, flag: str = "--data-pa
             raise ValueError(f"{reader.prefix}.bin holds no tokens. Give a data set that has some.")
     shares = weights or [float(reader.num_tokens) for reader in readers]
     generator = np.random.default_rng(SEED)
-    starts, ends, num_rows, lengths = [], [], 0, []
+    starts, ends, num_rows, lengths, longest = [], [], 0, [], 0
+    looked_at = max(MIN_LAST_TOKENS, LAST_TOKENS // len(readers))
     for reader, share in zip(readers, shares, strict=True):
         rows = max(1, round(SAMPLE_ROWS * share / sum(shares)))
-        packed = pack(_sample(reader.document_lengths, generator), seq_length, rows)
+        of_all = reader.document_lengths
+        longest = max(longest, int(of_all.max()))
+        packed = pack(_sample(of_all, generator), seq_length, rows)
         starts.append(packed.starts)
         ends.append(packed.ends)
         num_rows += packed.num_rows
-        lengths.append(_sample(reader.document_lengths, generator))
+        lengths.append(_sample(of_all, generator))
     return Documents(
         num_documents=sum(len(reader) for reader in readers),
         num_tokens=sum(reader.num_tokens for reader in readers),
         lengths=np.sort(np.concatenate(lengths)),
-        longest=max(int(reader.document_lengths.max()) for reader in readers),
+        longest=longest,
         rows=PackedRows(np.concatenate(starts), np.concatenate(ends), num_rows, seq_length),
-        same_end=len({token for reader in readers for token in _last_tokens(reader)}) == 1,
+        same_end=len({each for reader in readers for each in _last_tokens(reader, looked_at)}) == 1,
     )
 
 
@@ -244,7 +250,7 @@ def _sample(lengths: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return generator.permutation(lengths)
 
 
-def _last_tokens(reader: IndexedReader, count: int = 1000) -> set[int]:
+def _last_tokens(reader: IndexedReader, count: int) -> set[int]:
     """Return the last tokens of documents spread over the file."""
     documents = np.unique(np.linspace(0, len(reader) - 1, count).astype(int))
     return {int(reader[index][-1]) for index in documents if reader[index].size}

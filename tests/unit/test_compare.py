@@ -10,11 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_plan import LAUNCH, write_log
 
 from megatron_skyladder.cli import main
-from megatron_skyladder.planning import budget, estimate, parallel, plots, run_flags
+from megatron_skyladder.data.indexed import IndexedReader, IndexedWriter
+from megatron_skyladder.planning import (
+    budget,
+    estimate,
+    parallel,
+    plots,
+    run_flags,
+    visible_context,
+)
 from megatron_skyladder.planning.evidence import MEASURED
-from megatron_skyladder.report import images
+from megatron_skyladder.report import images, runlog
 
 BASE = "--preset 1b-8k"
 TIMED = f"{BASE} --tflops 100 --gpus 8"
@@ -178,6 +187,32 @@ def test_the_picture_shows_window_context_and_what_is_saved(
     assert list(constant.get_ydata()) == pytest.approx([0] * len(constant.get_ydata()), abs=1e-9)
     end = (flops["constant"] - flops["ladder"]) / 1e20
     assert ladder.get_ydata()[-1] == pytest.approx(end, rel=0.01)
+
+
+def test_all_rows_read_their_data_and_their_log_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with IndexedWriter(tmp_path / "docs", "<u2") as writer:
+        for _ in range(300):
+            writer.add_document([7] * 255 + [2])
+    write_log(tmp_path / "run.log", batch=8)
+    read: list[str] = []
+
+    class Counted(IndexedReader):
+        def __init__(self, prefix: str | Path) -> None:
+            read.append("data")
+            super().__init__(prefix)
+
+    def parse(*args: Any, _do: Any = runlog._parse, **kwargs: Any) -> Any:
+        read.append("log")
+        return _do(*args, **kwargs)
+
+    monkeypatch.setattr(visible_context, "IndexedReader", Counted)
+    monkeypatch.setattr(runlog, "_parse", parse)
+    flags = f"{LAUNCH} --share 0.5 0.64 --start-window 8 32 --calibrate {tmp_path}/run.log"
+    result = compare_json(capsys, f"{flags} --data-path {tmp_path}/docs")
+    assert len(names(result)) == 5  # with the constant window
+    assert sorted(read) == ["data", "log"]
 
 
 # --- evidence -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,35 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, documents: list, c
     assert reader.sequence_lengths.tolist() == [len(s) for d in documents for s in d]
     assert reader.tokens.tolist() == [token for tokens in flat for token in tokens]
     assert read_counts(prefix) == (reader.num_tokens, len(reader), reader.dtype)
+
+
+def test_where_each_document_is_one_sequence_nothing_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of `skyladder prepare`; there may be billions."""
+    monkeypatch.setattr(indexed, "CHUNK", 1000)
+    with IndexedWriter(tmp_path / "a", "uint16") as writer:
+        for _ in range(20_000):
+            writer.add_document([1, 2])
+    tracemalloc.start()
+    try:
+        reader = IndexedReader(tmp_path / "a")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert reader.document_starts.tolist() == list(range(0, 40_001, 2))
+    assert peak < 1.5 * 8 * 20_000  # one int64 for each
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_as_many_sequences_as_documents_are_not_one_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """An empty document beside one of two sequences."""
+    write(tmp_path / "a", [[[1]], [], [[2, 3], [4]], [[5]]])
+    monkeypatch.setattr(indexed, "CHUNK", chunk)
+    reader = IndexedReader(tmp_path / "a")
+    assert [reader[i].tolist() for i in range(len(reader))] == [[1], [], [2, 3, 4], [5]]
 
 
 def test_nothing_has_its_name_before_the_end(tmp_path: Path) -> None:

@@ -347,7 +347,7 @@ def test_a_file_without_training_lines_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-# --- logs larger than one would like ---------------------------------------------------------------
+# --- logs larger than one would like --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("characters", [1, 100, 1 << 20])
@@ -370,7 +370,7 @@ def test_a_file_is_the_same_in_pieces_of_any_size(
 
 @pytest.mark.parametrize("layout", ["skyladder slurm", "srun --output %j_%t.out"])
 def test_memory_is_that_of_the_records(tmp_path: Path, layout: str) -> None:
-    """A single emoji makes a text of four bytes per character, and each line is a string as well."""
+    """A single emoji makes a text of four bytes per character, and each line is a string too."""
     write_ranks(tmp_path, layout)
     noise = "[rank17]: W1130 12:00:00 torch/foo.py:123] some library warns of something\n" * 14_000
     for path in tmp_path.rglob("*"):
@@ -488,13 +488,16 @@ def test_of_thousands_of_ranks_only_the_first_and_the_last_are_read(
     if lines != "last":
         (attempt / "rank.0011.log").write_text("")
     opened: set[str] = set()
-    for method in ("open", "read_text"):
 
-        def noted(path: Path, *args: Any, _do: Any = getattr(Path, method), **kwargs: Any) -> Any:
+    def noting(do: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(path: Path, *args: Any, **kwargs: Any) -> Any:
             opened.add(path.name)
-            return _do(path, *args, **kwargs)
+            return do(path, *args, **kwargs)
 
-        monkeypatch.setattr(Path, method, noted)
+        return noted
+
+    monkeypatch.setattr(Path, "open", noting(Path.open))
+    monkeypatch.setattr(Path, "read_text", noting(Path.read_text))
     run = read_run(tmp_path)
     assert [record.iteration for record in run.iterations] == [
         *([] if lines == "none" else [1, 2]),

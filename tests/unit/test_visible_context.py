@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_skyladder.data.indexed import IndexedWriter
+from megatron_skyladder.data.indexed import IndexedReader, IndexedWriter
 from megatron_skyladder.ladder.fragments import fragment_cu_seqlens, visible_pairs, window_pairs
 from megatron_skyladder.planning import visible_context
 from megatron_skyladder.planning.visible_context import PackedRows, measure, pack
@@ -120,6 +120,43 @@ def test_blends_have_rows_by_weight(tmp_path: Path, words: str, share_of_short: 
 
 def test_documents_without_an_end_are_noticed(tmp_path: Path) -> None:
     assert not measure([write(tmp_path / "docs", [10] * 20, last=None)], 16).same_end
+
+
+@pytest.mark.parametrize(("num_files", "of_each"), [(1, 20), (2, 10), (20, 8)])
+def test_the_documents_whose_ends_are_looked_at_are_shared_over_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_files: int, of_each: int
+) -> None:
+    """Each is a read from somewhere in a file: of thousands of files it would be millions."""
+    monkeypatch.setattr(visible_context, "LAST_TOKENS", 20, raising=False)
+    asked: list[int] = []
+
+    class Counted(IndexedReader):
+        def __getitem__(self, document: int) -> np.ndarray:
+            asked.append(document)
+            return super().__getitem__(document)
+
+    monkeypatch.setattr(visible_context, "IndexedReader", Counted)
+    prefix = write(tmp_path / "docs", [4] * 100)
+    assert measure([prefix] * num_files, 16).same_end
+    assert len(asked) == num_files * of_each * 2  # whether it is empty, and its last
+    assert {0, 99} <= set(asked)
+
+
+def test_lengths_are_computed_once_for_each_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[str] = []
+
+    class Counted(IndexedReader):
+        @property
+        def document_lengths(self) -> np.ndarray:
+            computed.append(self.prefix)
+            return super().document_lengths
+
+    monkeypatch.setattr(visible_context, "IndexedReader", Counted)
+    files = [write(tmp_path / name, [4, 60, 9]) for name in ("a", "b")]
+    assert measure(files, 16).longest == 60
+    assert computed == files
 
 
 def test_huge_data_sets_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
