@@ -24,7 +24,13 @@ from megatron_skyladder.megatron_bridge.console import show_warnings
 from megatron_skyladder.megatron_bridge.spelling import translated
 from megatron_skyladder.megatron_bridge.step import ForwardStep
 from megatron_skyladder.megatron_bridge.training_log import TrainingLog
-from megatron_skyladder.runtime import attention_present, kept_keys, resuming, trainer
+from megatron_skyladder.runtime import (
+    attention_present,
+    kept_keys,
+    resuming,
+    same_settings,
+    trainer,
+)
 from megatron_skyladder.runtime.probe import first_of_all, probe_mask
 from megatron_skyladder.runtime.probe.moments import sequence_faults
 from megatron_skyladder.runtime.probe.sequences import made_up
@@ -62,6 +68,7 @@ class LadderCallback(Callback):
         show_warnings()
         state = context.state
         self._bridge.begin(state, context.model)
+        same_settings.check(clock.current().config)
         options = settings.options_of(state.cfg, self._flags)
         refusals.check(state.cfg, finished=True)
         self._check_unchanged(options)

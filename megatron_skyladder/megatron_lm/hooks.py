@@ -35,7 +35,7 @@ from megatron_skyladder.megatron_lm import (
 )
 from megatron_skyladder.megatron_lm.adapter import MegatronLM
 from megatron_skyladder.megatron_lm.training_log import counting_windows, logging_metrics
-from megatron_skyladder.runtime import attention_present, kept_keys, trainer
+from megatron_skyladder.runtime import attention_present, kept_keys, same_settings, trainer
 from megatron_skyladder.runtime.weights import draw_as_reference
 
 logger = logging.getLogger(__name__)
@@ -225,6 +225,7 @@ def _probe_before_training(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron_skyladder.megatron_lm.evaluate import warn_where_nothing_is_validated
 
         active = clock.current()
+        same_settings.check(active.config)
         warn_where_nothing_is_validated(compat.args())
         given = signature.bind(*args, **kwargs)
         train_with = given.arguments
@@ -280,7 +281,14 @@ def _moves(name: str) -> bool:
 def _evaluate_by_length(original: Callable[..., Any]) -> Callable[..., Any]:
     from megatron_skyladder.megatron_lm.evaluate import with_lengths
 
-    return with_lengths(original) if clock.current().config.eval_lengths else original
+    by_length = with_lengths(original)
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        config = clock.current().config
+        same_settings.check(config)  # under --skip-train nobody has
+        return (by_length if config.eval_lengths else original)(*args, **kwargs)
+
+    return evaluate
 
 
 def _with_input_in_one_piece(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -313,7 +321,7 @@ HOOKS = (
         "train",
         _probe_before_training,
         "to try the mask on the real model before training, under the layout chosen for it, and to "
-        "refuse a model that has no windows",
+        "refuse a model that has no windows, or ranks that have different settings",
     ),
     Hook(
         "megatron.training.training",
@@ -338,7 +346,7 @@ HOOKS = (
         "megatron.training.training",
         "evaluate",
         _evaluate_by_length,
-        "to report validation losses by context length",
+        "to report validation losses by context length, which all ranks have to ask for",
     ),
     Hook(
         _PREDICTION_HEADS,
