@@ -28,6 +28,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_skyladder.attention import prediction_heads
 from megatron_skyladder.ladder import clock, fragments
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.settings import SAME_ON_ALL_RANKS
@@ -300,11 +301,7 @@ def run(
 
     def forward_step(iterator: Any, chunk: Any) -> tuple[Any, Any]:
         window, host_rows = next(iterator)
-        keys = [
-            *(("tokens", "position_ids") if get_attr_wrapped_model(chunk, "pre_process") else ()),
-            *(("labels", "loss_mask") if get_attr_wrapped_model(chunk, "post_process") else ()),
-        ]
-        batch = _share(host_rows, keys, sample.micro_batch_size, seq_length)
+        batch = _share(host_rows, _used_by(chunk), sample.micro_batch_size, seq_length)
         with clock.current().override(window):
             output = chunk(
                 batch["tokens"], batch["position_ids"], masks[window], labels=batch["labels"]
@@ -342,6 +339,19 @@ def run(
     for chunk, mode in zip(model, modes, strict=True):
         chunk.train(mode)
     return pieces[: len(items)]
+
+
+def _used_by(chunk: Any) -> list[str]:
+    """Return which keys of a batch a model chunk has a use for.
+
+    Prediction heads embed tokens as the first stage does, and are on the last one.
+    """
+    model = get_attr_wrapped_model(chunk, "pre_process", return_model_obj=True)
+    embeds = model.pre_process or prediction_heads.heads(model) is not None
+    return [
+        *(("tokens", "position_ids") if embeds else ()),
+        *(("labels", "loss_mask") if model.post_process else ()),
+    ]
 
 
 def _blocked_mask(seq_length: int, window_len: int, sample: Sample) -> torch.Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from histories import LADDER, WINDOWS, History, assert_same_history
-from runs import Run, Trainer
+from runs import SEQ_LENGTH, Run, Trainer
 from test_parity import (
     GRADIENT_TOLERANCE,
     MASKS,
@@ -22,6 +22,7 @@ from test_parity import (
     gradient_errors,
 )
 
+from megatron_skyladder.report.runlog import parse
 from megatron_skyladder.testing import ProcessPool, requires_megatron
 
 pytestmark = requires_megatron
@@ -112,6 +113,25 @@ def test_a_full_window_equals_stock_megatron(trainer: Trainer) -> None:
     assert own.steps("loss") == stock.steps("loss")
     assert own.steps("grad_norm") == stock.steps("grad_norm")
     assert all(bool((own.gradients[name] == stock.gradients[name]).all()) for name in own.gradients)
+
+
+@pytest.mark.parametrize("layout", [PP2, VPP2], ids=["pp2", "vpp2"])
+def test_losses_by_length_are_those_of_one_process(trainer: Trainer, layout: str) -> None:
+    """The heads' stage embeds tokens, in validation's extra passes as well."""
+    flags = (
+        "--train-samples 8 --micro-batch-size 2 --split 50,50,0 --eval-iters 4 --eval-interval 1 "
+        "--skyladder-schedule constant --skyladder-no-probe --skyladder-eval-lengths 16"
+    )
+    (one,), (several,) = (
+        parse(run.log(rank)).validations
+        for rank, run in (
+            (0, trainer.train(flags, architecture="heads")),
+            (1, trainer.train(f"{flags} {layout}", architecture="heads", num_processes=2)),
+        )
+    )
+    assert list(several.by_length) == [16, SEQ_LENGTH]
+    assert several.by_length == pytest.approx(one.by_length, rel=1e-5)
+    assert several.by_positions == pytest.approx(one.by_positions, rel=1e-5)
 
 
 def test_resumed_in_mid_ramp(trainer: Trainer) -> None:
