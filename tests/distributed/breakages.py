@@ -312,6 +312,22 @@ def second_chunk_reads_others() -> None:
     probe._peek = other
 
 
+def rank_1_reads_others() -> None:
+    """Let the sequences that rank 1 begins with have their documents' ends elsewhere."""
+    from megatron_skyladder.runtime import probe
+
+    peek = probe._peek
+
+    def other(data_iterator: Any) -> Any:
+        (batch,), iterators = peek(data_iterator)
+        if os.environ["RANK"] == "1":
+            assert batch is not None
+            batch = {**batch, "tokens": batch["tokens"].roll(5, dims=1)}
+        return [batch], iterators
+
+    probe._peek = other
+
+
 def sequences_run_together() -> None:
     """Let attention cross from one sequence of a micro-batch into the next."""
     from megatron_skyladder.ladder import fragments

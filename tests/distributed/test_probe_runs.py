@@ -120,6 +120,11 @@ LAUNCHES = {
         f"--micro-batch-size 2 {LINEAR} {DOCUMENTS} {SLIDING} --context-parallel-size 2",
         EXCHANGED | {"documents_of_the_first_sequence": "of sequence 1"},
     ),
+    "cp2, balanced documents": Launch(  # what a rank holds is found from what it has read
+        2,
+        f"--micro-batch-size 2 {LINEAR} {DOCUMENTS} --context-parallel-size 2",
+        {"rank_1_reads_others": "the context-parallel ranks of one model read different sequences"},
+    ),
     "tp2-pp2": Launch(
         4,
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --micro-batch-size 2 "

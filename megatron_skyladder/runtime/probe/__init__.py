@@ -60,9 +60,10 @@ def probe_mask(
     training, documents = trainer.current(), clock.config.intra_document
     batches, data_iterator = _peek(data_iterator)
     first = next((batch for batch in batches if batch is not None), None)
+    # first: what follows takes for granted that ranks of one model share out the same sequences
+    _refuse(sequence_faults(training, batches, documents=documents))
     times = moments(clock, training, first)
     faults = clock_faults(clock, training, times)
-    faults += sequence_faults(training, batches, documents=documents)
     with traces.none_left(model):
         reads = [batch is not None for batch in batches]
         found = Passes(model, training, clock, forward_step, times, reads).run()
@@ -122,17 +123,22 @@ def _judge(found: Findings) -> None:
             not_finite,
         )
     for faults in (found.faults, found.lost):  # a wrong mask has wrong gradients too
-        fault = first_of_all("; ".join(faults[:_SHOWN_FAULTS]) or None)
-        if fault is not None:
-            raise MaskProbeError(
-                f"the attention mask is not applied as the schedule says. {fault}. Check that the "
-                "model is built with SkyLadder's layer spec, that nothing else replaces its core "
-                "attention, and that nothing else changes its batches or its masks. "
-                "--skyladder-no-probe skips this check, for debugging only."
-            )
+        _refuse(faults)
 
 
 _SHOWN_FAULTS = 3
+
+
+def _refuse(faults: list[str]) -> None:
+    """Raise on all ranks where there is a fault on any; all ranks have to call this."""
+    fault = first_of_all("; ".join(faults[:_SHOWN_FAULTS]) or None)
+    if fault is not None:
+        raise MaskProbeError(
+            f"the attention mask is not applied as the schedule says. {fault}. Check that the "
+            "model is built with SkyLadder's layer spec, that nothing else replaces its core "
+            "attention, and that nothing else changes its batches or its masks. "
+            "--skyladder-no-probe skips this check, for debugging only."
+        )
 
 
 def first_of_all(text: str | None) -> str | None:
