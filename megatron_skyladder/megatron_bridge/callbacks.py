@@ -22,7 +22,7 @@ from megatron_skyladder.megatron_bridge import (
 from megatron_skyladder.megatron_bridge.adapter import MegatronBridge
 from megatron_skyladder.megatron_bridge.console import show_warnings
 from megatron_skyladder.megatron_bridge.spelling import translated
-from megatron_skyladder.megatron_bridge.step import ForwardStep
+from megatron_skyladder.megatron_bridge.step import ForwardStep, refuse_other_sequences
 from megatron_skyladder.megatron_bridge.training_log import TrainingLog
 from megatron_skyladder.runtime import (
     attention_present,
@@ -141,10 +141,7 @@ class LadderCallback(Callback):
         )
         fault = first_of_all(faults[0] if faults else None)  # or one rank would raise, others wait
         if fault is not None:
-            raise RuntimeError(
-                f"documents are masked by the sequences that each rank reads, but {fault}. "
-                "Look at the dataset: it has to be the same on all ranks of a model."
-            )
+            refuse_other_sequences(fault)
 
     def on_eval_start(self, context: CallbackContext) -> None:
         """Record what losses by length are to be measured on."""

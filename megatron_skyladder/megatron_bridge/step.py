@@ -6,7 +6,7 @@ first and last pipeline stage read; where documents are masked the middle ones r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron.bridge.training import gpt_step
 from megatron.bridge.training.losses import create_masked_next_token_loss_function
@@ -21,10 +21,23 @@ from megatron_skyladder.ladder import clock
 from megatron_skyladder.megatron_bridge.adapter import MegatronBridge
 from megatron_skyladder.runtime.document_mask import HostTap, training_mask
 from megatron_skyladder.runtime.evaluation import Taps
+from megatron_skyladder.runtime.probe.moments import context_parallel_fault
 from megatron_skyladder.runtime.sequence_mean import over_sequences
 
 if TYPE_CHECKING:
     from megatron.bridge.training.state import GlobalState
+
+
+def refuse_other_sequences(fault: str) -> NoReturn:
+    """Raise where ranks read different sequences.
+
+    Args:
+        fault: of `sequence_faults`.
+    """
+    raise RuntimeError(
+        f"documents are masked by the sequences that each rank reads, but {fault}. "
+        "Look at the dataset: it has to be the same on all ranks of a model."
+    )
 
 
 class ForwardStep:
@@ -100,11 +113,25 @@ class ForwardStep:
                 if tap.latest is None:  # a middle stage, which Bridge does not let read
                     next(tap)
                 mask = training_mask(tap.latest)
-            if self.first_batches is not None and tap.latest is not None:
-                self.first_batches.setdefault(chunk or 0, tap.latest)
+            if tap.latest is not None:
+                self._note_first(chunk or 0, tap.latest)
         elif self.taps is not None and tap.latest is not None:
             self.taps.keep_batch(chunk or 0, tap.latest)
         return tokens, labels, loss_mask, mask, positions
+
+    def _note_first(self, chunk: int, batch: dict[str, Any]) -> None:
+        """Keep what a chunk reads first, and see that it can be shared out.
+
+        Before the model is called: there each context-parallel rank sends and expects the keys that
+        the documents of its own sequence ask for, and others would wait for ever.
+        """
+        if self.first_batches is None or chunk in self.first_batches:
+            return
+        self.first_batches[chunk] = batch
+        if clock.documents_masked():
+            fault = context_parallel_fault(self._bridge, batch)
+            if fault:
+                refuse_other_sequences(fault)
 
     def _loss(self, state: GlobalState, model: Any, loss_mask: Any) -> Any:
         checks = state.cfg.rerun_state_machine

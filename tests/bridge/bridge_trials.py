@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def train_wrongly(
         folder: of the run.
         data: prefix.
         wrong: ``step``: Bridge's own forward step; ``callbacks``: none of ours; ``later``: an
-            override after `apply`; ``twice``: `apply` called twice.
+            override after `apply`; ``twice``: `apply` called twice; ``on one rank``: rank 1 does
+            without the probe; ``data``: documents end elsewhere in what rank 1 reads.
         ladder: settings of `apply`.
         options: of `bridge_config`.
     """
@@ -45,6 +47,8 @@ def train_wrongly(
 
     from megatron_skyladder import megatron_bridge as skyladder
 
+    if wrong == "on one rank" and os.environ["RANK"] == "1":
+        ladder = {**ladder, "no_probe": True}
     cfg = bridge_config(folder, data, **options)
     applied = skyladder.apply(cfg, **ladder)
     step, callbacks = applied.forward_step, [*applied.callbacks]
@@ -52,6 +56,8 @@ def train_wrongly(
         step = gpt_step.forward_step
     if wrong == "callbacks":
         callbacks = []
+    if wrong == "data" and os.environ["RANK"] == "1":
+        _read_others()
     if wrong == "later":
         cfg.train.train_iters *= 2
     if wrong == "twice":
@@ -60,22 +66,33 @@ def train_wrongly(
     pretrain(cfg, step, callbacks=[*callbacks, recorder(folder)])
 
 
+def _read_others() -> None:
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    read = GPTDataset.__getitem__
+
+    def other(self: Any, index: int) -> dict[str, Any]:
+        item = read(self, index)
+        return {**item, "tokens": item["tokens"].roll(5)}
+
+    GPTDataset.__getitem__ = other
+
+
 def _note_optimizer_steps(folder: str) -> None:
     from megatron.core.optimizer import DistributedOptimizer, FP32Optimizer
 
     for kind in (DistributedOptimizer, FP32Optimizer):
-        step = kind.step
+        step = kind.step_with_ready_grads  # `step` itself is not called of one in a chain
 
         def noted(self: Any, *args: Any, _step: Any = step, **kwargs: Any) -> Any:
             write_line(folder, "optimizer.jsonl", {"stepped": True})
             return _step(self, *args, **kwargs)
 
-        kind.step = noted
+        kind.step_with_ready_grads = noted
 
 
 def command(folder: str, data: str, words: list[str], **_: Any) -> None:
     """Run ``python -m megatron_skyladder.megatron_bridge`` with these words."""
-    import os
     import runpy
     import sys
 

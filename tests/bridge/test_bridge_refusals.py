@@ -71,12 +71,18 @@ def test_every_change_is_tried() -> None:
     assert functions == {*REFUSED, *TAKEN, *LATER, *OF_RESUMING}
 
 
-def refused(runs: BridgeRuns, wrong: str, num_processes: int = 1, **options: object) -> BridgeRun:
+def refused(
+    runs: BridgeRuns,
+    wrong: str,
+    num_processes: int = 1,
+    exit_codes: tuple[int, ...] = (1, -9, -6),
+    **options: object,
+) -> BridgeRun:
     run = runs.start(
         "train_wrongly",
         body_module="bridge_trials",
         num_processes=num_processes,
-        exit_codes=(1, -9, -6),
+        exit_codes=exit_codes,
         wrong=wrong,
         ladder=LADDER,
         weights=str(runs.weights),
@@ -117,3 +123,19 @@ def test_a_short_pipeline_without_overlapped_messages_is_refused(runs: BridgeRun
     assert "Set model.overlap_p2p_comm=true and model.batch_p2p_comm=false" in run.log() + run.log(
         1
     )
+
+
+def test_context_parallel_ranks_that_read_others_are_found_before_they_exchange_keys(
+    runs: BridgeRuns,
+) -> None:
+    """Each would send the keys that its own documents ask for."""
+    run = refused(runs, "data", num_processes=2, exit_codes=(1, -9), cp=2)
+    said = "".join(run.log(rank) for rank, code in enumerate(run.exit_codes) if code == 1)
+    assert "the context-parallel ranks of one model read different sequences first" in said
+
+
+def test_ranks_with_other_settings_are_refused(runs: BridgeRuns) -> None:
+    """Each process applies its own: a file or a variable may differ from node to node."""
+    run = refused(runs, "on one rank", num_processes=2, exit_codes=(1, -9))
+    said = "".join(run.log(rank) for rank, code in enumerate(run.exit_codes) if code == 1)
+    assert "UsageError: the ranks of this run have different settings. probe: True on" in said

@@ -166,7 +166,7 @@ def sequence_faults(
     """
     if not documents:
         return []
-    seen = {_signature(batch["tokens"]) for batch in batches if batch is not None}
+    seen = _signatures(batches)
     faults = []
     if len(seen) > 1:  # and on: the others wait in the reductions below
         faults.append("the model chunks of this rank read different sequences first")
@@ -176,16 +176,36 @@ def sequence_faults(
     for name, group in groups.items():
         if group is None or group.size() == 1:
             continue
-        smallest = torch.tensor(min(seen, default=_NOTHING), device="cuda")
-        largest = torch.tensor(max(seen, default=-1), device="cuda")
-        torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN, group=group)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
-        if smallest < largest:
+        if _differ(seen, group):
             faults.append(f"the {name} of one model read different sequences first")
     return faults
 
 
+def context_parallel_fault(trainer: Trainer, batch: HostBatch) -> str:
+    """Return what `sequence_faults` says of the ranks that share a sequence; empty: nothing.
+
+    The ranks of the context-parallel group have to call this, and no others.
+    """
+    group = trainer.groups.cp
+    if group is None or group.size() == 1 or not _differ(_signatures([batch]), group):
+        return ""
+    return "the context-parallel ranks of one model read different sequences first"
+
+
 _NOTHING = 1 << 62
+
+
+def _differ(seen: set[int], group: Any) -> bool:
+    """Return whether ranks of a group have seen different sequences; all of it has to call this."""
+    smallest = torch.tensor(min(seen, default=_NOTHING), device="cuda")
+    largest = torch.tensor(max(seen, default=-1), device="cuda")
+    torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN, group=group)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+    return bool(smallest < largest)
+
+
+def _signatures(batches: list[HostBatch | None]) -> set[int]:
+    return {_signature(batch["tokens"]) for batch in batches if batch is not None}
 
 
 def _signature(tokens: torch.Tensor) -> int:
