@@ -36,7 +36,8 @@ def get_batch(
         return batch, None
     tap = HostTap(data_iterator, in_order if has_data and training and active else dict)
     if has_data:
-        read = compat.tp_batch(tap if data_iterator is not None else None, vp_stage)
+        source = tap if data_iterator is not None else None
+        read = compat.tp_batch(source, vp_stage, training=training)
         batch = compat.cp_batch(read)
         if active is None:
             return batch, batch.get("attention_mask")

@@ -111,12 +111,15 @@ def has_prediction_heads(vp_stage: int | None) -> bool:
     )
 
 
-def tp_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, torch.Tensor | None]:
+def tp_batch(
+    data_iterator: Any, vp_stage: int | None = None, *, training: bool
+) -> dict[str, torch.Tensor | None]:
     """Read a batch on tensor-parallel rank 0 and share it with the group, as Megatron does.
 
     Args:
         data_iterator: None on the other ranks.
         vp_stage: the virtual pipeline stage, where there are several.
+        training: False in evaluation.
     """
     from megatron.core import utils
 
@@ -142,7 +145,7 @@ def tp_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, torch
         "create_attention_mask_in_dataloader": options.create_attention_mask_in_dataloader,
         "cp_size": options.context_parallel_size,
         "tp_rank": mpu.get_tensor_model_parallel_rank(),
-        "micro_batch_size": options.micro_batch_size,
+        "micro_batch_size": _micro_batch_size(batch, training=training),
         "seq_length": options.seq_length,
         "mtp_on_this_rank": has_prediction_heads(vp_stage),
         "pipeline_model_parallel_size": options.pipeline_model_parallel_size,
@@ -150,6 +153,26 @@ def tp_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, torch
         "is_pipeline_last_stage": mpu.is_pipeline_last_stage(),
     }
     return share(batch, **_accepted(share, known))
+
+
+def _micro_batch_size(batch: dict[str, Any], *, training: bool) -> int:
+    """Return the sequences of a micro-batch, for which ranks that do not read make room.
+
+    In evaluation the rank that reads says it: validation may have another size than training
+    (--eval-micro-batch-size, or 1 under --full-validation, but not the test after it), and the mask
+    probe asks about evaluation with a micro-batch of training.
+
+    Args:
+        batch: on tensor-parallel rank 0; empty on the others.
+        training: False in evaluation.
+    """
+    size: int = args().micro_batch_size
+    if training or mpu.get_tensor_model_parallel_world_size() == 1:
+        return size
+    num_rows = torch.tensor(len(batch["tokens"]) if batch else 0, device="cuda")
+    source = mpu.get_tensor_model_parallel_src_rank()
+    torch.distributed.broadcast(num_rows, source, group=mpu.get_tensor_model_parallel_group())
+    return int(num_rows)
 
 
 def cp_batch(batch: dict[str, Any]) -> dict[str, Any]:

@@ -109,14 +109,25 @@ def test_windows_are_blocked_under_a_sliding_mask_too(
     assert record.by_length[16] == pytest.approx(true_losses[16], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", ["one", "dp2"])
+def test_validation_may_have_micro_batches_of_its_own(
+    watched: Trainer, true_losses: dict[int, float]
+) -> None:
+    """Of which tensor-parallel ranks that read nothing have to know the size."""
+    record = by_length(watched, "tp2-sp", "--eval-micro-batch-size 4")
+    assert record.by_length == {
+        length: pytest.approx(loss, rel=TOLERANCE) for length, loss in true_losses.items()
+    }
+
+
+@pytest.mark.parametrize("layout", ["one", "dp2", "tp2-sp"])
 def test_full_validation_of_several_sets(watched: Trainer, layout: str) -> None:
     """Its micro-batches have one sequence, whatever the flag says, and ranks may have fewer."""
-    processes, _ = LAYOUTS[layout]
+    processes, layout_flags = LAYOUTS[layout]
     sets = [watched.build(f"{layout}-{n}", [SEQ_LENGTH + 1] * n) for n in (7, processes)]
     run = watched.train(
         "--train-samples 8 --micro-batch-size 2 --eval-interval 1 --skyladder-schedule constant "
-        "--skyladder-eval-lengths 16,32 --full-validation --multiple-validation-sets",
+        "--skyladder-eval-lengths 16,32 --full-validation --multiple-validation-sets "
+        f"{layout_flags}",
         num_processes=processes,
         data=f"--train-data-path {watched.documents} --valid-data-path {sets[0]} {sets[1]}",
     )
