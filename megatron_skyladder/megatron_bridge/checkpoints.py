@@ -9,7 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.continuation import Checkpoint
@@ -61,10 +64,20 @@ def loaded(state: Any, *, may_be_unknown: bool) -> Checkpoint | None:
 
 def _read(state: Any, consumed: int) -> Checkpoint:
     from megatron.bridge.training.mlm_compat.arguments import _load_args_from_checkpoint
+    from megatron.bridge.training.utils.checkpoint_utils import read_run_config
+
+    folder, path = _of_first_rank(lambda: _found(state))
+    if path is None:  # Megatron-LM's
+        return Checkpoint.of(_load_args_from_checkpoint(folder))
+    # which is read on the first rank and sent to all: they have to get here together
+    return Checkpoint.of_variables(read_run_config(path).get("env_vars") or {}, consumed)
+
+
+def _found(state: Any) -> tuple[str, str | None]:
+    """Return the folder of the checkpoint, and its run_config.yaml where it is one of Bridge's."""
     from megatron.bridge.training.utils.checkpoint_utils import (
         file_exists,
         get_checkpoint_run_config_filename,
-        read_run_config,
     )
 
     folders = _folders(state.cfg.checkpoint, state.train_state.step)
@@ -75,9 +88,26 @@ def _read(state: Any, consumed: int) -> Checkpoint:
             f"{', '.join(folders) or 'nowhere'}"
         )
     path = get_checkpoint_run_config_filename(folder)
-    if not file_exists(path):  # Megatron-LM's
-        return Checkpoint.of(_load_args_from_checkpoint(folder))
-    return Checkpoint.of_variables(read_run_config(path).get("env_vars") or {}, consumed)
+    return folder, path if file_exists(path) else None
+
+
+def _of_first_rank(find: Callable[[], Any]) -> Any:
+    """Return on all ranks what the first one finds, or raise what it raises; all have to call this.
+
+    What lies in a folder may look otherwise on another node, for a while or for good.
+    """
+    if not torch.distributed.is_initialized():
+        return find()
+    answer: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            answer[0] = find()
+        except Exception as error:  # of whatever storage; a text can be sent in any case
+            answer[0] = RuntimeError(f"{type(error).__name__}: {error}")
+    torch.distributed.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], RuntimeError):
+        raise answer[0]
+    return answer[0]
 
 
 def _folders(checkpoint: Any, step: int) -> list[str]:

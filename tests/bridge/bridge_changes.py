@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 
@@ -150,6 +151,12 @@ def checkpoints_that_cannot_be_found(cfg: Any) -> None:
     from megatron_skyladder.megatron_bridge import checkpoints
 
     checkpoints._folders = lambda *_: []
+
+
+def checkpoints_that_rank_1_cannot_find(cfg: Any) -> None:
+    """As where a file system is slow to show another node what was written."""
+    if os.environ["RANK"] == "1":
+        checkpoints_that_cannot_be_found(cfg)
 
 
 def experts(cfg: Any) -> None:

@@ -132,6 +132,14 @@ def test_a_schedule_that_cannot_be_read_is_refused(halves: Halves) -> None:
     assert [step["iteration"] for step in run.steps()] == [5, 6, 7, 8]
 
 
+def test_the_first_rank_finds_the_checkpoint_for_all(runs: BridgeRuns) -> None:
+    """What it reads is sent to all, so none may have turned off before."""
+    half = runs.bridge(2, ladder=LADDER, save_interval=4, exit_interval=4)
+    change = "checkpoints_that_rank_1_cannot_find"
+    run = runs.bridge(2, ladder=LADDER, load=str(half.checkpoint), change=change)
+    assert [step["iteration"] for step in run.steps()] == [5, 6, 7, 8]
+
+
 def test_bridges_checkpoint_under_another_schedule_is_refused_by_megatron_lm(
     halves: Halves,
 ) -> None:
