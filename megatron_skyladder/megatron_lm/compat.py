@@ -158,16 +158,19 @@ def tp_batch(
 def _micro_batch_size(batch: dict[str, Any], *, training: bool) -> int:
     """Return the sequences of a micro-batch, for which ranks that do not read make room.
 
-    In evaluation the rank that reads says it: validation may have another size than training
-    (--eval-micro-batch-size, or 1 under --full-validation, but not the test after it), and the mask
-    probe asks about evaluation with a micro-batch of training.
+    In evaluation the rank that reads says it where sizes differ: validation may have another one
+    than training (--eval-micro-batch-size, or 1 under --full-validation, but not the test after
+    it), and the mask probe asks about evaluation with a micro-batch of training.
 
     Args:
         batch: on tensor-parallel rank 0; empty on the others.
         training: False in evaluation.
     """
-    size: int = args().micro_batch_size
-    if training or mpu.get_tensor_model_parallel_world_size() == 1:
+    options = args()
+    size: int = options.micro_batch_size
+    varies = (getattr(options, "eval_micro_batch_size", None) or size) != size
+    varies = varies or getattr(options, "full_validation", False)
+    if training or not varies or mpu.get_tensor_model_parallel_world_size() == 1:
         return size
     num_rows = torch.tensor(len(batch["tokens"]) if batch else 0, device="cuda")
     source = mpu.get_tensor_model_parallel_src_rank()
