@@ -33,7 +33,7 @@ from megatron_skyladder.ladder.schedules import SCHEDULES, all_settings, schedul
 from megatron_skyladder.ladder.settings import SettingError, rename
 from megatron_skyladder.study import page as study_page
 from megatron_skyladder.study import settings as study_settings
-from megatron_skyladder.study import verdicts as study_verdicts_of
+from megatron_skyladder.study import verdicts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STUDY = REPOSITORY / "examples/study.ini"
@@ -202,7 +202,7 @@ def study_verdicts() -> str:
     planned = [run.arm for run in study.runs]
     arms = [arm for arm in given.arms if planned.count(arm.name) > 1]
     names = [arm.name for arm in arms if not given.is_reference(arm)]
-    return study_verdicts_of.text(given, names).strip()
+    return verdicts.text(given, names).strip()
 
 
 def message_list() -> str:

@@ -30,6 +30,7 @@ from megatron_skyladder.planning import model_flags, stage_plan, verdict
 from megatron_skyladder.planning.launch import Launch
 from megatron_skyladder.planning.pasted import Pasted
 from megatron_skyladder.runtime.ending import TRACEBACK_VARIABLE
+from megatron_skyladder.runtime.same_settings import disagreements
 
 # Environment that decides how a run behaves, and so has to be the same on all ranks.
 _VARIABLE_PREFIXES = ("SKYLADDER_", "NVTE_", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTHONPATH")
@@ -411,27 +412,6 @@ def fingerprint_of_rank(report: Report) -> dict[str, str]:
         if name.startswith(_VARIABLE_PREFIXES)
     }
     return {**report.installed, **report.run, **variables}
-
-
-def disagreements(ranks: list[tuple[str, dict[str, str]]]) -> list[str]:
-    """Return a sentence for everything that is not the same on all ranks.
-
-    Args:
-        ranks: each rank's host name and `fingerprint_of_rank`, in order.
-    """
-    names = dict.fromkeys(name for _, facts in ranks for name in facts)
-    complaints = []
-    for name in names:
-        holders: dict[str, list[str]] = {}
-        for rank, (host, facts) in enumerate(ranks):
-            holders.setdefault(facts.get(name, "unset"), []).append(f"{rank} ({host})")
-        if len(holders) > 1:
-            values = "; ".join(
-                f"{value!r} on rank {', '.join(who[:4])}{' and more' if len(who) > 4 else ''}"
-                for value, who in holders.items()
-            )
-            complaints.append(f"the ranks disagree on {name}: {values}. Make them the same.")
-    return complaints
 
 
 def compare_ranks(report: Report) -> list[str]:

@@ -95,9 +95,8 @@ def number(words: Sequence[str], job: Counts | None = None) -> int | None:
     if started := _tasks(own, nodes):
         return started
     if job and {_GPUS, _ALL_GPUS} & job.keys():
-        return _gpus(
-            job, nodes
-        )  # and not by tasks, where it cannot be read: they may be one a node
+        # where it cannot be read not by tasks either: they may be one a node
+        return _gpus(job, nodes)
     return _tasks(counts, nodes)
 
 

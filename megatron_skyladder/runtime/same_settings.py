@@ -9,11 +9,8 @@ exchange.
 from __future__ import annotations
 
 import socket
-from collections import Counter
 from dataclasses import fields
 from typing import Any
-
-import torch
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.config import SkyLadderConfig
@@ -37,41 +34,38 @@ def check(config: SkyLadderConfig) -> None:
     global _agreed
     if config is _agreed:
         return
+    import torch  # which doctor, whose ranks are compared in the same words, can do without
+
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, (socket.gethostname(), _texts(config)))
-    faults = differences(everyone)
+    faults = disagreements(everyone)
     if faults:
         raise UsageError(
-            f"the ranks of this run have different settings. {'; '.join(faults)}. All have to have "
-            "the same. Give every node the same flags, the same SKYLADDER_* variables and the same "
-            "files (such as the one of --skyladder-points or --skyladder-stages)."
+            f"{' '.join(faults)} Give every node the same flags, the same SKYLADDER_* variables "
+            "and the same files (such as the one of --skyladder-points or --skyladder-stages)."
         )
     _agreed = config
 
 
-def differences(everyone: list[tuple[str, dict[str, str]]]) -> list[str]:
-    """Return a sentence for each setting that ranks differ in.
+def disagreements(ranks: list[tuple[str, dict[str, str]]]) -> list[str]:
+    """Return a sentence for everything that is not the same on all ranks.
 
     Args:
-        everyone: for each rank its host and its settings, by name.
-
-    Example: "eval_lengths: (16,) on rank 0 (a), but () on rank 3 (b); 1 of 4 ranks differ from the
-    most frequent".
+        ranks: each rank's host name and what it has, by name, in order.
     """
-    found = []
-    for name in everyone[0][1]:
-        values = [settings[name] for _, settings in everyone]
-        (usual, count), *others = Counter(values).most_common()
-        if not others:
-            continue
-        odd = next(rank for rank, value in enumerate(values) if value != usual)
-        first = values.index(usual)
-        found.append(
-            f"{name}: {usual} on rank {first} ({everyone[first][0]}), but {values[odd]} on rank "
-            f"{odd} ({everyone[odd][0]}); {len(values) - count} of {len(values)} ranks differ from "
-            "the most frequent"
-        )
-    return found
+    names = dict.fromkeys(name for _, facts in ranks for name in facts)
+    complaints = []
+    for name in names:
+        holders: dict[str, list[str]] = {}
+        for rank, (host, facts) in enumerate(ranks):
+            holders.setdefault(facts.get(name, "unset"), []).append(f"{rank} ({host})")
+        if len(holders) > 1:
+            values = "; ".join(
+                f"{value!r} on rank {', '.join(who[:4])}{' and more' if len(who) > 4 else ''}"
+                for value, who in holders.items()
+            )
+            complaints.append(f"the ranks disagree on {name}: {values}. Make them the same.")
+    return complaints
 
 
 def _texts(config: SkyLadderConfig) -> dict[str, str]:

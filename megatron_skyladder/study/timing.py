@@ -2,8 +2,9 @@
 
 Arms are trained for hours beside other work, on cores that share caches and memory, so the CPU time
 that an arm took says as much about its neighbours as about its windows. A timing run is short and
-goes up and down over all windows several times, so that its own neighbours, who come and go, meet
-short and long ones alike. Each step of an arm counts what steps of such a window took there.
+goes over all windows several times, staying at the full one each time, so that its own neighbours,
+who come and go, meet short and long ones alike. Each step of an arm counts what steps of such a
+window took there.
 """
 
 from __future__ import annotations

@@ -70,19 +70,13 @@ def of_families(given: Given) -> str:
 
 def context(given: Given) -> str:
     """Return what long context is worth to the reference, as a sentence; nothing before it ran."""
-    if given.reference is None:
+    if given.reference is None or len(given.reference.records[0].losses) < 3:
         return ""
-    first = given.reference.records[0].losses
-    lengths = sorted(first)
-    if len(lengths) < 3:
-        return ""
-    *shorter, longest = lengths
+    *shorter, longest = sorted(given.reference.records[0].losses)
+    records = given.reference.records
 
     def cost(length: int) -> float:
-        found = given.reference and given.reference.figure(
-            lambda record: record.losses[length] - record.losses[longest]
-        )
-        return found.mean if found else 0.0
+        return sum(it.losses[length] - it.losses[longest] for it in records) / len(records)
 
     return CONTEXT.format(
         arm=given.reference.name,
@@ -142,7 +136,6 @@ def _verdict(given: Given, arm: Arm, other: Arm, scatter: Scatter | None) -> str
     loss = results.difference(arm, other, results.final_difference)
     if loss is None:
         return ""
-    is_against_reference = other is given.reference
     tokens = arm.records[0].tokens
     at = "at equal tokens"
     if tokens != other.records[0].tokens:
@@ -155,7 +148,7 @@ def _verdict(given: Given, arm: Arm, other: Arm, scatter: Scatter | None) -> str
     if saved is not None:
         words += f"; {_share(saved)} time"
     alike = None
-    if is_against_reference and not given.is_reference(arm):
+    if other is given.reference and not given.is_reference(arm):
         alike = at_equal_time(given, arm)
     if alike is not None:
         fewer = "" if len(alike.values) == len(loss.values) else f", {_seeds(len(alike.values))}"

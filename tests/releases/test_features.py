@@ -16,7 +16,7 @@ import compared
 import pytest
 import test_checkouts
 import test_wheels
-from features import EXPERTS, FEATURES, LATENT, refusal
+from features import EXPERTS, FEATURES, LADDER, LATENT, refusal
 from launches import Data, copy_checkout, require
 from resuming import Resuming, pool_for
 from unpack_wheels import INSTALLED, OLDER
@@ -254,3 +254,16 @@ def assert_goes_on(way: Way, feature: str, expected: Figures) -> None:
     second["lm loss"] = pytest.approx(second["lm loss"], rel=1e-6)
     assert found == expected
     compared.note(way.name, way.integration, f"{feature}: resumed, all that is logged")
+
+
+def test_validation_has_micro_batches_of_its_own(way: Way, installed: Resuming) -> None:
+    """Of which tensor-parallel ranks that read nothing have to know the size; since 0.18."""
+    if (way.name, way.integration) != ("0.18.2", "entry point"):
+        pytest.skip("one release, beside the installed one, has them in our own reading of batches")
+    flags = "--eval-micro-batch-size 4 --tensor-model-parallel-size 2"
+    validated = [
+        run.fresh("validation").train(LADDER, flags, saves=False, num_processes=2)[0].validations
+        for run in (installed, way.run)
+    ]
+    assert validated[0]
+    assert validated[0] == validated[1]

@@ -14,8 +14,9 @@ from test_patching import write_tree
 from megatron_skyladder.cli import main
 from megatron_skyladder.cli.doctor import add_parser
 from megatron_skyladder.planning import doctor
-from megatron_skyladder.planning.doctor import Report, disagreements
+from megatron_skyladder.planning.doctor import Report
 from megatron_skyladder.planning.pasted import Pasted
+from megatron_skyladder.runtime.same_settings import disagreements
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = ["--seq-length", "128", "--global-batch-size", "8", "--train-iters", "100"]

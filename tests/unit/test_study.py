@@ -706,6 +706,7 @@ def test_equal_time_on_the_page(tmp_path: Path) -> None:
     words = " ".join((tmp_path / "docs/experiments.md").read_text().split())
     assert "against `ladder`, 2 seeds: -0.350 (-0.200, -0.500) nats at equal tokens, inc" in words
     assert "-0.400 at equal time, one seed, inconclusive." in words
+    assert "0.02 to 0.04 nats, is too small to be seen here." in words
 
 
 def test_arms_on_the_page_against_what_they_vary(tmp_path: Path) -> None:
