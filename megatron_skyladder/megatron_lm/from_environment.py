@@ -118,7 +118,7 @@ def switch_on(options: Any) -> None:
         setattr(options, name, value)
     config = resume.config_of_run(options)
     if config is None:  # SKYLADDER_END_LADDER
-        hooks.install_guards()
+        hooks.install_ended()
         return
     if config.intra_document:
         raise UsageError(

@@ -115,6 +115,13 @@ def install_guards() -> None:
             logger.warning("%s", error, extra=SAME_ON_A_NODE)
 
 
+def install_ended() -> None:
+    """Watch over a run whose variables end the ladder: resuming, and that every rank has them."""
+    install_guards()
+    for hook in ENDED:
+        _wrap(hook)
+
+
 def check_options(config: SkyLadderConfig, options: Any) -> None:
     """Refuse what cannot be combined, before anything is built."""
     flag_rules.check(options)
@@ -291,6 +298,14 @@ def _evaluate_by_length(original: Callable[..., Any]) -> Callable[..., Any]:
     return evaluate
 
 
+def _without_skyladder(original: Callable[..., Any]) -> Callable[..., Any]:
+    def train_or_evaluate(*args: Any, **kwargs: Any) -> Any:
+        same_settings.check(None)
+        return original(*args, **kwargs)
+
+    return train_or_evaluate
+
+
 def _with_input_in_one_piece(original: Callable[..., Any]) -> Callable[..., Any]:
     def prepare(gradient: Any, layer_input: Any, *args: Any, **kwargs: Any) -> Any:
         return original(gradient, layer_input.contiguous(), *args, **kwargs)
@@ -413,6 +428,11 @@ STATES = {  # by symbol of --hybrid-layer-pattern, with --skyladder-recurrent-st
         ),
     ),
 }
+_ON_EVERY_RANK = "to refuse ranks some of which have SKYLADDER_END_LADDER"
+ENDED = (  # where a variable ends the ladder, which another node may lack
+    Hook("megatron.training.training", "train", _without_skyladder, _ON_EVERY_RANK),
+    Hook("megatron.training.training", "evaluate", _without_skyladder, _ON_EVERY_RANK),
+)
 GUARDS = (  # installed without any flag of ours, too: they look for what is missing
     Hook(
         "megatron.training.checkpointing",

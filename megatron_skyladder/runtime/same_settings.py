@@ -16,35 +16,37 @@ from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.schedules import WindowSchedule
 
-_agreed: SkyLadderConfig | None = None  # the latest that all ranks were found to have
+_OFF = {"end_ladder": "True"}  # what a rank has that trains without SkyLadder
+_agreed: list[SkyLadderConfig | None] = []  # the latest that all ranks were found to have
 
 
-def check(config: SkyLadderConfig) -> None:
+def check(config: SkyLadderConfig | None) -> None:
     """Refuse a run whose ranks have different settings; all ranks have to call this.
 
     It comes before anything that depends on the settings; settings that were compared already are
     not compared again.
 
     Args:
-        config: this rank's settings.
+        config: this rank's settings; None where SKYLADDER_END_LADDER switches SkyLadder off.
 
     Raises:
         UsageError: on all ranks.
     """
-    global _agreed
-    if config is _agreed:
+    if _agreed and config is _agreed[0]:
         return
     import torch  # which doctor, whose ranks are compared in the same words, can do without
 
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, (socket.gethostname(), _texts(config)))
+    if any(facts == _OFF for _, facts in everyone):  # beside it, nothing else compares
+        everyone = [(host, {name: facts[name] for name in _OFF}) for host, facts in everyone]
     faults = disagreements(everyone)
     if faults:
         raise UsageError(
             f"{' '.join(faults)} Give every node the same flags, the same SKYLADDER_* variables "
             "and the same files (such as the one of --skyladder-points or --skyladder-stages)."
         )
-    _agreed = config
+    _agreed[:] = [config]
 
 
 def disagreements(ranks: list[tuple[str, dict[str, str]]]) -> list[str]:
@@ -68,10 +70,12 @@ def disagreements(ranks: list[tuple[str, dict[str, str]]]) -> list[str]:
     return complaints
 
 
-def _texts(config: SkyLadderConfig) -> dict[str, str]:
+def _texts(config: SkyLadderConfig | None) -> dict[str, str]:
     """Return each setting as text, which other processes can compare and show."""
+    if config is None:
+        return _OFF
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {
+    return {"end_ladder": "False"} | {
         name: value.describe() if isinstance(value, WindowSchedule) else repr(value)
         for name, value in values.items()
     }

@@ -77,6 +77,7 @@ def test_another_file_of_points_in_an_evaluation(
         ("SKYLADDER_START_WINDOW", "schedule: 'linear 32 -> 64"),
         ("SKYLADDER_NO_PROBE", "probe: 'True' on rank 0 ("),
         ("SKYLADDER_EVAL_LENGTHS", "eval_lengths: '()' on rank 0 ("),
+        ("SKYLADDER_END_LADDER", "end_ladder: 'False' on rank 0 ("),
     ],
 )
 def test_a_variable_of_one_node(trainer: Trainer, variable: str, difference: str) -> None:
@@ -84,3 +85,26 @@ def test_a_variable_of_one_node(trainer: Trainer, variable: str, difference: str
     value = {"SKYLADDER_START_WINDOW": "16", "SKYLADDER_EVAL_LENGTHS": "8"}.get(variable, "1")
     run = refused(trainer, SPEC, [{}, {"variables": {variable: value}}], script=SCRIPT)
     assert difference in said(run)
+
+
+def test_the_ladder_ends_where_every_node_has_the_variable(trainer: Trainer) -> None:
+    folder = trainer.new_folder("checkpoints")
+    begun, ended = (
+        trainer.train(
+            f"--train-samples 32 --micro-batch-size 2 --save {folder} --save-interval 9 "
+            f"{SPEC} {flags}",
+            num_processes=2,
+            load=False,
+            body="settings_bodies:train_on_nodes",
+            nodes=[{"variables": variables}] * 2,
+            script=SCRIPT,
+        )
+        for flags, variables in (
+            ("--exit-interval 2", {"SKYLADDER_START_WINDOW": "8"}),
+            (f"--load {folder}", {"SKYLADDER_END_LADDER": "1"}),
+        )
+    )
+    assert begun.steps("window").keys() == {0, 8}
+    assert "the ladder ends here, as --skyladder-end-ladder says: from 16 samples" in ended.log()
+    windows = {(entry["samples"], entry["window"]) for entry in ended.of("step")}
+    assert windows == {(16, None), (24, None)}
