@@ -178,7 +178,8 @@ def bench_gpu(*, toy: bool) -> list[str]:
     print(f"\n1. Megatron's trainer on {bench.name}, a run of each (goal: at most 1.02x)")
     for name, figures in trained.figures.items():
         ratio = f"   {figures['times stock']:6.3f} x" if "times stock" in figures else ""
-        print(f"   {name:16s} {figures['ms']:8.1f} ms/step{ratio}")
+        peak = f"   peak {figures['peak MiB']:8.0f} MiB" if "peak MiB" in figures else ""
+        print(f"   {name:16s} {figures['ms']:8.1f} ms/step{ratio or ' ' * 11}{peak}")
     timed = costs.timings(bench)
     print(
         "\n2. One layer's attention, forward and backward, L2 flushed\n"
@@ -186,11 +187,18 @@ def bench_gpu(*, toy: bool) -> list[str]:
         "of full   of stock   FLOPs model"
     )
     for row in timed.figures["rows"]:
+        of_stock = f"{row['ms'] / row['stock_ms']:6.2f} x" if "stock_ms" in row else f"{'-':>8s}"
+        pairs = row.get("percent_of_pairs")
+        model = f"{'-':>11s}" if pairs is None else f"{pairs / 100:9.2f} x"
         print(
             f"   {row['backend']:9s} {row['mask']:26s} {row['seq_length']:7d} "
             f"{row['micro_batch']:11d} {row['ms']:9.2f}   {row['percent_of_full'] / 100:5.2f} x   "
-            f"{row['ms'] / row['stock_ms']:6.2f} x   {row['percent_of_pairs'] / 100:9.2f} x"
+            f"{of_stock}   {model}"
         )
+    probes = [it["probe s"] for it in trained.figures.values() if "probe s" in it]
+    if probes:
+        longest = max(probes)
+        print(f"\n4. Start-up: the probe took {longest:.1f} s, hooks {hooks_seconds():.3f} s")
     return trained.failures + timed.failures
 
 

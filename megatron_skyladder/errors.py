@@ -1,5 +1,6 @@
 """The one class of errors that are not bugs."""
 
+TRACEBACK_VARIABLE = "SKYLADDER_TRACEBACK"  # set: errors that have a message keep their traceback
 STOPPED = 130  # exit code of a command that Ctrl-C has ended, as the shell gives
 
 

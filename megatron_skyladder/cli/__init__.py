@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_skyladder import __version__
 from megatron_skyladder.cli import completion
-from megatron_skyladder.errors import STOPPED
+from megatron_skyladder.errors import STOPPED, TRACEBACK_VARIABLE
 
 # Listed by name and imported on use: --help must not wait for numpy, let alone for Megatron.
 COMMANDS = {
@@ -137,7 +137,9 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _report(error: Exception, command: str) -> int:
-    """Print what the user can fix and return the exit code."""
+    """Print what the user can fix and return the exit code; SKYLADDER_TRACEBACK shows where."""
+    if os.environ.get(TRACEBACK_VARIABLE):
+        raise error
     what = str(error)
     if isinstance(error, OSError) and error.filename:
         what = f"{error.filename}: {error.strerror}"

@@ -113,9 +113,9 @@ class Bench:
         self.backends = [name for name in backends or BACKENDS if self._usable(name, backends)]
 
     @property
-    def stock(self) -> str:
-        """The backend whose full window stands for stock Megatron: TE's where it is there."""
-        return "te" if "te" in self.backends else self.backends[-1]
+    def stock(self) -> str | None:
+        """The backend whose full window is stock Megatron's own call; None: it is not installed."""
+        return "te" if "te" in self.backends else None
 
     def _usable(self, name: str, named: list[str] | None) -> bool:
         if self.toy and named is None:

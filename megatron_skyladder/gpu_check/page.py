@@ -71,9 +71,11 @@ def _picture(rows: list[dict[str, Any]], length: int) -> str:
     reference = own[-1]
     flops = [reference["ms"] * row["percent_of_pairs"] / 100 for row in own]
     axes.plot(windows, flops, color="#999999", linestyle="--", label="by FLOPs")
-    axes.axhline(reference["stock_ms"], color="#000000", linewidth=0.8, label="stock, full window")
+    stock = reference.get("stock_ms")
+    if stock:
+        axes.axhline(stock, color="#000000", linewidth=0.8, label="stock, full window")
     axes.set_xscale("log", base=2)
-    axes.set_ylim(0, 1.2 * max(reference["stock_ms"], *(row["ms"] for row in here)))
+    axes.set_ylim(0, 1.2 * max(stock or 0, *(row["ms"] for row in here)))
     axes.legend(frameon=False, fontsize=8)
     label(axes, f"Attention of a layer, {length:,} tokens", "window, tokens", "ms, both passes")
     buffer = io.BytesIO()

@@ -24,6 +24,8 @@ from megatron_skyladder.ladder.measured import Measured
 
 FILE = "check.json"
 TOY_TABLE = "attention.json"
+_SAY_WHAT_IS_WRONG = ("numerics", "exchange")  # each failure begins with the kernel
+_DECIDE = (*_SAY_WHAT_IS_WRONG, "timings")
 
 
 @dataclass(frozen=True)
@@ -148,20 +150,22 @@ def table(report: dict[str, Any], seq_length: int) -> Measured | None:
     """Return what `auto` is to read: mean times of kernels that compute the right thing.
 
     Args:
-        report: with the phases numerics and timings.
+        report: with the phases of `_DECIDE`; None where one of them was not run, or ended early.
         seq_length: of the calls that decide.
     """
     phases = report["phases"]
-    if not {"numerics", "timings"} <= set(phases) or "error" in phases["timings"]:
+    if any("error" in phases.get(name, {"error": "was not run"}) for name in _DECIDE):
         return None
-    wrong = {failure.split(",")[0] for failure in phases["numerics"]["failures"]}
+    wrong = {
+        failure.split(",")[0] for name in _SAY_WHAT_IS_WRONG for failure in phases[name]["failures"]
+    }
     means = costs.mean_times(phases["timings"]["figures"]["rows"], seq_length)
     right: dict[Call, dict[str, float]] = {
         call: {name: ms for name, ms in times.items() if name not in wrong}
         for call, times in means.items()
         if call is not Call.FULL  # stock's own call, whatever is faster
     }
-    if "error" in phases["numerics"] or not any(right.values()):
+    if not any(right.values()):
         return None
     return Measured(report["device"], report["date"], right)
 

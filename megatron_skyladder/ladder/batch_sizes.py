@@ -92,12 +92,17 @@ def batch_sizes(args: Any) -> BatchSizes:
 
     Args:
         args: a namespace with Megatron's ``global_batch_size``, ``seq_length`` and, where there is
-            one, ``step_batch_size_schedule``: ``THRESHOLD:SIZE ...``, thresholds in tokens.
+            one, ``step_batch_size_schedule``: ``THRESHOLD:SIZE ...``, thresholds in tokens. A
+            release that has no such flag, up to 0.17, makes the batches of ``rampup_batch_size``.
 
     Raises:
         UsageError: the batch size schedule cannot be read.
     """
     text = getattr(args, "step_batch_size_schedule", None)
+    ramp = getattr(args, "rampup_batch_size", None)
+    if ramp and not hasattr(args, "step_batch_size_schedule"):
+        first, increment, samples = map(int, ramp)
+        return BatchSizes(tuple(_ramped(first, increment, samples, args.global_batch_size)))
     if text is None:
         return BatchSizes(((0, args.global_batch_size),))
     try:
@@ -115,6 +120,21 @@ def batch_sizes(args: Any) -> BatchSizes:
             'start at 0, such as "0:768 250B:1536".'
         )
     return BatchSizes(tuple(stages))
+
+
+def _ramped(first: int, increment: int, samples: int, final: int) -> Iterator[tuple[int, int]]:
+    """Yield the stages of ``--rampup-batch-size FIRST INCREMENT SAMPLES``.
+
+    The batch is ``first + increment * int(consumed / samples_per_increment)``, in Megatron's float
+    arithmetic; samples_per_increment = samples / number of increments.
+    """
+    count = (final - first) // increment
+    yield 0, first
+    for number in range(1, count + 1):
+        start = number * samples // count
+        while int(start / (samples / count)) < number:
+            start += 1
+        yield start, first + number * increment
 
 
 def _number(text: str) -> int:

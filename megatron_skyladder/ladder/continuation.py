@@ -40,7 +40,7 @@ _SHARES = ("stages", "points")  # the fields of schedules that are given by shar
 _NOT_OF_THE_MASK = {  # flags that leave every window and document as it is
     *("attention_backend", "eval_lengths", "init", "attention_stats_interval", "no_probe"),
     *("allow_unfinished", "allow_schedule_change", "end_ladder", "fingerprint"),
-    "require_documents",
+    *("require_documents", "context_parallel_layout"),
 }
 
 # Where a trainer keeps its configuration but no arguments (Megatron Bridge), two of its environment

@@ -237,8 +237,10 @@ RULES = (
     FlagRule(
         "--rampup-batch-size",
         Effect.NOTED,
-        "is ignored by Megatron 0.18 and later: the batch does not grow",
-        'Use --step-batch-size-schedule "0:SAMPLES TOKENS:SAMPLES ...", without '
+        "is ignored by Megatron 0.18 and later, whose batch does not grow, and by skyladder plan; "
+        "earlier ones let it grow, and the window follows the samples: a step of its schedule is "
+        "--global-batch-size of them",
+        'From 0.18 on use --step-batch-size-schedule "0:SAMPLES TOKENS:SAMPLES ...", without '
         "--global-batch-size.",
     ),
     FlagRule(

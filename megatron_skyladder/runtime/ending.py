@@ -9,10 +9,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_skyladder.errors import UsageError
+from megatron_skyladder.errors import TRACEBACK_VARIABLE, UsageError
 from megatron_skyladder.runtime import console
 
-TRACEBACK_VARIABLE = "SKYLADDER_TRACEBACK"  # set: refusals keep their traceback too
 REFUSED = 2  # exit code, as that of argparse
 GRACE_SECONDS = 10.0  # in which a launcher ends the other ranks when one has failed
 NODE_SECONDS = 10.0  # more, in which that of a node ends the others there

@@ -45,6 +45,18 @@ def test_an_older_wheel_trains_to_the_same_losses(data, request, version):
     compared.note(version, "entry point", what, compared.largest(figures(log), expected))
 
 
+def test_the_window_follows_the_samples_where_batches_ramp(data):
+    """Releases up to 0.17: batches of 2 that grow by 2 each 16 / 3 samples, to 8."""
+    wheel = require(VARIABLE, "0.17.1", "make test-releases makes it")
+    ramp = "--rampup-batch-size 2 2 16 --skyladder-start-window 8 --skyladder-alpha 14"
+    log, text = launch(data, *ramp.split(), megatron=wheel, train_samples=44)
+    assert "earlier ones let it grow, and the window follows the samples" in text
+    consumed = [entry.consumed_samples for entry in log.iterations]
+    assert consumed == [2, 4, 6, 10, 14, 20, 28, 36, 44]
+    # 8 + 14 * whole steps of 8 samples before the batch, and 64 at most
+    assert [entry.window for entry in log.iterations] == [8, 8, 8, 8, 22, 22, 36, 50, 64]
+
+
 @pytest.mark.parametrize("version", OLDER)
 def test_all_flags_are_printed(version):
     wheel = require(VARIABLE, version, "make test-releases makes it")

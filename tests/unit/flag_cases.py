@@ -171,7 +171,7 @@ CASES = {
     ),
     "--rampup-batch-size": Case(
         "--rampup-batch-size 1 1 100",
-        'Use --step-batch-size-schedule "0:SAMPLES TOKENS:SAMPLES',
+        'use --step-batch-size-schedule "0:SAMPLES TOKENS:SAMPLES',
         stops=False,
     ),
     "--logits-load-dir": Case(

@@ -60,6 +60,39 @@ def test_samples_equal_a_walk_through_the_run(steps, first, num_batches):
     assert BatchSizes(tuple(stages)).samples_in(num_batches) == consumed
 
 
+def ramped(first, increment, samples, final):
+    """As the arguments of a release up to 0.17 have it, which have no other schedule."""
+    words = [str(first), str(increment), str(samples)]
+    return batch_sizes(Namespace(rampup_batch_size=words, global_batch_size=final))
+
+
+def test_a_ramp_of_a_release_up_to_0_17():
+    # three increments of 16 / 3 = 5.33 samples: 4 a batch from 6 on, 6 from 11, 8 from 16
+    assert ramped(2, 2, 16, 8).stages == ((0, 2), (6, 4), (11, 6), (16, 8))
+    assert ramped(8, 2, 16, 8).stages == ((0, 8),)
+    later = Namespace(
+        rampup_batch_size=["2", "2", "16"], global_batch_size=8, step_batch_size_schedule=None
+    )
+    assert batch_sizes(later).stages == ((0, 8),)  # it is ignored
+
+
+@given(
+    first=st.integers(1, 9),
+    increment=st.integers(1, 9),
+    count=st.integers(1, 9),
+    samples=st.integers(1, 300),
+)
+def test_a_ramp_equals_a_walk_through_it(first, increment, count, samples):
+    final = first + count * increment
+    sizes = ramped(first, increment, samples, final)
+    consumed = 0
+    for number in range(1, 100):
+        # Megatron's RampupBatchsizeNumMicroBatchesCalculator.update, up to 0.17
+        grown = int(consumed / (samples / count))
+        consumed += final if consumed > samples else first + grown * increment
+        assert sizes.samples_in(number) == consumed
+
+
 def test_equals_megatron():
     calculator = pytest.importorskip("megatron.core.num_microbatches_calculator")
     stepwise = getattr(calculator, "StepBatchsizeNumMicroBatchesCalculator", None)

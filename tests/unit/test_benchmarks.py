@@ -39,10 +39,13 @@ def test_overhead_on_a_gpu_at_toy_size():
     """The same code as on a GPU; each run and each kernel beside stock."""
     out = run("overhead.py", "--device", "toy", "--seq-length", "128", "--rows", "20")
     assert "1. Megatron's trainer on CPU (toy)" in out
-    assert re.search(r"stock +[0-9.]+ ms/step\n", out)
-    assert re.search(r"window 8 +[0-9.]+ ms/step +[0-9.]+ x\n", out)
-    assert re.search(r"sdpa +full +128 +1 +[0-9.]+ +1.00 x +[0-9.]+ x +1.00 x\n", out)
-    assert "documents, window 8" in out and "FAILED" not in out
+    assert re.search(r"stock +[0-9.]+ ms/step +peak +[0-9]+ MiB\n", out)
+    assert re.search(r"window 8 +[0-9.]+ ms/step +[0-9.]+ x +peak +[0-9]+ MiB\n", out)
+    # nothing here makes stock's own call, and documents have no FLOPs model
+    assert re.search(r"sdpa +full +128 +1 +[0-9.]+ +1.00 x +- +1.00 x\n", out)
+    assert re.search(r"sdpa +documents, window 8 +128 +1 +[0-9.]+ +[0-9.]+ x +- +-\n", out)
+    assert re.search(r"4. Start-up: the probe took [0-9.]+ s, hooks [0-9.]+ s\n", out)
+    assert "FAILED" not in out
 
 
 @pytest.mark.parametrize("mask", ["local", "sliding"])

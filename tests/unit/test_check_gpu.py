@@ -209,8 +209,13 @@ def test_what_is_slow_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("window 8, 128 tokens" in text for text in found.failures)
     monkeypatch.setattr(costs, "_again", lambda *_: 1e-9)
     assert ["as if it planned" in text for text in costs.churn(bench).failures] == [True]
-    row = found.figures["rows"][1]
-    assert row["percent_of_full"] == pytest.approx(120) and row["stock_ms"] == 1.0
+    rows = found.figures["rows"]
+    assert rows[1]["percent_of_full"] == pytest.approx(120)
+    assert all("stock_ms" not in row for row in rows)  # nothing here makes stock's call
+    by_mask = {row["mask"]: row.get("percent_of_pairs") for row in rows}
+    # 16 windows of 8 tokens hold 36 pairs each, the whole sequence 128 * 129 / 2
+    assert by_mask["window 8"] == pytest.approx(100 * 16 * 36 / 8256)
+    assert by_mask["documents, window 8"] is None  # their pairs are fewer than the window's
 
 
 def test_a_phase_that_breaks_is_reported_and_tried_again(
@@ -312,7 +317,11 @@ def test_a_wrong_kernel_is_not_in_the_table() -> None:
     report: dict[str, Any] = {
         "device": "NVIDIA H100",
         "date": "2026-11-29",
-        "phases": {"timings": {"figures": {"rows": rows}}, "numerics": {"failures": []}},
+        "phases": {
+            "timings": {"figures": {"rows": rows}},
+            "numerics": {"failures": []},
+            "exchange": {"failures": []},
+        },
     }
     found = phases.table(report, 8)
     assert found is not None
@@ -323,7 +332,14 @@ def test_a_wrong_kernel_is_not_in_the_table() -> None:
     report["phases"]["numerics"]["failures"] = ["flash, window 8, heads 4/2 of 16: wrong"]
     found = phases.table(report, 8)
     assert found is not None and found.order(Call.WINDOWS) == ("fa4",)
-    del report["phases"]["numerics"]
+    report["phases"]["exchange"]["failures"] = ["fa4, documents, 2 ranks, layout by tokens: off"]
+    assert phases.table(report, 8) is None
+    report["phases"]["numerics"]["failures"] = []
+    found = phases.table(report, 8)
+    assert found is not None and found.order(Call.WINDOWS) == ("flash",)
+    report["phases"]["exchange"]["error"] = "RuntimeError: "
+    assert phases.table(report, 8) is None
+    del report["phases"]["exchange"]
     assert phases.table(report, 8) is None
 
 
@@ -362,17 +378,17 @@ def test_the_trainer_is_in_the_session_that_is_ended(
         return 0
 
     monkeypatch.setattr(training, "call", call)
-    assert training._train(bench, ["--seed", "1"], tmp_path / "a" / "log") == 0
-    trainer, environment, log, _ = given
+    assert training._train(bench, ["--seed", "1"], tmp_path / "a" / "log", 5) == 0
+    trainer, environment, log, seconds = given
     assert trainer == [sys.executable, "-m", "megatron_skyladder.pretrain_gpt", "--seed", "1"]
     assert (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
-    assert log.parent.is_dir()
+    assert log.parent.is_dir() and seconds == 5
 
 
 def test_training_that_fails_is_reported(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train(bench: Bench, words: list[str], log: Path) -> int:
+    def train(bench: Bench, words: list[str], log: Path, seconds: float) -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
         slow = "--skyladder-final-window" in words
         line = f" elapsed time per iteration (ms): {150 if slow else 100}.0 | lm loss: 1.0E+00\n"
@@ -384,3 +400,9 @@ def test_training_that_fails_is_reported(
     assert any("window 8: training ended with 1" in text for text in found.failures)
     assert any("window 64: no word of the mask probe" in text for text in found.failures)
     assert found.figures["window 64"]["times stock"] == pytest.approx(1.5)
+    monkeypatch.setattr(training, "_LIMIT_SECONDS", 0)
+    found = training.megatron(bench, tmp_path)
+    assert [text.partition(":")[0] for text in found.failures] == [
+        *("stock", "window 8", "window 64", "documents")
+    ]
+    assert "documents: not trained, as the 0 minutes of a phase are over" in found.failures

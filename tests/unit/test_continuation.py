@@ -103,6 +103,14 @@ def test_the_flags_that_keep_the_windows(
         assert config.window_at_samples(at) == was.window_at_samples(at)
 
 
+def test_which_rank_holds_which_token_may_change() -> None:
+    zigzag = f"{START} --skyladder-context-parallel-layout zigzag"
+    for saved, other in ((START, zigzag), (zigzag, START)):
+        options = run(f"{other} --skyladder-schedule sinusoidal", train_iters=12)
+        changed = flags_that_keep(checkpoint(saved, 8), options)
+        assert changed is not None and "context_parallel_layout" not in changed
+
+
 @given(
     st.sampled_from(["linear", "sinusoidal", "exponential", "stepwise", "cyclic", "reversed"]),
     st.fractions(min_value=0, max_value=1, max_denominator=1000).filter(bool),

@@ -157,3 +157,15 @@ def test_ctrl_c_ends_a_command_without_a_traceback(
     monkeypatch.setattr("megatron_skyladder.cli.plan.run", interrupted)
     assert main(["plan", "--preset", "1b-8k"]) == 130
     assert capsys.readouterr().err == "\nskyladder plan: stopped\n"
+
+
+def test_where_an_error_comes_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["inspect", str(tmp_path / "none")]
+    monkeypatch.delenv("SKYLADDER_TRACEBACK", raising=False)
+    assert main(words) == 1
+    assert capsys.readouterr().err.startswith("skyladder inspect: ")
+    monkeypatch.setenv("SKYLADDER_TRACEBACK", "1")
+    with pytest.raises((OSError, ValueError)):
+        main(words)
