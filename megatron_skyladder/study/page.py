@@ -55,10 +55,11 @@ first. Differences are between runs of the same seed, which start from the same 
 same text in the same order."""
 
 TIMED = """\
-Time is that of training alone, on one core of machine {machine}: each step counts the median of
-steps with such a window and mask in the timing runs ({names}). The arms ran beside other work, so
+Time is that of training alone, on one core of machine {machine}: each step counts what steps with
+such a window and mask took in the timing runs ({names}), their median, linear between windows that
+were timed and below the shortest as that one. The arms ran beside other work, so
 what they took themselves, in the table of runs, says less about their windows. There is one timing
-run for each mask: a saving is good to a few percent, and of this processor."""
+run for each mask: a saving is good to a few percent, less is none, and it is of this processor."""
 
 UNTIMED = """\
 Time is the CPU time of the training process, validation and checkpoints left out. The runs shared
@@ -93,8 +94,11 @@ REPEATED = """\
 RERUN = """\
 ## Rerun it
 
+In a checkout of the repository, where the packages above can be had in these versions (`apt-get
+download` gets Debian's from a machine's own sources):
+
 ```
-pip install 'megatron-skyladder[training,data,plot]' safetensors
+pip install '.[training,data,plot]' safetensors
 skyladder study --run       # nice 19, one core for each run; Ctrl-C saves, the same command goes on
 skyladder study --status    # how far, and how many core hours are left
 skyladder study --write     # this page, from the records
@@ -243,7 +247,10 @@ def _machines(given: Given) -> str:
         return ""
     text = "\n" + wrapped("; ".join(f"{letter}: {name}" for name, letter in letters.items()) + ".")
     if len(letters) > 1:
-        text += wrapped("Machines round differently, as another seed does.")
+        text += wrapped(
+            "Machines round differently, and small differences grow in training: a pair on two "
+            "machines differs by more than its arms."
+        )
     for record, first in results.repeated(given.found):
         here, there = (letters[machine_of(it)] for it in (record, first))
         where = f"on {here}" if here == there else f"on {here} in place of {there}"

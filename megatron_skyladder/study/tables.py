@@ -160,8 +160,12 @@ def _at_equal_time(given: Given, arm: Arm, length: int) -> str:
     found = at_equal_time(given, arm, length)
     if found is None:
         return NONE
-    beyond = any(results.is_beyond(it, given.budgets(it.seed)) for it in arm.records)
-    return found.text(3, signed=True) + (BEYOND if beyond else "")
+    return found.text(3, signed=True) + (BEYOND if is_drawn_out(given, arm) else "")
+
+
+def is_drawn_out(given: Given, arm: Arm) -> bool:
+    """Return whether a run of an arm took less or more time than all runs of the reference."""
+    return any(results.is_beyond(it, given.budgets(it.seed)) for it in arm.records)
 
 
 def _at_length(length: int) -> Callable[[Record], float | None]:
@@ -209,9 +213,12 @@ def machines(given: Given) -> list[tuple[str, str]]:
 
 
 def machine_of(record: Record) -> str:
-    """Return a run's processor and versions."""
+    """Return a run's processor, with the instructions it has, and versions."""
     versions = [f"{name} {value}" for name, value in record.machine.items() if name != "processor"]
-    return ", ".join([record.machine.get("processor", "unknown processor"), *versions])
+    processor = record.machine.get("processor", "unknown processor")
+    if " with " not in processor:  # as early records have it
+        processor += " (instructions not recorded)"
+    return ", ".join([processor, *versions])
 
 
 def rates(given: Given) -> list[list[str]]:

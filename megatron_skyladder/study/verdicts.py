@@ -7,10 +7,18 @@ from collections.abc import Collection, Sequence
 from megatron_skyladder.study import results
 from megatron_skyladder.study.markdown import listed, wrapped
 from megatron_skyladder.study.results import Arm, Figure, Scatter
-from megatron_skyladder.study.tables import Given, at_equal_time, best_rate
+from megatron_skyladder.study.tables import (
+    Given,
+    at_equal_time,
+    best_rate,
+    is_drawn_out,
+    machine_of,
+)
 
 # nats: what ladders gain at 8,192 tokens in the paper's models of 120M parameters (PAPER.md)
 PAPER_GAINS = (0.02, 0.04)
+
+A_FEW_PERCENT = 0.03  # of the time: timing runs tell no smaller saving
 
 UNKNOWN = "No arm has several seeds yet, so nothing says which differences are noise."
 
@@ -140,7 +148,8 @@ def _verdict(given: Given, arm: Arm, other: Arm, scatter: Scatter | None) -> str
     at = "at equal tokens"
     if tokens != other.records[0].tokens:
         at = f"after {tokens / 1e6:.1f} million tokens"
-    words = f"`{arm.name}` against `{other.name}`, {_seeds(len(loss.values))}: "
+    words = f"`{arm.name}` against `{other.name}`, {_seeds(len(loss.values))}"
+    words += f"{_across_machines(arm, other)}: "
     words += f"{loss.text(3, signed=True)} nats {at}"
     if not given.is_reference(arm):
         words += _word(loss, scatter)
@@ -152,13 +161,28 @@ def _verdict(given: Given, arm: Arm, other: Arm, scatter: Scatter | None) -> str
         alike = at_equal_time(given, arm)
     if alike is not None:
         fewer = "" if len(alike.values) == len(loss.values) else f", {_seeds(len(alike.values))}"
+        fewer += ", drawn out" if is_drawn_out(given, arm) else ""
         words += f"; {alike.text(3, signed=True)} at equal time{fewer}{_word(alike, scatter)}"
     return words + "."
 
 
 def _share(saved: Figure) -> str:
-    percent = f"{abs(100 * saved.mean):.0f}"
-    return "as much" if percent == "0" else f"{percent} % {'less' if saved.mean > 0 else 'more'}"
+    """Return a saving in words; below what one timing run can tell, there is none."""
+    if abs(saved.mean) < A_FEW_PERCENT:
+        return "about as much"
+    return f"{abs(100 * saved.mean):.0f} % {'less' if saved.mean > 0 else 'more'}"
+
+
+def _across_machines(arm: Arm, other: Arm) -> str:
+    """Return how many pairs ran on two machines, which round differently; nothing where none."""
+    there = {record.seed: machine_of(record) for record in other.records}
+    own = {record.seed: machine_of(record) for record in arm.records if record.seed in there}
+    apart = sum(machine != there[seed] for seed, machine in own.items())
+    if not apart:
+        return ""
+    if apart == len(own):
+        return ", on two machines" if apart == 1 else ", each on two machines"
+    return f", {'one' if apart == 1 else apart} on two machines"
 
 
 def _seeds(count: int) -> str:

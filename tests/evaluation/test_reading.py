@@ -152,7 +152,7 @@ def found_names(found: list[Any]) -> list[str]:
 
 def test_the_papers_means_are_means() -> None:
     """Table 2's averages are those of its columns, to its rounding."""
-    for figures in PAPER.values():
+    for figures in (PAPER["1b-8k-cc"], PAPER["1b-8k-cc-intradoc"]):
         for place in (0, 1):
             mean = sum(figures[name][place] for name in READING) / len(READING)
             assert figures["reading"][place] == pytest.approx(mean, abs=0.1)

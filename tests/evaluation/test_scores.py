@@ -287,11 +287,31 @@ def test_the_same_needles_under_another_tokenizer_are_not_compared() -> None:
     assert table.asked_differently([[one], [one]]) == []
 
 
-def test_the_papers_averages_are_the_means_of_its_tasks() -> None:
-    figures = PAPER["1b-8k-cc-intradoc"]
+@pytest.mark.parametrize("run", ["1b-8k-cc", "1b-8k-cc-intradoc"])
+def test_the_papers_averages_are_the_means_of_its_tasks(run: str) -> None:
+    figures = PAPER[run]
     for model in (0, 1):
         mean = sum(figures[name][model] for name in STANDARD) / len(STANDARD)
         assert figures["standard"][model] == round(mean, 1)
+        long = (figures["mdqa"][model] + figures["ruler"][model]) / 2
+        assert figures["long"][model] == pytest.approx(long, abs=0.051)  # of rounded figures
+
+
+def test_the_mean_of_long_contexts_is_that_of_mdqa_and_rulers_mean() -> None:
+    found = [
+        result("a", name, [score], [0.0], length=length)
+        for length in (4096, 8192)
+        for name, score in (
+            *(("niah_multikey_2", 0.0), ("niah_multikey_3", 0.0), ("niah_multivalue", 0.6)),
+            ("mdqa", 1.0),
+        )
+        if (name, length) != ("niah_multivalue", 4096)  # of two tasks there is none
+    ]
+    rows = [row for row in table.rows([found], "1b-32k") if row.name == "long"]
+    # (100 + (0 + 0 + 60) / 3) / 2
+    (row,) = rows
+    assert row.scores == (pytest.approx(60.0),) and row.paper == (9.7, 13.5)
+    assert row.title == "long 8,192, mean of MDQA and RULER"
 
 
 def test_results_are_kept(tmp_path: Path) -> None:

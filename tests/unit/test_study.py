@@ -745,7 +745,8 @@ def test_arms_on_the_page_against_what_they_vary(tmp_path: Path) -> None:
     assert "scatters by 0.01 nats (2 degrees of freedom): below 0.02 with one seed and" in words
     assert "`twin` against `ladder`, 2 seeds: +0.100 nats at equal tokens, worse;" in words
     assert "`other` against `ladder`, 2 seeds: -0.495 (-0.500, -0.490) nats at equal to" in words
-    assert "-0.490) nats at equal tokens, better; 41 % less time" in words
+    # 180 s: before the first of the budgets, 200 s
+    assert "better; 41 % less time; -0.980 at equal time, one seed, drawn out, better." in words
     assert (
         "`other` against `twin`, 2 seeds: -0.595 (-0.600, -0.590) nats at equal tokens, b" in words
     )
@@ -765,6 +766,11 @@ def test_arms_on_the_page_against_what_they_vary(tmp_path: Path) -> None:
     shown = (tmp_path / "docs/experiments.md").read_text()
     assert "The arms ran on more than one machine, so that their times cannot" in shown
     assert "less time" not in shown and "| `other` | - | - | - | - |" in shown
+    words = " ".join(shown.split())
+    assert "`twin` against `ladder`, 2 seeds, one on two machines: +0.100" in words
+    assert "`other` against `twin`, 2 seeds, one on two machines: -0.595" in words
+    assert "`other` against `ladder`, 2 seeds: -0.495" in words
+    assert "B: new (instructions not recorded)" in words
 
 
 def test_records_of_the_page_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
