@@ -162,6 +162,7 @@ def _launch() -> None:
         flag_rules.check_entry_point(options)
         config = resume.config_of_run(options)
         if config is not None:
+            patch_calls.check_other_masks(config)
             hooks.install(config, options)
         else:
             _warn_of_unequal_parts(options)

@@ -40,7 +40,9 @@ try() {  # EXPECTED_EXIT_CODE|any WORDS...
   [ "$verdict" = ok ] || { failures=$((failures + 1)); tail -5 "$work/out"; }
 }
 
-for python in ${*:-$(found)}; do
+pythons=${*:-$(found)}
+[ -n "$pythons" ] || { echo "no Python from 3.10 to 3.13 found: nothing was checked" >&2; exit 1; }
+for python in $pythons; do
   "$python" --version
   rm -rf "$work/venv" && "$python" -m venv "$work/venv" || exit 1
   "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check . || exit 1

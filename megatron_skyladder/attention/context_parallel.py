@@ -22,7 +22,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megatron_skyladder.attention.segments import ParallelSegments, Segments
-from megatron_skyladder.ladder.key_exchange import KernelCall, RankPlan, Span
+from megatron_skyladder.ladder.key_exchange import KernelCall, RankPlan
+from megatron_skyladder.ladder.sequence_layout import Span
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments], torch.Tensor]
 

@@ -55,6 +55,7 @@ def apply(cfg: Any, **given: Any) -> Ladder:
     options = settings.options_of(cfg, flags)
     config = settings.config_of(options)
     refusals.check_stages(config)
+    refusals.check_layout(options)
     refusals.check(cfg, finished=False)
     for text in refusals.noted(cfg):
         logger.warning("%s", text, extra=SAME_ON_ALL_RANKS)

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_skyladder.attention import limits
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.config import SkyLadderConfig
+from megatron_skyladder.ladder.flags import name_of
 from megatron_skyladder.megatron_bridge.spelling import in_bridges_words
 from megatron_skyladder.megatron_lm import flag_rules
 
@@ -82,6 +83,24 @@ def check_stages(config: SkyLadderConfig) -> None:
         raise UsageError(
             "\n".join(lines) + "\nTrain through megatron_skyladder.pretrain_gpt, or let the stages "
             "set windows alone."
+        )
+
+
+def check_layout(options: Any) -> None:
+    """Refuse a layout that was asked for and cannot be had; without one it is zigzag, and logged.
+
+    Args:
+        options: of `settings.options_of`.
+
+    Raises:
+        UsageError: it is the balanced one, under context parallelism.
+    """
+    asked = getattr(options, name_of("context_parallel_layout"), None)
+    if asked == "balanced" and options.context_parallel_size > 1:
+        raise UsageError(
+            "skyladder.context_parallel_layout=balanced cannot be had in Megatron Bridge, whose "
+            "forward step does not reorder sequences: context parallelism keeps Megatron's zigzag. "
+            "Leave it out, or train through megatron_skyladder.pretrain_gpt."
         )
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_skyladder.errors import UsageError
+from megatron_skyladder.attention.limits import Effect, Finding, FlagRule
 from megatron_skyladder.megatron_lm import flag_rules, releases
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,10 @@ TABLE = Path(__file__).with_name("flag_names.txt")
 _SECONDS = 120  # importing torch and Megatron from a slow file system
 _CLOSE = 0.75  # of difflib's ratio: --hiden-size is 0.97 of --hidden-size
 _OURS = "--skyladder-"
+_OTHER_MASK = (
+    "it seems to be this Megatron's own mask of documents, and --skyladder-intra-document is "
+    "SkyLadder's: only one of them would be applied"
+)
 _MASKS_DOCUMENTS = re.compile(  # --intra-doc-masking, --document-attention-mask, ...; no loss masks
     r"^(?!.*loss)(?=.*doc)(?=.*(mask|attn|attention|intra|inter|isolat)).*$"
 )
@@ -109,26 +113,24 @@ def unknown(flags: Iterable[str], ours: Iterable[str] = (), *, here: bool = Fals
     ]
 
 
-def check_other_masks(words: Iterable[str]) -> None:
-    """Refuse a fork's own mask of documents beside ours: only one of them can be applied.
+def other_masks(words: Iterable[str]) -> list[Finding]:
+    """Return a fork's own masks of documents: beside ours only one of them can be applied.
 
-    It is known by its name alone, so what a fork's other flags do stays its own affair.
+    They are known by their names alone, so what a fork's other flags do stays its own affair.
 
     Args:
         words: of the command line of a run that masks documents.
 
-    Raises:
-        UsageError: a flag that no release of Megatron has speaks of a mask between documents.
+    Returns:
+        Of each flag that no release of Megatron has and that speaks of a mask between documents.
     """
     given = [word.partition("=")[0] for word in words if word.startswith("--")]
     own = [flag for flag in given if flag not in names_by_release() and not flag.startswith(_OURS)]
     masks = [flag for flag in dict.fromkeys(own) if _MASKS_DOCUMENTS.search(flag)]
-    if masks:
-        raise UsageError(
-            f"{' and '.join(masks)} seems to be this Megatron's own mask of documents, and "
-            "--skyladder-intra-document is SkyLadder's: only one of them would be applied. Give "
-            "one of them."
-        )
+    return [
+        Finding(FlagRule(flag, Effect.REFUSED, _OTHER_MASK, "Give one of them."), True, _OTHER_MASK)
+        for flag in masks
+    ]
 
 
 def _may_have_others(found: releases.Megatron | None) -> bool:

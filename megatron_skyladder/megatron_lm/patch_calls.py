@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder import flags
+from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.runtime.console import log_to_console
 
 
@@ -33,7 +34,7 @@ def switch_on() -> None:
 
     The guards of a resume are installed without a flag too.
     """
-    from megatron_skyladder.megatron_lm import compat, flag_names, flag_rules, hooks, resume
+    from megatron_skyladder.megatron_lm import compat, flag_rules, hooks, resume
 
     options = compat.args()
     flag_rules.check_arrival(options, sys.argv[1:])
@@ -44,9 +45,21 @@ def switch_on() -> None:
     if configuration is None:
         hooks.install_guards()
     else:
-        if configuration.intra_document:
-            flag_names.check_other_masks(sys.argv[1:])
+        check_other_masks(configuration)
         hooks.install(configuration, options)
+
+
+def check_other_masks(config: SkyLadderConfig) -> None:
+    """Refuse a fork's own mask of documents beside ours, by the command line's flags.
+
+    Raises:
+        UsageError: the message names both.
+    """
+    if config.intra_document:
+        from megatron_skyladder.attention import limits
+        from megatron_skyladder.megatron_lm import flag_names
+
+        limits.refuse(flag_names.other_masks(sys.argv[1:]))
 
 
 def dataset_is_built_on_rank() -> bool | None:

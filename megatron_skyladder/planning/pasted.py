@@ -18,6 +18,8 @@ from megatron_skyladder.planning import launch as launches
 from megatron_skyladder.planning.launch import Launch
 from megatron_skyladder.planning.shell import Word
 
+_INTRA_DOCUMENT = "--skyladder-intra-document"
+
 
 @dataclass
 class Pasted:
@@ -47,7 +49,10 @@ class Pasted:
         """The rules that the launch meets; Megatron's defaults count for a launch only."""
         values = flag_rules.given_values(self.launch.words)
         found = flag_rules.findings(values)
-        return [each for each in found if each.rule.name in values or self.is_launch]
+        of_rules = [each for each in found if each.rule.name in values or self.is_launch]
+        words = self.launch.words
+        masks_documents = any(word.startswith(_INTRA_DOCUMENT) for word in words)
+        return [*of_rules, *(flag_names.other_masks(words) if masks_documents else ())]
 
 
 @dataclass

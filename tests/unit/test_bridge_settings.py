@@ -11,7 +11,14 @@ import pytest
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.continuation import Checkpoint
 from megatron_skyladder.ladder.flags import add_arguments, batch_schedule, config_from_args
-from megatron_skyladder.megatron_bridge import command_line, overrides, releases, settings, spelling
+from megatron_skyladder.megatron_bridge import (
+    command_line,
+    overrides,
+    refusals,
+    releases,
+    settings,
+    spelling,
+)
 from megatron_skyladder.megatron_lm.releases import ALLOW_VARIABLE, MegatronMismatchError
 
 RUN = SimpleNamespace(
@@ -85,6 +92,21 @@ def test_wrong_settings_are_refused_in_bridges_words(given: dict[str, Any], mess
     with pytest.raises(UsageError, match=message) as refused:
         settings.config_of(options(**given))
     assert "--" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "refused"),
+    [("balanced", 2, True), ("balanced", 1, False), ("zigzag", 2, False), (None, 2, False)],
+)
+def test_a_layout_that_bridge_does_not_have_is_refused(
+    layout: str | None, ranks: int, refused: bool
+) -> None:
+    asked = options(context_parallel_layout=layout)
+    asked.context_parallel_size = ranks
+    if not refused:
+        return refusals.check_layout(asked)
+    with pytest.raises(UsageError, match=r"skyladder.context_parallel_layout=balanced cannot"):
+        refusals.check_layout(asked)
 
 
 def test_what_a_checkpoint_keeps_is_plain_and_comes_back() -> None:

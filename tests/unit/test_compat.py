@@ -241,6 +241,28 @@ def test_without_flags_the_inserted_calls_leave_all_as_it_is(monkeypatch):
 
 
 @requires_megatron
+@pytest.mark.parametrize("documents", [True, False])
+def test_a_forks_own_mask_of_documents_is_refused_beside_ours(monkeypatch, documents):
+    import argparse
+
+    from megatron_skyladder.megatron_lm import compat, hooks, patch_calls
+
+    words = ["--skyladder-start-window", "8", *["--skyladder-intra-document"] * documents]
+    options = patch_calls.add_arguments(argparse.ArgumentParser()).parse_args(words)
+    vars(options).update(seq_length=64, global_batch_size=8, train_iters=100, load=None)
+    monkeypatch.setattr(compat, "args", lambda: options)
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *words, "--intra-doc-masking"])
+    installed = []
+    monkeypatch.setattr(hooks, "install", lambda *given: installed.append(given))
+    if documents:
+        with pytest.raises(ValueError, match=r"--intra-doc-masking cannot be combined .* own mask"):
+            patch_calls.switch_on()
+    else:
+        patch_calls.switch_on()
+    assert len(installed) == (not documents)
+
+
+@requires_megatron
 @pytest.mark.parametrize("stage_reads", [True, False])
 def test_flags_that_nothing_switched_on_are_refused(monkeypatch, stage_reads):
     """A merge took the line out of pretrain and left those that read flags and call these."""

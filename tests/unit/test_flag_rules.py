@@ -239,11 +239,10 @@ def test_flags_that_do_not_arrive_are_refused() -> None:
 )
 def test_a_forks_own_mask_of_documents_is_refused_beside_ours(flag: str) -> None:
     words = ["--skyladder-intra-document", "--lr", "1", flag]
-    with pytest.raises(UsageError) as refused:
-        flag_names.check_other_masks(words)
-    said = str(refused.value)
-    assert said.startswith(f"{flag.partition('=')[0]} seems to be this Megatron's own mask")
-    assert "--skyladder-intra-document is SkyLadder's" in said
+    (found,) = flag_names.other_masks(words)
+    said = str(found)
+    assert found.rule.effect.stops and said.startswith(f"{flag.partition('=')[0]} cannot be")
+    assert "this Megatron's own mask of documents, and --skyladder-intra-document is Sky" in said
 
 
 def test_other_flags_are_a_forks_own_affair() -> None:
@@ -251,7 +250,19 @@ def test_other_flags_are_a_forks_own_affair() -> None:
         "--skyladder-intra-document --reset-attention-mask --goldfish-loss --mask-doc-loss "
         "--doc-separator 1 --eod-mask-loss --trigger-path docs/attention"
     )
-    flag_names.check_other_masks(words.split())
+    assert flag_names.other_masks(words.split()) == []
+
+
+def test_commands_refuse_two_masks_of_documents(capsys: pytest.CaptureFixture[str]) -> None:
+    launch = shlex.split(
+        "torchrun pretrain_gpt.py --num-layers 2 --hidden-size 64 --num-attention-heads 2 "
+        "--seq-length 64 --global-batch-size 8 --train-iters 10 --vocab-size 100 "
+        "--attention-dropout 0 --intra-doc-masking"
+    )
+    assert main(["plan", *launch]) == 0
+    assert "--intra-doc-masking cannot stay" not in capsys.readouterr().out
+    main(["plan", *launch, "--skyladder-intra-document"])
+    assert "Change: --intra-doc-masking cannot stay: it seems to be" in capsys.readouterr().out
 
 
 # --- names --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_skyladder.cli import main
 from megatron_skyladder.planning.launch import Launch, from_script, from_words
+from megatron_skyladder.testing import requires_megatron
 
 LAUNCHES = Path(__file__).parents[1] / "data" / "launches"
 DENSE, MOE = LAUNCHES / "train_llama_8b.sh", LAUNCHES / "train_moe.sh"
@@ -401,9 +402,21 @@ def test_doctor_takes_a_launch_without_torchrun(
     report = json.loads(capsys.readouterr().out)
     assert report["run"]["schedule"].startswith("linear 8 -> 2048")
     assert report["run"]["flags"].startswith("--num-layers 2")
-    main(["doctor", "--from-script", str(DENSE)])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[1:3]] == ["Runs", "Next"]
+
+
+@requires_megatron
+@pytest.mark.parametrize("script", [DENSE, MOE], ids=["dense", "experts"])
+def test_doctor_takes_a_script(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SKYLADDER_DEVICE", "cpu")
+    assert main(["doctor", "--from-script", str(script)]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        "Fits: add these flags: --skyladder-start-window 32 --skyladder-expand-fraction 0.64; "
+        "start -m megatron_skyladder.pretrain_gpt in place of pretrain_gpt.py"
+    )
+    assert [line.split(":")[0] for line in lines[:2]] == ["Runs", "Next"]
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
