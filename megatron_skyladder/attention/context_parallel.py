@@ -89,6 +89,14 @@ def take(
 
     Copies slices, and adds them up in a fixed order in the backward pass, so that gradients are the
     same in every run; an index would have been added up by atomics.
+
+    Args:
+        spans: (start, stop) of tokens, those of ``second`` behind all of ``first``.
+        first: [tokens, ...].
+        second: [more tokens, ...]; None: there are none.
+
+    Returns:
+        [tokens of the spans, ...]; ``first`` itself where they are all of it.
     """
     if second is None and spans == ((0, first.shape[0]),):
         return first

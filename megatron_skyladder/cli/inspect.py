@@ -48,7 +48,7 @@ def add_parser(subparsers: Any, help_text: str) -> argparse.ArgumentParser:
         type=int,
         default=8192,
         metavar="TOKENS",
-        help="row length for the share of sequences with several documents. Default: 8192.",
+        help="of a sequence: how many hold several documents? Default: 8192.",
     )
     parser.add_argument(
         "--eod-id",

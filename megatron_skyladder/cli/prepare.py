@@ -43,7 +43,7 @@ FROM_PACKED = """\
 read these packed .bin files (LITPKDS) of the SkyLadder or TinyLlama code instead of text: a folder,
 files or patterns of one data set. The token stream stays what it is, and a document ends after an
 EOS, also where one file cuts it and the next goes on. Megatron shuffles documents and packs them
-into rows of --seq-length anew, so the rows are not the reference's, but any --seq-length can be
+into sequences of --seq-length anew, so these are not the reference's, but any --seq-length can be
 used. What a process left unfinished at its end stays, without an EOS; padding there goes.
 """
 

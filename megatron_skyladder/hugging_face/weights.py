@@ -140,7 +140,17 @@ def split_qkv(
 def join_qkv(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, model: Architecture
 ) -> torch.Tensor:
-    """Return Megatron's interleaved weight or bias; the inverse of `split_qkv`."""
+    """Return Megatron's interleaved weight or bias; the inverse of `split_qkv`.
+
+    Args:
+        query: [heads * head size, ...].
+        key: [groups * head size, ...].
+        value: the same.
+        model: heads, groups and head size.
+
+    Returns:
+        [(heads + 2 * groups) * head size, ...], group by group: its queries, its key, its value.
+    """
     per_group = model.num_heads // model.num_groups
     rest = query.shape[1:]
     parts = [

@@ -234,7 +234,13 @@ def weights_and_prefixes(data_path: Sequence[str], flag: str) -> tuple[list[floa
 
 
 def pack(lengths: np.ndarray, seq_length: int, num_rows: int) -> PackedRows:
-    """Lay documents out in sequences, in the given order, over again where they are too few."""
+    """Lay documents out in sequences, in the given order, over again where they are too few.
+
+    Args:
+        lengths: tokens of each document, integers [documents]; one above 0 at least.
+        seq_length: tokens of a sequence.
+        num_rows: sequences.
+    """
     lengths = lengths[lengths > 0]
     needed = seq_length * num_rows
     repeats = -(-needed // int(lengths.sum()))

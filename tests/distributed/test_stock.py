@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,21 @@ def test_what_only_megatrons_script_acts_on_is_refused(trainer: Trainer, flags: 
     flag = flags.split()[0]
     assert f"{flag} has no effect in megatron_skyladder.pretrain_gpt: only Megatron's" in run.log()
     assert "Run that script of a checkout" in run.log()
+
+
+@pytest.mark.parametrize("layout", ["", "--pipeline-model-parallel-size 2"], ids=["one", "pp2"])
+def test_without_our_flags_it_is_the_run_that_another_script_starts(
+    trainer: Trainer, layout: str
+) -> None:
+    """Bit by bit: a script that knows nothing of SkyLadder, and Megatron as it is installed."""
+    flags = f"--train-samples 32 --micro-batch-size 2 --eval-iters 1 --split 50,50,0 {layout}"
+    options: dict[str, Any] = {"gradients": True, "num_processes": 2 if layout else 1}
+    ours = trainer.train(flags, **options)
+    own = trainer.train(flags, script=str(Path(__file__).with_name("plain_script.py")), **options)
+    for name in ("loss", "grad_norm"):
+        assert own.steps(name) == ours.steps(name) and len(own.steps(name)) == 4
+    assert own.gradients.keys() == ours.gradients.keys()
+    assert all(bool((own.gradients[name] == ours.gradients[name]).all()) for name in own.gradients)
 
 
 def test_megatrons_own_document_mask(trainer: Trainer) -> None:

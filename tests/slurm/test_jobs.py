@@ -115,7 +115,7 @@ def test_a_crash_loop_ends_with_the_reason_on_top(cluster: Cluster, jobs: Jobs) 
     assert cluster.show(job)["Restarts"] == "1"
     assert "Disk quota exceeded" in log_of(run, job)
 
-    # mended and submitted again, it has all its tries again
+    # repaired and submitted again, it has all its tries again
     (folder / "crash").unlink()
     (job,) = jobs.command(str(jobs.folder / "crash.ini"), "--submit").stdout.split()[1:2]
     has_saved(run, 10)

@@ -1,4 +1,4 @@
-"""What a resume is told where the schedule's text is the checkpoint's, and the masks are not.
+"""What a resume says where the schedule's text is the checkpoint's, and the masks are not.
 
 tests/distributed/test_resume.py has runs, and the changes of the schedule itself.
 """

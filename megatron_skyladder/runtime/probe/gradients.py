@@ -132,11 +132,14 @@ def wrong_softmax(
 
     Args:
         sight: who may see whom.
-        query: as the attention gets it; only its shape and type are used.
-        key: the same.
-        value: the same.
+        query: [s, b, h, c], as the attention gets it; only its shape and type are used.
+        key: [s, b, g, c], the same.
+        value: [s, b, g, d], the same.
         scale: the attention's factor on the logits.
-        attend: (query, key, value) -> [s, b, h * c].
+        attend: (query, key, value) -> [s, b, h * d].
+
+    Returns:
+        What deviates by more than rounding, as a share of its norm; nothing where all is right.
     """
     num_heads, num_groups = query.shape[2], key.shape[2]
     per_group = num_heads // num_groups
