@@ -95,7 +95,7 @@ def test_a_study_from_beginning_to_end(tmp_path: Path) -> None:
     verdict = text[text.index("- `twin` against `ladder`, one seed") :].partition("\n\n")[0]
     # and on one clock no time either:
     assert " ".join(verdict.split()).endswith("+0.000 nats at equal tokens; about as much time.")
-    assert "mask in the timing runs (`time`)" in " ".join(text.split())
+    assert "mask took in the timing runs (`time`), their median" in " ".join(text.split())
     assert "`broken-seed1`: exit code 2 after step 0" in text and f"{output}/" not in text
     assert (study.records / "losses.png").stat().st_size > 10_000
 
