@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skyladder import __version__
+from megatron_skyladder.errors import TRACEBACK_VARIABLE
 from megatron_skyladder.ladder.config import DEFAULT_SCHEDULE
 from megatron_skyladder.ladder.flags import STEP_BATCHES, config_from_args, is_requested
 from megatron_skyladder.ladder.kernels import VANILLA
@@ -29,7 +30,6 @@ from megatron_skyladder.megatron_lm.releases import Megatron, MegatronMismatchEr
 from megatron_skyladder.planning import model_flags, stage_plan, verdict
 from megatron_skyladder.planning.launch import Launch
 from megatron_skyladder.planning.pasted import Pasted
-from megatron_skyladder.runtime.ending import TRACEBACK_VARIABLE
 from megatron_skyladder.runtime.same_settings import disagreements
 
 # Environment that decides how a run behaves, and so has to be the same on all ranks.

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_skyladder.errors import TRACEBACK_VARIABLE
 from megatron_skyladder.files import write_text
 from megatron_skyladder.slurm import masking
 
@@ -29,7 +30,7 @@ def main(words: list[str]) -> None:
     rank = int(os.environ["RANK"])
     attempt = Path(os.environ[ATTEMPT_VARIABLE])
     _log_to(attempt / f"rank.{rank:04}.log")
-    os.environ["SKYLADDER_TRACEBACK"] = "1"  # what is wrong must reach us as an exception
+    os.environ[TRACEBACK_VARIABLE] = "1"  # what is wrong must reach us as an exception
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `node` waits until training listens for it
     entry, sys.argv = words[0], words
     try:

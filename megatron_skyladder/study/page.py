@@ -249,7 +249,7 @@ def _machines(given: Given) -> str:
     if len(letters) > 1:
         text += wrapped(
             "Machines round differently, and small differences grow in training: a pair on two "
-            "machines differs by more than its arms."
+            "machines may differ by more than its arms."
         )
     for record, first in results.repeated(given.found):
         here, there = (letters[machine_of(it)] for it in (record, first))

@@ -253,6 +253,7 @@ def test_other_flags_are_a_forks_own_affair() -> None:
     assert flag_names.other_masks(words.split()) == []
 
 
+@requires_megatron
 def test_commands_refuse_two_masks_of_documents(capsys: pytest.CaptureFixture[str]) -> None:
     launch = shlex.split(
         "torchrun pretrain_gpt.py --num-layers 2 --hidden-size 64 --num-attention-heads 2 "
@@ -261,8 +262,9 @@ def test_commands_refuse_two_masks_of_documents(capsys: pytest.CaptureFixture[st
     )
     assert main(["plan", *launch]) == 0
     assert "--intra-doc-masking cannot stay" not in capsys.readouterr().out
-    main(["plan", *launch, "--skyladder-intra-document"])
-    assert "Change: --intra-doc-masking cannot stay: it seems to be" in capsys.readouterr().out
+    for command in ("plan", "doctor"):
+        main([command, *launch, "--skyladder-intra-document"])
+        assert "Change: --intra-doc-masking cannot stay: it seems to be" in capsys.readouterr().out
 
 
 # --- names --------------------------------------------------------------------------------------

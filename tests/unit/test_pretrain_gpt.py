@@ -15,7 +15,7 @@ from megatron_skyladder import pretrain_gpt
 from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.flags import config_from_args
 from megatron_skyladder.ladder.schedules import WindowSchedule
-from megatron_skyladder.megatron_lm import releases
+from megatron_skyladder.megatron_lm import patch_calls, releases
 from megatron_skyladder.runtime import ending
 from megatron_skyladder.testing import requires_megatron
 
@@ -163,3 +163,20 @@ def test_every_error_of_the_flags_is_a_refusal():
     for flags, _ in REFUSED:
         with pytest.raises(UsageError):
             config_from_args(parse(flags))
+
+
+@requires_megatron
+def test_a_forks_own_mask_of_documents_is_refused_beside_ours(monkeypatch):
+    from megatron_skyladder.megatron_lm import hooks
+    from megatron_skyladder.megatron_lm import launch as megatrons
+
+    words = ["--skyladder-start-window", "8", "--skyladder-intra-document"]
+    options = patch_calls.add_arguments(argparse.ArgumentParser()).parse_args(words)
+    vars(options).update(seq_length=64, global_batch_size=8, train_iters=100, load=None)
+    given = {}
+    monkeypatch.setattr(hooks, "install_guards", lambda: None)
+    monkeypatch.setattr(megatrons, "launch", lambda *_, **names: given.update(names))
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *words, "--intra-doc-masking"])
+    pretrain_gpt._launch()
+    with pytest.raises(UsageError, match="--intra-doc-masking cannot be combined"):
+        given["on_arguments"](options)

@@ -584,6 +584,10 @@ MOE = """
     [
         ("", ""),
         ("--qk-clip", "--qk-clip cannot be combined with SkyLadder"),
+        (
+            "--skyladder-intra-document --intra-doc-masking",
+            "--intra-doc-masking cannot be combined with SkyLadder",
+        ),
         ("--attention-dropout 0.1", "--attention-dropout=0.1 cannot be combined"),
         ("--skyladder-alpha 1/1000", "takes 120,000 steps, but the run has 100"),
         ("--expert-model-parallel-size 3", "no multiple of expert TP x EP x PP = 3"),
