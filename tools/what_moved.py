@@ -35,7 +35,8 @@ Parameters = tuple[str, ...]
 def hooked() -> list[tuple[str, str]]:
     """Return module and name of all functions in the tables of hooks, read from their source.
 
-    Left out are those of some releases only, and those of other packages.
+    Each once, however many hooks it has. Left out are those of some releases only, and those of
+    other packages.
     """
     tree = ast.parse(HOOKED.read_text(encoding="utf-8"))
     constants = {
@@ -59,7 +60,7 @@ def hooked() -> list[tuple[str, str]]:
             )
             if not special:
                 found.append((str(module), str(name)))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def parameters(root: Path, module: str, name: str) -> Parameters | None:
