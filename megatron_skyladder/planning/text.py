@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from megatron_skyladder.ladder.schedules.base import POWERS_OF_TWO
 from megatron_skyladder.ladder.sequence_layout import Kind
 from megatron_skyladder.planning import estimate, stage_plan, verdict
 from megatron_skyladder.planning.estimate import Plan
@@ -316,9 +319,23 @@ def _context_parallel(plan: Plan, steps: list[int]) -> str:
         "CP",
         f"{plan.context_parallel_size} ranks share a sequence, {_SHARED_BY[layout_kind(plan)]}; "
         f"over the run the busiest has {plan.busiest_over_mean - 1:.1%} more attention work than "
-        "the mean",
+        f"the mean{_rounded_otherwise(plan) if zigzag else ''}",
     )
     return "\n".join([head, table(rows), remark(legend), *_kept_keys(plan)])
+
+
+def _rounded_otherwise(plan: Plan) -> str:
+    """Return what zigzag's busiest rank has on powers of two, or without them where they are."""
+    schedule = plan.config.schedule
+    if "round_to" not in schedule.uses or plan.config.local_schedule is not None:
+        return ""
+    given = schedule.round_to == POWERS_OF_TWO
+    other = replace(schedule, round_to=None if given else POWERS_OF_TWO)
+    of_other = replace(plan, config=replace(plan.config, schedule=other))
+    return (
+        f"; {'without' if given else 'with'} --skyladder-round-to {POWERS_OF_TWO}, another "
+        f"schedule, {of_other.busiest_over_mean - 1:.1%}"
+    )
 
 
 def _kept_keys(plan: Plan) -> list[str]:

@@ -713,6 +713,23 @@ def test_a_calibrated_step_waits_for_the_busiest_rank(
     assert time["step_seconds"]["spread"] == pytest.approx(0, abs=1e-4)
 
 
+def test_zigzag_stands_beside_itself_on_powers_of_two(capsys: pytest.CaptureFixture[str]) -> None:
+    windows = [min(2048, 32 + 4 * step) for step in range(1000)]  # full from step 504 on
+    works = [zigzag_work(window) for window in windows]
+    expected = sum(map(max, works)) / sum(sum(work) / 2 for work in works) - 1
+    assert expected > 0.05
+    ladder = f"{ZIGZAG} --train-iters 1000 --skyladder-start-window 32 --skyladder-alpha 4"
+    given = " ".join(call(capsys, f"plan -v {ladder}").split())
+    rounded = " ".join(call(capsys, f"plan -v {ladder} --skyladder-round-to pow2").split())
+    named = r"has ([\d.]+)% more .* {} --skyladder-round-to pow2, another schedule, ([\d.]+)%"
+    one, other = (
+        re.search(named.format(word), text)
+        for word, text in (("with", given), ("without", rounded))
+    )
+    assert one and other and one.groups() == other.groups()[::-1] and one[2] == "0.0"
+    assert float(one[1]) == pytest.approx(100 * expected, abs=0.2)
+
+
 def test_a_log_of_other_ranks_is_taken_as_it_is(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
