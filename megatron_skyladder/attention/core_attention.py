@@ -260,8 +260,8 @@ def _check_mask(mask: torch.Tensor, num_tokens: int) -> None:
     if mask.dtype != torch.int32 or mask.dim() != 1 or mask.device.type != "cpu":
         raise ValueError(
             f"SkyLadder attention got a mask of shape {tuple(mask.shape)}, {mask.dtype} on "
-            f"{mask.device}; it takes int32 cu_seqlens on the host, or None. Switch off "
-            "--create-attention-mask-in-dataloader, --reset-attention-mask."
+            f"{mask.device}; it takes int32 cu_seqlens on the host, or None. Give "
+            "--no-create-attention-mask-in-dataloader, and leave --reset-attention-mask out."
         )
     if mask[-1] != num_tokens:
         raise ValueError(

@@ -25,8 +25,8 @@ _FIELDS = {
     "load": "checkpoint.load",
     "finetune": "checkpoint.finetune",
     "reset-attention-mask": "dataset.reset_attention_mask",
-    "create-attention-mask-in-dataloader": (
-        "dataset.skip_getting_attention_mask_from_dataset=False"
+    "no-create-attention-mask-in-dataloader": (
+        "dataset.skip_getting_attention_mask_from_dataset=true"
     ),
 }
 _WITHOUT_VALUE = (  # of our flags: true or left out

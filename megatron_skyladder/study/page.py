@@ -75,7 +75,7 @@ No timing run of their masks has finished on the same machine: {names}."""
 
 EQUAL_TIME = """\
 *Equal time* is the difference to a constant run that ends after the same time with a whole
-learning-rate schedule: linear between `{names}`, runs of {steps} steps, and drawn out where the
+learning-rate schedule: linear between `{names}`, runs of {steps} steps, and extrapolated where the
 time is not between theirs ({mark})."""
 
 NO_EQUAL_TIME = """\
@@ -236,7 +236,7 @@ def _failures(given: Given) -> str:
     lines = ["\nStarts that failed (a failed run goes on from its last checkpoint):\n"]
     names = {run.name for run in given.study.runs}
     for failure in given.failures:
-        gone = "" if failure["run"] in names else " (in the queue no more)"
+        gone = "" if failure["run"] in names else " (no longer in the queue)"
         lines.append(f"- {date([failure['time']])}, `{failure['run']}`{gone}: {failure['what']}")
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,9 @@ from megatron_skyladder.study.records import Record
 NO_DIFFERENCE = 0.01  # nats: below, the paper counts two losses as equal
 CONFIDENCE = 0.95
 NOTHING = 1.0  # percent: below, a model has not learnt to copy
-BEYOND = 0.25  # of the time between the reference's runs: so far a line through them is drawn out
+BEYOND = (
+    0.25  # of the time between the reference's runs: so far a line through them is extrapolated
+)
 
 
 @dataclass(frozen=True)

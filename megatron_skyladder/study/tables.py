@@ -160,10 +160,10 @@ def _at_equal_time(given: Given, arm: Arm, length: int) -> str:
     found = at_equal_time(given, arm, length)
     if found is None:
         return NONE
-    return found.text(3, signed=True) + (BEYOND if is_drawn_out(given, arm) else "")
+    return found.text(3, signed=True) + (BEYOND if is_extrapolated(given, arm) else "")
 
 
-def is_drawn_out(given: Given, arm: Arm) -> bool:
+def is_extrapolated(given: Given, arm: Arm) -> bool:
     """Return whether a run of an arm took less or more time than all runs of the reference."""
     return any(results.is_beyond(it, given.budgets(it.seed)) for it in arm.records)
 

@@ -11,7 +11,7 @@ from megatron_skyladder.study.tables import (
     Given,
     at_equal_time,
     best_rate,
-    is_drawn_out,
+    is_extrapolated,
     machine_of,
 )
 
@@ -24,11 +24,11 @@ UNKNOWN = "No arm has several seeds yet, so nothing says which differences are n
 
 SCATTERED = """\
 From seed to seed the difference of two runs scatters by {deviation:.2f} nats ({freedom} of
-freedom): below {bars} its 95 % interval holds zero, and it is inconclusive."""
+freedom): below {bars} it cannot be told from zero (95 % interval), and is inconclusive."""
 
 TOO_SMALL = """\
-One comparison in twenty comes out by chance. What ladders gain in the paper's models of 120 million
-parameters, {low} to {high} nats, is too small to be seen here."""
+One comparison in twenty is conclusive by chance. What ladders gain in the paper's 120M models,
+{low} to {high} nats, is too small to be seen here."""
 
 CONTEXT = """\
 What long context is worth to these models: `{arm}` loses {whole:.3f} nats where it sees
@@ -161,7 +161,7 @@ def _verdict(given: Given, arm: Arm, other: Arm, scatter: Scatter | None) -> str
         alike = at_equal_time(given, arm)
     if alike is not None:
         fewer = "" if len(alike.values) == len(loss.values) else f", {_seeds(len(alike.values))}"
-        fewer += ", drawn out" if is_drawn_out(given, arm) else ""
+        fewer += ", extrapolated" if is_extrapolated(given, arm) else ""
         words += f"; {alike.text(3, signed=True)} at equal time{fewer}{_word(alike, scatter)}"
     return words + "."
 

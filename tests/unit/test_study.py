@@ -693,7 +693,7 @@ def test_equal_time_on_the_page(tmp_path: Path) -> None:
     assert main(["study", str(config), "--write", "--output", str(tmp_path / "study")]) == 0
     shown = (tmp_path / "docs/experiments.md").read_text()
     words = " ".join(shown.split())
-    assert "linear between `ladder` and `short`, runs of 30 and 10 steps, and drawn out" in words
+    assert "linear between `ladder` and `short`, runs of 30 and 10 steps, and extrapolated" in words
     assert "No model gets more than 0 of 16 tokens right at any distance: at this" in words
     assert "17 % less time; -0.400 at equal time." in words
     assert "| `twin` | 0.07 | +17 | -0.400 | -0.400 |" in shown
@@ -747,12 +747,12 @@ def test_arms_on_the_page_against_what_they_vary(tmp_path: Path) -> None:
     assert "`twin` against `ladder`, 2 seeds: +0.100 nats at equal tokens, worse;" in words
     assert "`other` against `ladder`, 2 seeds: -0.495 (-0.500, -0.490) nats at equal to" in words
     # 180 s: before the first of the budgets, 200 s
-    assert "better; 41 % less time; -0.980 at equal time, one seed, drawn out, better." in words
+    assert "better; 41 % less time; -0.980 at equal time, one seed, extrapolated, better." in words
     assert (
         "`other` against `twin`, 2 seeds: -0.595 (-0.600, -0.590) nats at equal tokens, b" in words
     )
     assert words.count("too small to be seen here") == 0  # 0.02 nats could be
-    # the line from 4.4 after 200 s to 4.0 after 300 s, drawn out to 180 s
+    # the line from 4.4 after 200 s to 4.0 after 300 s, extrapolated to 180 s
     assert "| `other` | 0.05 | +41 (+40, +42) | -0.980* | -0.980* |" in shown
     assert "| `twin` | 0.08 | +8 (+7, +10) | +0.020 | +0.020 |" in shown
     assert "| `again` | 1 | B | finished |" in shown
