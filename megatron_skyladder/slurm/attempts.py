@@ -8,6 +8,7 @@ attempt that ends without a word differs from one that was asked to stop.
     RUN/attempts/001       one start: its logs, and
         attempt.json         what is known about it
         signal               written by the job script when SLURM sends a signal: its meaning
+        exit                 the training step's exit code, by the job script
         error.<rank>.json    written by a rank that fails
     RUN/attempt            path of the latest attempt's folder
     RUN/status.txt         the state for people; the first line says it all
@@ -202,7 +203,12 @@ class RunFolder:
         for attempt in self.attempts():
             if attempt.outcome != RUNNING:
                 continue
-            outcome = _noted_signal(self.attempt_folder(attempt.number)) or VANISHED
+            folder = self.attempt_folder(attempt.number)
+            signal, exit_code = _noted_signal(folder), _noted_exit_code(folder)
+            if exit_code is not None:  # training did end; the check that notes it failed
+                self.write(self.closed(attempt, exit_code, signal or ""))
+                continue
+            outcome = signal or VANISHED
             closed = replace(attempt, outcome=outcome, end_iteration=newest)
             self.write(replace(closed, reason=_REASONS.get(outcome, "")))
 
@@ -294,6 +300,14 @@ def _noted_signal(folder: Path) -> str | None:
         return None
     said = path.read_text(errors="replace").strip()
     return said if said == TIME_LIMIT else TERMINATED
+
+
+def _noted_exit_code(folder: Path) -> int | None:
+    """Return what an attempt's training step ended with, as the job script noted it."""
+    try:
+        return int((folder / "exit").read_text(errors="replace"))
+    except (FileNotFoundError, ValueError):  # an empty file: the disk was full
+        return None
 
 
 def _from_json(text: str) -> Attempt:

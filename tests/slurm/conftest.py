@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from megatron_skyladder.slurm.attempts import Attempt, RunFolder
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
+SHOWN_LINES = 40  # of each file, where a test fails
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -25,6 +26,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slurm)
             if not asked_for:
                 item.add_marker(pytest.mark.skip(reason="make test-slurm runs these"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what the jobs of a test that failed have printed: their folders are gone by then."""
+    report = yield
+    jobs = getattr(item, "funcargs", {}).get("jobs")
+    if report.failed and isinstance(jobs, Jobs):
+        for pattern in ("slurm-*.out", "status.txt"):
+            for path in sorted(jobs.folder.rglob(pattern)):
+                lines = path.read_text(errors="replace").splitlines()[-SHOWN_LINES:]
+                report.sections.append((str(path.relative_to(jobs.folder)), "\n".join(lines)))
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -267,6 +267,27 @@ def test_a_node_that_fails_without_a_word_counts(run: Run) -> None:
     assert "gave up: it ended without a word" in run.headline
 
 
+def test_an_end_that_nobody_noted_is_noted_by_the_next_start(run: Run) -> None:
+    """The check after training failed; the job script had written how training ended."""
+    for code in ("1", "0", ""):  # an empty file: the disk was full
+        run.begin()
+        (run.attempt_folder() / "exit").write_text(f"{code}\n")
+        if code == "1":
+            run.error(3, 5.0, "ValueError: too far")
+        if code == "0":
+            run.save(20)
+            (run.attempt_folder() / "signal").write_text("time limit\n")
+    assert run.begin() == TRAIN
+    assert run.outcomes == ["crashed", "time limit", "vanished", "running"]
+    first, second = run.folder.attempts()[:2]
+    assert first.reason == "rank 3: ValueError: too far"
+    assert (second.start_iteration, second.end_iteration) == (0, 20)
+    (run.attempt_folder() / "exit").write_text("0\n")
+    (run.folder.path / "finished").touch()
+    assert run.begin() == NOTHING_TO_DO
+    assert run.outcomes[-1] == "finished"
+
+
 def test_a_time_limit_too_short_to_save_counts(run: Run) -> None:
     answers = []
     for _ in range(3):
