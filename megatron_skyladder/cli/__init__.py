@@ -121,8 +121,8 @@ def _run(parsed: argparse.Namespace) -> int:
         return 1
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package in ("", __package__.partition(".")[0]):
-            raise  # not the user's to install
+        if package in ("", __package__.partition(".")[0]) or os.environ.get(TRACEBACK_VARIABLE):
+            raise  # not the user's to install, or to be looked into
         print(
             f"skyladder {parsed.command}: this needs the package {package}, which is not installed "
             "here. Everything at once: pip install 'megatron-skyladder[training,data,plot]'.",

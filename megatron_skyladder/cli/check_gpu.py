@@ -95,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"report: {page.write_page(report, folder)}, figures: {folder / phases.FILE}")
     if table is not None:
         print(f"measured times, for --skyladder-attention-backend auto: {table}")
+    elif phases.without_table(report):
+        print(phases.without_table(report))
     left = [name for name in phases.PHASES if name not in report["phases"]]
     more = f"; not done yet: {', '.join(left)}" if left else ""
     print(f"{f'{len(wrong)} failures' if wrong else 'passed'}{more}")

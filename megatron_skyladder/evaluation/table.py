@@ -27,7 +27,7 @@ class Row:
     """One task, or the mean of several.
 
     Args:
-        name: of the task, or standard, reading, ruler.
+        name: of the task, or standard, reading, ruler, long.
         title: in the table.
         length: tokens of the input at most; None for standard tasks.
         scores: percent, one for each model.

@@ -114,7 +114,7 @@ class Bench:
 
     @property
     def stock(self) -> str | None:
-        """The backend whose full window is stock Megatron's own call; None: it is not installed."""
+        """The backend whose full window is stock Megatron's own call; None: it is none of these."""
         return "te" if "te" in self.backends else None
 
     def _usable(self, name: str, named: list[str] | None) -> bool:

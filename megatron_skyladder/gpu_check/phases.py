@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -94,6 +95,8 @@ def run(
         tell(f"{head}, about {phase.minutes:g} min" if not bench.toy else head)
         began = time.perf_counter()
         entry: dict[str, Any]
+        if name not in report["phases"]:  # one that ended early goes on with what it has
+            shutil.rmtree(folder / name, ignore_errors=True)
         try:
             entry = asdict(phase.run(bench, folder / name))
         except Exception as error:  # the other phases still have something to say
@@ -154,7 +157,7 @@ def table(report: dict[str, Any], seq_length: int) -> Measured | None:
         seq_length: of the calls that decide.
     """
     phases = report["phases"]
-    if any("error" in phases.get(name, {"error": "was not run"}) for name in _DECIDE):
+    if _undecided(report):
         return None
     wrong = {
         failure.split(",")[0] for name in _SAY_WHAT_IS_WRONG for failure in phases[name]["failures"]
@@ -168,6 +171,18 @@ def table(report: dict[str, Any], seq_length: int) -> Measured | None:
     if not any(right.values()):
         return None
     return Measured(report["device"], report["date"], right)
+
+
+def without_table(report: dict[str, Any]) -> str:
+    """Return which phases `auto`'s table still needs; empty where all have come to their end."""
+    missing = _undecided(report)
+    return f"no table for auto yet: it needs {', '.join(missing)} too" if missing else ""
+
+
+def _undecided(report: dict[str, Any]) -> list[str]:
+    """Return the phases of `_DECIDE` that were not run, or ended early."""
+    known = report["phases"]
+    return [name for name in _DECIDE if "error" in known.get(name, {"error": "was not run"})]
 
 
 def write_table(bench: Bench, report: dict[str, Any], folder: Path) -> Path | None:

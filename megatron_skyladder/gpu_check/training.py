@@ -26,7 +26,7 @@ _PASSED = re.compile(r"mask probe passed in ([0-9.]+) s")
 _LEFT_OUT = 3  # first steps, which compile and allocate
 _SLOWER_THAN_STOCK = 1.03
 _TOY_MODEL = ModelShape(2, 32, 64, 4, 2, vocab_size=128)
-_LIMIT_SECONDS = 540  # of a phase
+LIMIT_SECONDS = 540  # of a phase in one call of check-gpu, and of one training
 _TOOK_TOO_LONG = 124  # exit code, as timeout has it
 _ENDING_SECONDS = 10
 # Without torchrun, whose workers are in sessions of their own: killing it leaves them on the GPU.
@@ -34,6 +34,10 @@ _ALONE = {
     **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
     **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},  # of one process: any free port
 }
+
+
+class TimeIsOverError(Exception):
+    """A phase has trained for as long as it may; the next call goes on with what is left."""
 
 
 def flags(bench: Bench) -> list[str]:
@@ -65,14 +69,23 @@ def flags(bench: Bench) -> list[str]:
     return words
 
 
-def megatron(bench: Bench, folder: Path) -> Result:
-    """The 1B model at 8K for 15 steps: stock, SkyLadder at several windows, with documents."""
+def megatron(bench: Bench, folder: Path, seconds: float | None = None) -> Result:
+    """The 1B model at 8K for 15 steps: stock, SkyLadder at several windows, with documents.
+
+    Args:
+        bench: where.
+        folder: for logs; what was trained there is not trained again.
+        seconds: for all together; None: `LIMIT_SECONDS`.
+
+    Raises:
+        TimeIsOverError: they were not enough.
+    """
     length = 64 if bench.toy else PAPER_RUNS["1b-8k"].seq_length
     windows = [8, length] if bench.toy else [32, 128, 512, 2048, length]
     runs = {"stock": ""}
     runs |= {f"window {window}": _constant(window) for window in windows}
     runs["documents"] = f"{_constant(length)} --skyladder-intra-document"
-    result = _train_all(bench, folder, runs)
+    result = _train_all(bench, folder, runs, seconds)
     stock = result.figures.get("stock")
     for name, figures in result.figures.items():
         if not stock or name == "stock":
@@ -111,18 +124,26 @@ def _constant(window: int) -> str:
     return f"--skyladder-schedule constant --skyladder-final-window {window}"
 
 
-def _train_all(bench: Bench, folder: Path, runs: dict[str, str]) -> Result:
+def _train_all(
+    bench: Bench, folder: Path, runs: dict[str, str], seconds: float | None = None
+) -> Result:
     result = Result()
-    deadline = time.monotonic() + _LIMIT_SECONDS
+    deadline, trained = time.monotonic() + (seconds or LIMIT_SECONDS), 0
     for name, extra in runs.items():
         log = folder / f"{name.replace(' ', '-')}.log"
-        left = deadline - time.monotonic()
-        if left <= 0:
-            result.failures.append(
-                f"{name}: not trained, as the {_LIMIT_SECONDS // 60} minutes of a phase are over"
-            )
-            continue
-        code = _train(bench, [*flags(bench), *extra.split()], log, left)
+        ended = log.with_suffix(".exit")
+        if not ended.exists():
+            left = min(deadline - time.monotonic(), LIMIT_SECONDS)
+            words = [*flags(bench), *extra.split()]
+            code = _train(bench, words, log, left) if left > 0 else _TOOK_TOO_LONG
+            if code == _TOOK_TOO_LONG and trained:  # the time that was left, not its own
+                raise TimeIsOverError(
+                    f"{LIMIT_SECONDS // 60} minutes are over, and {name} is not trained; what was "
+                    "trained is kept: give the command again"
+                )
+            trained += 1
+            ended.write_text(f"{code}\n", encoding="utf-8")
+        code = int(ended.read_text(encoding="utf-8"))
         text = log.read_text(encoding="utf-8", errors="replace")
         steps = [float(ms) for ms in _STEP.findall(text)][_LEFT_OUT:]
         if code or not steps:

@@ -87,7 +87,7 @@ def check_stages(config: SkyLadderConfig) -> None:
 
 
 def check_layout(options: Any) -> None:
-    """Refuse a layout that was asked for and cannot be had; without one it is zigzag, and logged.
+    """Refuse a layout that is asked for and not supported; without one it is zigzag, and logged.
 
     Args:
         options: of `settings.options_of`.
@@ -98,7 +98,7 @@ def check_layout(options: Any) -> None:
     asked = getattr(options, name_of("context_parallel_layout"), None)
     if asked == "balanced" and options.context_parallel_size > 1:
         raise UsageError(
-            "skyladder.context_parallel_layout=balanced cannot be had in Megatron Bridge, whose "
+            "skyladder.context_parallel_layout=balanced is not supported in Megatron Bridge, whose "
             "forward step does not reorder sequences: context parallelism keeps Megatron's zigzag. "
             "Leave it out, or train through megatron_skyladder.pretrain_gpt."
         )

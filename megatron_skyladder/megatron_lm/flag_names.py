@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_skyladder.attention.limits import Effect, Finding, FlagRule
+from megatron_skyladder.attention.limits import Effect, Finding, FlagRule, is_given
 from megatron_skyladder.megatron_lm import flag_rules, releases
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,10 @@ _OTHER_MASK = (
     "it seems to be this Megatron's own mask of documents, and --skyladder-intra-document is "
     "SkyLadder's: only one of them would be applied"
 )
-_MASKS_DOCUMENTS = re.compile(  # --intra-doc-masking, --document-attention-mask, ...; no loss masks
-    r"^(?!.*loss)(?=.*doc)(?=.*(mask|attn|attention|intra|inter|isolat)).*$"
-)
+# --intra-doc-masking, --document-attention-mask, --isolate-docs, ...: by whole words
+_DOCUMENTS = re.compile(r"(intra|inter|cross)?doc(ument)?s?")
+_MASKED = re.compile(r"mask(s|ed|ing)?|attn|attention|intra|inter|cross|isolat(e|ed|ing|ion)")
+_SWITCHES_OFF = ("no", "disable", "without")
 # prints the flags that a Megatron's parser has; run with that Megatron first on the path
 PRINT_FLAGS = """
 import argparse, json, sys
@@ -124,13 +125,28 @@ def other_masks(words: Iterable[str]) -> list[Finding]:
     Returns:
         Of each flag that no release of Megatron has and that speaks of a mask between documents.
     """
-    given = [word.partition("=")[0] for word in words if word.startswith("--")]
-    own = [flag for flag in given if flag not in names_by_release() and not flag.startswith(_OURS)]
-    masks = [flag for flag in dict.fromkeys(own) if _MASKS_DOCUMENTS.search(flag)]
+    given: dict[str, str] = {}
+    words = list(words)
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            given[flag] = value if equals or following.startswith("-") else following
     return [
         Finding(FlagRule(flag, Effect.REFUSED, _OTHER_MASK, "Give one of them."), True, _OTHER_MASK)
-        for flag in masks
+        for flag, value in given.items()
+        if flag not in names_by_release() and not flag.startswith(_OURS)
+        if _masks_documents(flag) and (not value or is_given(value))
     ]
+
+
+def _masks_documents(flag: str) -> bool:
+    """Return whether a flag's name says that attention does not cross documents."""
+    parts = re.split("[-_]", flag[2:].lower())
+    if parts[0] in _SWITCHES_OFF or "loss" in parts:
+        return False
+    documents = [part for part in parts if _DOCUMENTS.fullmatch(part)]
+    joined = any(not part.startswith("doc") for part in documents)  # --intradoc
+    return bool(documents) and (joined or any(map(_MASKED.fullmatch, parts)))
 
 
 def _may_have_others(found: releases.Megatron | None) -> bool:

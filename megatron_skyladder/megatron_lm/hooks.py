@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,18 +108,21 @@ def install_guards() -> None:
     Before the arguments are parsed, where possible: ``--use-checkpoint-args`` reads a checkpoint.
     """
     resume.accept_old_checkpoints()
-    for hook in GUARDS:
-        try:
-            _wrap(hook)
-        except compat.MegatronMismatchError as error:  # nothing of ours was asked for
-            logger.warning("%s", error, extra=SAME_ON_A_NODE)
+    _wrap_where_possible(GUARDS)
 
 
 def install_ended() -> None:
     """Watch over a run whose variables end the ladder: resuming, and that every rank has them."""
     install_guards()
-    for hook in ENDED:
-        _wrap(hook)
+    _wrap_where_possible(ENDED)
+
+
+def _wrap_where_possible(hooks: Iterable[Hook]) -> None:
+    for hook in hooks:
+        try:
+            _wrap(hook)
+        except compat.MegatronMismatchError as error:  # nothing of ours was asked for
+            logger.warning("%s", error, extra=SAME_ON_A_NODE)
 
 
 def check_options(config: SkyLadderConfig, options: Any) -> None:

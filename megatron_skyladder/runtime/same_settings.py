@@ -16,7 +16,7 @@ from megatron_skyladder.errors import UsageError
 from megatron_skyladder.ladder.config import SkyLadderConfig
 from megatron_skyladder.ladder.schedules import WindowSchedule
 
-_OFF = {"end_ladder": "True"}  # what a rank has that trains without SkyLadder
+_OFF = {"SKYLADDER_END_LADDER": "set"}  # what a rank has that trains without SkyLadder
 _agreed: list[SkyLadderConfig | None] = []  # the latest that all ranks were found to have
 
 
@@ -43,8 +43,9 @@ def check(config: SkyLadderConfig | None) -> None:
     faults = disagreements(everyone)
     if faults:
         raise UsageError(
-            f"{' '.join(faults)} Give every node the same flags, the same SKYLADDER_* variables "
-            "and the same files (such as the one of --skyladder-points or --skyladder-stages)."
+            f"this run cannot begin: {' '.join(faults)} Give every node the same flags, the same "
+            "SKYLADDER_* variables and the same files (such as the one of --skyladder-points or "
+            "--skyladder-stages)."
         )
     _agreed[:] = [config]
 
@@ -75,7 +76,7 @@ def _texts(config: SkyLadderConfig | None) -> dict[str, str]:
     if config is None:
         return _OFF
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {"end_ladder": "False"} | {
-        name: value.describe() if isinstance(value, WindowSchedule) else repr(value)
+    return dict.fromkeys(_OFF, "unset") | {
+        name: value.describe() if isinstance(value, WindowSchedule) else str(value)
         for name, value in values.items()
     }

@@ -20,6 +20,7 @@ from megatron_skyladder.study.training import Training, read_rows, step_seconds
 
 CORPUS, FAILURES, SUFFIX = "corpus.json", "failures.jsonl", ".json"
 POINTS = 200
+INSTRUCTIONS = "instructions"  # for products of matrices: the widest that a machine has
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # as Linux names them
 _BEFORE = Copying(span=32, samples=64)  # of records that do not say, all of one study
 
@@ -220,7 +221,7 @@ def _curve(by_step: Mapping[int, Iteration], steps: int) -> list[tuple[int, floa
 
 def machine() -> dict[str, str]:
     """Return processor and versions, of which a run's speed and rounding depend."""
-    found = {"processor": _processor(), "python": platform.python_version()}
+    found = {**_processor(), "python": platform.python_version()}
     for name in ("torch", "megatron-core"):
         try:
             found[name] = metadata.version(name)
@@ -229,7 +230,7 @@ def machine() -> dict[str, str]:
     return {**found, "megatron-skyladder": __version__}
 
 
-def _processor() -> str:
+def _processor() -> dict[str, str]:
     """Return its name and the widest of its instructions for products, which the name hides."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -238,7 +239,16 @@ def _processor() -> str:
     fields = {key.strip(): value for key, _, value in (line.partition(":") for line in lines)}
     name = fields.get("model name", "").strip() or platform.processor() or platform.machine()
     found = fields.get("flags", "").split()
-    return " with ".join([name, *[it for it in _INSTRUCTIONS if it in found][:1]])
+    widest = next((it for it in _INSTRUCTIONS if it in found), "")
+    return {"processor": name, INSTRUCTIONS: widest}
+
+
+def _with_instructions(machine: dict[str, str]) -> dict[str, str]:
+    """Return a record's machine as `machine` has it: once they stood behind the name."""
+    name, _, widest = machine.get("processor", "").rpartition(" with ")
+    if widest not in _INSTRUCTIONS:
+        return machine
+    return {**machine, "processor": name, INSTRUCTIONS: widest}
 
 
 def write(record: Record, folder: Path) -> Path:
@@ -267,6 +277,7 @@ def read(path: Path) -> Record:
         values["copying"] = _copied(values["copying"])
         values["losses"] = _by_number(values.get("losses", {}))
         values["copying_test"] = _copying_test(values)
+        values["machine"] = _with_instructions(values["machine"])
         return Record(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no record of a run of the study: {error}") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_skyladder.study import commands, results, timing
+from megatron_skyladder.study import commands, records, results, timing
 from megatron_skyladder.study.markdown import NONE, date, table
 from megatron_skyladder.study.records import Record
 from megatron_skyladder.study.results import Arm, Figure
@@ -164,8 +164,16 @@ def _at_equal_time(given: Given, arm: Arm, length: int) -> str:
 
 
 def is_extrapolated(given: Given, arm: Arm) -> bool:
-    """Return whether a run of an arm took less or more time than all runs of the reference."""
-    return any(results.is_beyond(it, given.budgets(it.seed)) for it in arm.records)
+    """Return whether a run of an arm took less or more time than all runs of the reference.
+
+    Of the seeds that have a difference at equal time.
+    """
+    budgets = [(it, given.budgets(it.seed)) for it in arm.records]
+    return any(
+        results.is_beyond(record, of_seed)
+        for record, of_seed in budgets
+        if results.equal_time_difference(record, of_seed) is not None
+    )
 
 
 def _at_length(length: int) -> Callable[[Record], float | None]:
@@ -214,11 +222,14 @@ def machines(given: Given) -> list[tuple[str, str]]:
 
 def machine_of(record: Record) -> str:
     """Return a run's processor, with the instructions it has, and versions."""
-    versions = [f"{name} {value}" for name, value in record.machine.items() if name != "processor"]
-    processor = record.machine.get("processor", "unknown processor")
-    if " with " not in processor:  # as early records have it
+    known = dict(record.machine)
+    processor = known.pop("processor", "unknown processor")
+    instructions = known.pop(records.INSTRUCTIONS, None)
+    if instructions is None:  # an early record
         processor += " (instructions not recorded)"
-    return ", ".join([processor, *versions])
+    elif instructions:
+        processor += f" with {instructions}"
+    return ", ".join([processor, *(f"{name} {value}" for name, value in known.items())])
 
 
 def rates(given: Given) -> list[list[str]]:

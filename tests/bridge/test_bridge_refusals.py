@@ -140,4 +140,6 @@ def test_ranks_with_other_settings_are_refused(runs: BridgeRuns) -> None:
     """Each process applies its own: a file or a variable may differ from node to node."""
     run = refused(runs, "on one rank", num_processes=2, exit_codes=(1, -9))
     said = "".join(run.log(rank) for rank, code in enumerate(run.exit_codes) if code == 1)
-    assert "UsageError: the ranks disagree on probe: 'True' on rank 0 (" in said
+    assert (
+        "UsageError: this run cannot begin: the ranks disagree on probe: 'True' on rank 0 (" in said
+    )

@@ -34,7 +34,7 @@ def refused(trainer: Trainer, flags: str, nodes: list[dict[str, Any]], **options
     )
     assert 1 in run.exit_codes
     for rank in (rank for rank, code in enumerate(run.exit_codes) if code == 1):
-        assert "UsageError: the ranks disagree on " in run.log(rank)
+        assert "UsageError: this run cannot begin: the ranks disagree on " in run.log(rank)
     assert not run.of("step")
     return run
 
@@ -77,7 +77,7 @@ def test_another_file_of_points_in_an_evaluation(
         ("SKYLADDER_START_WINDOW", "schedule: 'linear 32 -> 64"),
         ("SKYLADDER_NO_PROBE", "probe: 'True' on rank 0 ("),
         ("SKYLADDER_EVAL_LENGTHS", "eval_lengths: '()' on rank 0 ("),
-        ("SKYLADDER_END_LADDER", "end_ladder: 'False' on rank 0 ("),
+        ("SKYLADDER_END_LADDER", "SKYLADDER_END_LADDER: 'unset' on rank 0 ("),
     ],
 )
 def test_a_variable_of_one_node(trainer: Trainer, variable: str, difference: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -400,9 +402,60 @@ def test_training_that_fails_is_reported(
     assert any("window 8: training ended with 1" in text for text in found.failures)
     assert any("window 64: no word of the mask probe" in text for text in found.failures)
     assert found.figures["window 64"]["times stock"] == pytest.approx(1.5)
-    monkeypatch.setattr(training, "_LIMIT_SECONDS", 0)
-    found = training.megatron(bench, tmp_path)
-    assert [text.partition(":")[0] for text in found.failures] == [
+
+
+def test_trainings_that_no_time_was_left_for_are_trained_by_the_next_call(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, trained = [0.0], []
+
+    def train(bench: Bench, words: list[str], log: Path, seconds: float) -> int:
+        trained.append((log.stem, seconds))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(" elapsed time per iteration (ms): 1.0 | lm loss: 1.0E+00\n" * 5)
+        took = 200.0 if len(trained) < 7 else 900.0
+        clock[0] += min(took, seconds)
+        return 0 if took <= seconds else 124
+
+    monkeypatch.setattr(training, "_train", train)
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    report = phases.run(bench, tmp_path, ["megatron"])
+    # 540 seconds: two trainings, and 140 of the third's 200
+    assert trained == [("stock", 540), ("window-8", 340), ("window-64", 140)]
+    (failure,) = phases.failures(report)
+    assert "9 minutes are over, and window 64 is not trained; what was trained is" in failure
+    del trained[:]
+    report = phases.run(bench, tmp_path, ["megatron"])
+    assert [name for name, _ in trained] == ["window-64", "documents"]
+    assert set(report["phases"]["megatron"]["figures"]) == {
         *("stock", "window 8", "window 64", "documents")
+    }
+    phases.run(bench, tmp_path, ["megatron"])
+    assert len(trained) == 2
+    del trained[:]
+    phases.run(bench, tmp_path, ["megatron"], fresh=True)
+    assert trained[0] == ("stock", 540)
+
+
+def test_a_training_that_hangs_is_a_failure(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had all the time of the phase: to try it again would not end either."""
+
+    def train(bench: Bench, words: list[str], log: Path, seconds: float) -> int:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("waiting for the other ranks\n")
+        return 124
+
+    monkeypatch.setattr(training, "_train", train)
+    with pytest.raises(training.TimeIsOverError, match="window 8 is not trained"):
+        training.megatron(bench, tmp_path)
+    with pytest.raises(training.TimeIsOverError, match="window 64 is not trained"):
+        training.megatron(bench, tmp_path)
+    for _ in range(2):
+        with contextlib.suppress(training.TimeIsOverError):
+            found = training.megatron(bench, tmp_path)
+    assert [text.partition(";")[0] for text in found.failures] == [
+        f"{name}: training ended with 124"
+        for name in ("stock", "window 8", "window 64", "documents")
     ]
-    assert "documents: not trained, as the 0 minutes of a phase are over" in found.failures

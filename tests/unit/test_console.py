@@ -132,6 +132,19 @@ def nothing_to_guard() -> None:
         hooks.install_guards()
 
 
+def nothing_to_end() -> None:
+    from megatron_skyladder.megatron_lm import hooks
+
+    def miss(hook: object) -> None:
+        raise releases.MegatronMismatchError("another package has wrapped the function")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks, "_wrap", miss)
+        patch.setattr(hooks, "GUARDS", ())
+        patch.setattr(hooks, "ENDED", hooks.ENDED[:1])
+        hooks.install_ended()
+
+
 def unreadable() -> None:
     def damaged(state: object, consumed: int) -> None:
         raise FileNotFoundError("no run_config.yaml")
@@ -149,6 +162,7 @@ def unreadable() -> None:
         (other_megatron, "Megatron 0.23.0 is untested"),
         (other_bridge, "Megatron Bridge 0.7.0 is untested"),
         pytest.param(nothing_to_guard, "Megatron has no such function", marks=requires_megatron),
+        pytest.param(nothing_to_end, "has wrapped the function", marks=requires_megatron),
         (unreadable, "the checkpoint in /run/checkpoints cannot be read"),
     ],
 )

@@ -235,20 +235,26 @@ def test_flags_that_do_not_arrive_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "flag", ["--intra-doc-masking", "--use-document-attention-mask", "--isolate-docs=true"]
+    "flag",
+    [
+        *("--intra-doc-masking", "--use-document-attention-mask", "--isolate-docs=true"),
+        *("--intradoc", "--attention_per_document", "--no-shuffle --inter-document-masking"),
+    ],
 )
 def test_a_forks_own_mask_of_documents_is_refused_beside_ours(flag: str) -> None:
-    words = ["--skyladder-intra-document", "--lr", "1", flag]
+    words = ["--skyladder-intra-document", "--lr", "1", *flag.split()]
     (found,) = flag_names.other_masks(words)
-    said = str(found)
-    assert found.rule.effect.stops and said.startswith(f"{flag.partition('=')[0]} cannot be")
+    said, name = str(found), flag.split()[-1].partition("=")[0]
+    assert found.rule.effect.stops and said.startswith(f"{name} cannot be")
     assert "this Megatron's own mask of documents, and --skyladder-intra-document is Sky" in said
 
 
 def test_other_flags_are_a_forks_own_affair() -> None:
     words = (
         "--skyladder-intra-document --reset-attention-mask --goldfish-loss --mask-doc-loss "
-        "--doc-separator 1 --eod-mask-loss --trigger-path docs/attention"
+        "--doc-separator 1 --eod-mask-loss --trigger-path docs/attention --docs-per-interval 5 "
+        "--document-pointer-file a --docs-interleave --no-intra-doc-masking "
+        "--intra-document-mask false --isolate-docs=0 --disable-doc-mask"
     )
     assert flag_names.other_masks(words.split()) == []
 

@@ -11,6 +11,8 @@ import subprocess
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from megatron_skyladder.study import (
     records,
     results,
     settings,
+    tables,
     timing,
     training,
 )
@@ -708,6 +711,41 @@ def test_equal_time_on_the_page(tmp_path: Path) -> None:
     assert "against `ladder`, 2 seeds: -0.350 (-0.200, -0.500) nats at equal tokens, inc" in words
     assert "-0.400 at equal time, one seed, inconclusive." in words
     assert "0.02 to 0.04 nats, is too small to be seen here." in words
+
+
+def test_a_machine_is_called_by_name_and_instructions(tmp_path: Path) -> None:
+    """An early record has no word of the instructions, a later one had them in the name."""
+    shown = {
+        "AMD Ryzen 7 PRO with Radeon Graphics": "AMD Ryzen 7 PRO with Radeon Graphics "
+        "(instructions not recorded), torch 2.15.0",
+        "AMD EPYC with avx2": "AMD EPYC with avx2, torch 2.15.0",
+    }
+    for name, text in shown.items():
+        record = replace(CONSTANT.records[0], machine={"processor": name, "torch": "2.15.0"})
+        assert tables.machine_of(records.read(records.write(record, tmp_path))) == text
+    for found, text in (("", "Neoverse-N1"), ("avx512f", "Neoverse-N1 with avx512f")):
+        machine = {"processor": "Neoverse-N1", records.INSTRUCTIONS: found}
+        record = replace(CONSTANT.records[0], machine=machine)
+        assert tables.machine_of(records.read(records.write(record, tmp_path))) == text
+    assert {"processor", records.INSTRUCTIONS, "torch"} <= records.machine().keys()
+
+
+def test_a_seed_without_a_difference_is_not_extrapolated(tmp_path: Path) -> None:
+    """Seed 1 ends between the budgets; seed 2 so far beyond that it has no figure at all."""
+    budgets = {
+        seed: [
+            _record("ladder", seed, (6.0, 5.0, 4.0), (100.0, 200.0, 300.0)),
+            _record("short", seed, (4.4,), (200.0,)),
+        ]
+        for seed in (1, 2)
+    }
+    given: Any = SimpleNamespace(budgets=budgets.__getitem__)
+    times = [_record("other", 1, (3.9,), (250.0,)), _record("other", 2, (3.9,), (900.0,))]
+    found = tables.at_equal_time(given, Arm("other", tuple(times)))
+    assert found is not None and len(found.values) == 1
+    assert not tables.is_extrapolated(given, Arm("other", tuple(times)))
+    near = Arm("other", (times[0], _record("other", 2, (3.9,), (310.0,))))
+    assert tables.is_extrapolated(given, near)
 
 
 def test_arms_on_the_page_against_what_they_vary(tmp_path: Path) -> None:

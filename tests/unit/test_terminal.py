@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
 import pty
@@ -169,3 +170,13 @@ def test_where_an_error_comes_from(
     monkeypatch.setenv("SKYLADDER_TRACEBACK", "1")
     with pytest.raises((OSError, ValueError)):
         main(words)
+
+    def lacking(args: argparse.Namespace) -> int:
+        raise ModuleNotFoundError("No module named 'absent'", name="absent")
+
+    monkeypatch.setattr("megatron_skyladder.cli.inspect.run", lacking)
+    with pytest.raises(ModuleNotFoundError):
+        main(words)
+    monkeypatch.delenv("SKYLADDER_TRACEBACK")
+    assert main(words) == 1
+    assert "needs the package absent, which is not installed here" in capsys.readouterr().err
