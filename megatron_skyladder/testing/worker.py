@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import inspect
@@ -27,6 +28,20 @@ import traceback
 from typing import IO, Any
 
 POLL_SECONDS = 0.01
+_IMPORTED_BY_RANKS = (
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.datasets.blended_megatron_dataset_builder",
+    "megatron.core.models.mimo",
+    "megatron.core.tokenizers.text.models",
+    "megatron_skyladder.megatron_lm.batches",
+    "megatron_skyladder.megatron_lm.evaluate",
+    "megatron_skyladder.megatron_lm.launch",
+    "megatron_skyladder.megatron_lm.patch_calls",
+    "megatron_skyladder.megatron_lm.spec",
+    "megatron_skyladder.runtime.evaluation",
+    "megatron_skyladder.runtime.sequence_mean",
+    "megatron_skyladder.schedules",
+)
 TIMED_OUT = 124  # as timeout(1) has it
 
 
@@ -68,12 +83,25 @@ def _prepare(preload: list[str]) -> None:
             importlib.import_module(name)
         except ImportError:  # another release: the job itself will say what it lacks
             traceback.print_exc()
+    for name in _IMPORTED_BY_RANKS:
+        with contextlib.suppress(ImportError):  # a release has it, or not
+            importlib.import_module(name)
+    _read_packages_once()
     _fork_checkpoint_helpers()
     _read_help_once()
     # a rank's first full collection would walk half a million objects, and so copy their pages
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def _read_packages_once() -> None:
+    """Keep what packages announce, which torch asks of all of them in each rank."""
+    from importlib import metadata
+
+    kept: Any = functools.cache(metadata.entry_points)
+    metadata.entry_points = kept
+    metadata.entry_points(group="torch.distributed.backends")
 
 
 def _read_help_once() -> None:

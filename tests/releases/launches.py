@@ -109,7 +109,6 @@ def launch(
     environment: dict[str, str] | None = None,
     fails: bool = False,
     stop_time: bool = False,
-    train_samples: int | None = None,
 ) -> tuple[runlog.RunLog, str]:
     """Train and return the log, parsed and whole.
 
@@ -122,12 +121,7 @@ def launch(
         environment: added variables.
         fails: whether the run is to end with an error, rather than well.
         stop_time: let time stand still, for `every_figure`.
-        train_samples: instead of the small model's steps.
     """
-    model = SMALL_MODEL.split()
-    if train_samples is not None:
-        at = model.index("--train-iters")
-        model[at : at + 2] = ["--train-samples", str(train_samples)]
     entry = ["-m", ENTRY_POINT]
     if script is not None:
         entry = ["-m", "megatron_skyladder.cpu", str(script)]
@@ -141,7 +135,7 @@ def launch(
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--log-dir", str(logs), "--redirects", "3"),  # or the ranks' lines run together
             *("--nproc-per-node", str(num_processes), *entry),
-            *(*model, *data.flags(megatron), *flags),
+            *(*SMALL_MODEL.split(), *data.flags(megatron), *flags),
         ],
         cwd=data.folder,
         env={

@@ -8,6 +8,7 @@ start, by a message that names it. Half a minute for each release and integratio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from unpack_wheels import INSTALLED, OLDER
 from megatron_skyladder.cli import main as skyladder
 from megatron_skyladder.megatron_lm import releases
 from megatron_skyladder.report.runlog import RunLog
-from megatron_skyladder.testing import requires_megatron
+from megatron_skyladder.testing import ProcessPool, requires_megatron
 
 pytestmark = requires_megatron
 
@@ -64,11 +65,14 @@ Figures = list[dict[str, float]]
 
 
 @pytest.fixture(scope="module")
-def installed(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Resuming]:
+def installed(
+    data: Data,
+    shared_pool: Callable[[Path | None], ProcessPool],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Resuming:
     """Our entry point on the release that all other tests run with."""
-    with pool_for(None) as pool:
-        folder = tmp_path_factory.mktemp("installed")
-        yield Resuming(pool, data, None, None, False, folder)
+    folder = tmp_path_factory.mktemp("installed")
+    return Resuming(shared_pool(None), data, None, None, False, folder)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +152,7 @@ def way(
     request: pytest.FixtureRequest,
     data: Data,
     copy_of: Callable[[str, bool], Path],
+    shared_pool: Callable[[Path | None], ProcessPool],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Way]:
     """Each release in each integration."""
@@ -158,7 +163,8 @@ def way(
         megatron = require(test_wheels.VARIABLE, name, "make test-releases makes it")
     script = None if integration == "entry point" else megatron / "pretrain_gpt.py"
     folder = tmp_path_factory.mktemp("features")
-    with pool_for(megatron) as pool:
+    is_checkout = name in PATCHED
+    with pool_for(megatron) if is_checkout else nullcontext(shared_pool(megatron)) as pool:
         run = Resuming(pool, data, megatron, script, integration == "--spec", folder)
         yield Way(name, integration, run)
 

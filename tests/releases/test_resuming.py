@@ -7,8 +7,10 @@ each integration.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from fractions import Fraction
+from pathlib import Path
 
 import compared
 import pytest
@@ -20,7 +22,7 @@ from unpack_wheels import OLDER
 
 from megatron_skyladder.cli import main as skyladder
 from megatron_skyladder.schedules import Stage
-from megatron_skyladder.testing import requires_megatron
+from megatron_skyladder.testing import ProcessPool, requires_megatron
 
 pytestmark = requires_megatron
 
@@ -44,7 +46,10 @@ EARLIER = {  # what versions up to November 2026 left in Megatron's arguments
 
 @pytest.fixture(scope="module", params=INTEGRATIONS, ids=" ".join)
 def resuming(
-    request: pytest.FixtureRequest, data: Data, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    data: Data,
+    shared_pool: Callable[[Path | None], ProcessPool],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Resuming]:
     name, integration = request.param
     folder = tmp_path_factory.mktemp("resuming")
@@ -57,7 +62,8 @@ def resuming(
     elif name != "installed":
         megatron = require(test_wheels.VARIABLE, name, "make test-releases makes it")
     script = megatron / "pretrain_gpt.py" if megatron and integration != "entry point" else None
-    with pool_for(megatron) as pool:
+    is_checkout = name in test_checkouts.TAGS
+    with pool_for(megatron) if is_checkout else nullcontext(shared_pool(megatron)) as pool:
         yield Resuming(pool, data, megatron, script, integration == "spec", folder)
 
 

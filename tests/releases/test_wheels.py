@@ -10,7 +10,16 @@ import sys
 
 import compared
 import pytest
-from launches import DOCUMENTS_MASKED, LADDER, REPOSITORY, figures, launch, require
+from launches import (
+    DOCUMENTS_MASKED,
+    LADDER,
+    REPOSITORY,
+    SMALL_MODEL,
+    figures,
+    launch,
+    require,
+)
+from resuming import Resuming
 from unpack_wheels import INSTALLED, OLDER
 
 from megatron_skyladder.testing import requires_megatron
@@ -18,8 +27,8 @@ from megatron_skyladder.testing import requires_megatron
 VARIABLE = "SKYLADDER_MEGATRON_WHEELS"
 LAYOUT = ["--pipeline-model-parallel-size", "2"]
 
-SOME_TOKENS_COUNT = [*LADDER, "--eod-mask-loss"]
-CONTEXT_PARALLEL = ["--context-parallel-size", "2"]
+SOME_TOKENS_COUNT = f"{' '.join(LADDER)} --eod-mask-loss"
+CONTEXT_PARALLEL = "--context-parallel-size 2"
 
 pytestmark = requires_megatron
 
@@ -29,6 +38,17 @@ def on_the_installed_one(data):
     """Figures of the release that all other tests run with."""
     log, _ = launch(data, *DOCUMENTS_MASKED, *LAYOUT, num_processes=2)
     return figures(log)
+
+
+@pytest.fixture
+def train(data, shared_pool, tmp_path):
+    """Train with our entry point on a wheel, or the installed release, and return its log."""
+
+    def run(wheel, flags, **options):
+        way = Resuming(shared_pool(wheel), data, wheel, None, False, tmp_path)
+        return way.train(flags, saves=False, **options)
+
+    return run
 
 
 @pytest.mark.parametrize("version", OLDER)
@@ -45,11 +65,12 @@ def test_an_older_wheel_trains_to_the_same_losses(data, request, version):
     compared.note(version, "entry point", what, compared.largest(figures(log), expected))
 
 
-def test_the_window_follows_the_samples_where_batches_ramp(data):
+def test_the_window_follows_the_samples_where_batches_ramp(train):
     """Releases up to 0.17: batches of 2 that grow by 2 each 16 / 3 samples, to 8."""
     wheel = require(VARIABLE, "0.17.1", "make test-releases makes it")
     ramp = "--rampup-batch-size 2 2 16 --skyladder-start-window 8 --skyladder-alpha 14"
-    log, text = launch(data, *ramp.split(), megatron=wheel, train_samples=44)
+    model = SMALL_MODEL.replace("--train-iters 6", "--train-samples 44")
+    log, text = train(wheel, ramp, model=model)
     assert "earlier ones let it grow, and the window follows the samples" in text
     consumed = [entry.consumed_samples for entry in log.iterations]
     assert consumed == [2, 4, 6, 10, 14, 20, 28, 36, 44]
@@ -71,22 +92,14 @@ def test_all_flags_are_printed(version):
     assert "--num-layers" in result.stdout and "--skyladder-start-window" in result.stdout
 
 
-@pytest.fixture(scope="module")
-def in_one_process(data):
-    """Figures where context-parallel ranks would hold unequal numbers of tokens that count."""
-    log, _ = launch(data, *SOME_TOKENS_COUNT)
-    return figures(log)
-
-
 @pytest.mark.parametrize("version", [INSTALLED, *OLDER])
-def test_context_parallel_ranks_count_their_sequences_tokens_together(
-    data, in_one_process, version
-):
+def test_context_parallel_ranks_count_their_sequences_tokens_together(train, version):
+    """Ranks would hold unequal numbers of tokens that count."""
     wheel = None
     if version != INSTALLED:
         wheel = require(VARIABLE, version, "make test-releases makes it")
-    flags = [*SOME_TOKENS_COUNT, *CONTEXT_PARALLEL]
-    log, _ = launch(data, *flags, num_processes=2, megatron=wheel)
+    in_one_process = figures(train(None, SOME_TOKENS_COUNT)[0])
+    log, _ = train(wheel, f"{SOME_TOKENS_COUNT} {CONTEXT_PARALLEL}", num_processes=2)
     for found, wanted in zip(figures(log), in_one_process, strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)  # gradient norms are logged in 4 digits
     what = "masked losses, cp2, against one process"

@@ -299,7 +299,9 @@ def test_the_key_that_was_got_instead_is_named():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window_len", [5, 16])
-def test_gradients_are_those_of_the_textbook(dtype, window_len):
+@pytest.mark.parametrize("table", [gradients._MAX_TABLE, 0])  # kept once, or made for each sample
+def test_gradients_are_those_of_the_textbook(monkeypatch, dtype, window_len, table):
+    monkeypatch.setattr(gradients, "_MAX_TABLE", table)
     first = statement.first_visible(2, 16, window_len=window_len, sliding=False)
     sight = sight_of(first, torch.arange(16)[None], 0, 2)
     sight = dataclasses.replace(sight, run_starts=torch.from_numpy(run_starts(ZIGZAG)).repeat(2))

@@ -31,9 +31,11 @@ from megatron_skyladder.runtime.probe.sight import Sight
 
 TOLERANCE = {True: 0.01, False: 0.1}  # in float32, below it; of the whole gradient's norm
 _MAX_SAMPLES = 48
+_MAX_TABLE = 1 << 24  # numbers: what is asked for in each sample is kept once, up to 64 MB
 _BACK_SALT, _QUERY_SALT, _KEY_SALT = range(11, 14)
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Make = Callable[[torch.Tensor], torch.Tensor]  # positions [...] -> vectors [..., g, size]
 
 
 @dataclass(frozen=True)
@@ -149,21 +151,30 @@ def wrong_softmax(
     sampled[chosen] = True
     groups = torch.arange(num_groups, device=query.device)
 
-    def queries(at: torch.Tensor) -> torch.Tensor:
+    def made_once(make: Make, size: int) -> Make:
+        if sight.num_positions * num_groups * size > _MAX_TABLE:
+            return make
+        table = make(torch.arange(sight.num_positions, device=query.device))
+        return lambda at: table[at]
+
+    def queries_of(at: torch.Tensor) -> torch.Tensor:
         unit = vectors(at[..., None] * num_groups + groups, query.shape[3], _QUERY_SALT)
         return (unit * spread).to(query.dtype).float()
 
-    def keys(at: torch.Tensor) -> torch.Tensor:
+    def keys_of(at: torch.Tensor) -> torch.Tensor:
         return vectors(at[..., None] * num_groups + groups, key.shape[3], _KEY_SALT)
 
-    def back(at: torch.Tensor) -> torch.Tensor:
+    def back_of(at: torch.Tensor) -> torch.Tensor:
         sent = vectors(at[..., None] * num_groups + groups, value.shape[3], _BACK_SALT)
         return sent * sampled[at][..., None, None]
 
+    queries, keys = made_once(queries_of, query.shape[3]), made_once(keys_of, key.shape[3])
+    values = made_once(lambda at: values_of(at, num_groups, value.shape[3]), value.shape[3])
+    back = made_once(back_of, value.shape[3])
     given = [
         queries(sight.own).repeat_interleave(per_group, dim=2).to(query.dtype),
         keys(sight.own).to(key.dtype),
-        values_of(sight.own, num_groups, value.shape[3]).to(value.dtype),
+        values(sight.own).to(value.dtype),
     ]
     given = [tensor.requires_grad_() for tensor in given]
     sent = back(sight.own)[:, :, :, None]  # from the first head of each group
@@ -173,13 +184,7 @@ def wrong_softmax(
     for at in chosen:
         span = torch.arange(int(sight.first[at]), at + 1, device=query.device)
         here = torch.tensor(at, device=query.device)
-        textbook = _textbook(
-            queries(here),
-            keys(span),
-            values_of(span, num_groups, value.shape[3]),
-            back(here),
-            scale,
-        )
+        textbook = _textbook(queries(here), keys(span), values(span), back(here), scale)
         places = sight.place_of[span]
         held = places >= 0
         for total, part in zip(expected[1:], textbook[1:], strict=True):

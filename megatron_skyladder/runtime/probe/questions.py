@@ -47,8 +47,9 @@ def vectors(seeds: torch.Tensor, size: int, salt: int) -> torch.Tensor:
     words = noise(
         seeds[..., None] * _MAX_WORDS + torch.arange(num_words, device=seeds.device), salt
     )
-    parts = [(words >> 3 * place & 7).to(torch.int8) for place in range(_LEVELS_PER_WORD)]
-    steps = torch.stack(parts, dim=-1).flatten(-2)[..., :size] - 4
+    shifts = 3 * torch.arange(_LEVELS_PER_WORD, dtype=torch.int32, device=seeds.device)
+    levels = (words & 0x3FFFFFFF).int()[..., None] >> shifts & 7
+    steps = levels.to(torch.int8).flatten(-2)[..., :size] - 4
     return (steps + (steps >= 0)).float() / 2
 
 
