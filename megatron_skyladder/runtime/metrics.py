@@ -3,7 +3,7 @@
 | name                         | meaning                                                          |
 |------------------------------|------------------------------------------------------------------|
 | skyladder/window             | tokens                                                           |
-| skyladder/attention_fraction | visible (query, key) pairs, relative to the full causal mask      |
+| skyladder/attention_fraction | visible (query, key) pairs, relative to the full causal mask     |
 | skyladder/visible_context    | tokens that a token sees on average, itself included             |
 | skyladder/fragments_per_row  | pieces of a sequence that attention does not cross               |
 | skyladder/tflops_per_gpu     | of the work really done, by Megatron's own count                 |
