@@ -168,7 +168,7 @@ def bench_steps(seq_length: int, steps: int, repeats: int) -> None:
 
 
 def bench_gpu(*, toy: bool) -> list[str]:
-    """Print what a GPU has of the parts, or the CPU at toy size; return what went wrong."""
+    """Print parts 1, 2 and 4 on a GPU, or at toy size on the CPU; return what went wrong."""
     from megatron_skyladder.gpu_check import costs, training
     from megatron_skyladder.gpu_check.bench import Bench
 
@@ -196,9 +196,8 @@ def bench_gpu(*, toy: bool) -> list[str]:
             f"{of_stock}   {model}"
         )
     probes = [it["probe s"] for it in trained.figures.values() if "probe s" in it]
-    if probes:
-        longest = max(probes)
-        print(f"\n3. Start-up: the probe took {longest:.1f} s, hooks {hooks_seconds():.3f} s")
+    longest = f"the probe took {max(probes):.1f} s, " if probes else ""
+    print(f"\n4. Start-up: {longest}hooks {hooks_seconds():.3f} s")
     return trained.failures + timed.failures
 
 
@@ -341,7 +340,6 @@ def main() -> None:
         bench_steps(args.seq_length, args.steps, args.repeats)
         return
     failures = bench_gpu(toy=device == "toy")
-    print(f"\n4. Start-up: hooks {hooks_seconds():.3f} s")
     for failure in failures:
         print(f"FAILED {failure}")
     sys.exit(1 if failures else 0)
